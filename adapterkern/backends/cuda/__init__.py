@@ -1,0 +1,1 @@
+"""The CUDA backend: the kernels of csrc/, through the extension `adapterkern._cuda`."""

@@ -1,0 +1,95 @@
+// Python bindings of the CUDA backend: the module adapterkern._cuda.
+//
+// Pointers and streams cross as integers, so nothing here depends on torch. Python owns every check
+// and allocation; a binding sets the device, releases the GIL, launches on the given stream and
+// turns a CUDA error into an exception.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "probe.h"
+#include "registry.h"
+
+namespace py = pybind11;
+
+namespace adapterkern {
+namespace {
+
+void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(what + " failed: " + cudaGetErrorName(error) + " (" +
+                           cudaGetErrorString(error) + ")");
+}
+
+// Makes `device` current for its lifetime and restores the caller's device afterwards.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) {
+      check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+      changed_ = true;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// The highest CUDA version that the installed driver supports, as 1000 * major + 10 * minor; 0
+// without a driver.
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
+// (count, error name, error text): a machine without GPUs is an answer here, not an exception.
+py::tuple device_count() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return py::make_tuple(error == cudaSuccess ? count : 0, cudaGetErrorName(error),
+                        cudaGetErrorString(error));
+}
+
+// The compiled architectures, in nvcc's names: "sm_80" is machine code, "compute_90" is PTX.
+py::tuple archs() { return py::tuple(py::str(ADAPTERKERN_ARCHS).attr("split")()); }
+
+py::tuple kernels() {
+  py::tuple names(kKernels.size());
+  size_t index = 0;
+  for (const char* name : kKernels) names[index++] = py::str(name);
+  return names;
+}
+
+void probe(uintptr_t out, int device, uintptr_t stream) {
+  const py::gil_scoped_release no_gil;
+  const DeviceGuard guard(device);
+  check(launch_probe(reinterpret_cast<int*>(out), reinterpret_cast<cudaStream_t>(stream)),
+        "probe_kernel");
+}
+
+}  // namespace
+}  // namespace adapterkern
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+  using namespace adapterkern;
+  m.doc() = "CUDA kernels of adapterkern; loaded by adapterkern.backends.cuda.extension.";
+  m.attr("RUNTIME_VERSION") = CUDART_VERSION;
+  m.def("archs", &archs, "Compiled architectures: sm_* is machine code, compute_* is PTX.");
+  m.def("kernels", &kernels, "Names of the adapter kernels in this build.");
+  m.def("driver_version", &driver_version, "1000 * major + 10 * minor; 0 without a driver.");
+  m.def("device_count", &device_count, "(count, error name, error text).");
+  m.def("probe", &probe, py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Run the probe kernel: int32[2] at the address `out` becomes (__CUDA_ARCH__, is it \"a\" "
+        "code).");
+}

@@ -1,0 +1,336 @@
+"""Build of adapterkern: pure Python, and the extension `adapterkern._cuda` where nvcc is found.
+
+The extension is optional and free of torch: ninja runs nvcc over `csrc/`, and the CUDA runtime is
+linked in statically, so one build serves every torch version. An install without it works, and
+`adapterkern info` shows the reason, which each build keeps in adapterkern/_buildinfo.py.
+
+Environment:
+    ADAPTERKERN_BUILD_CUDA  auto (default): build where nvcc is found; 1: fail the install if the
+                            extension cannot be built; 0: do not build it
+    ADAPTERKERN_CUDA_ARCHS  architectures, "sm_80;sm_90a;compute_90" by default (see `parse_archs`)
+    CUDA_HOME, CUDA_PATH    toolkit folders, searched before PATH (see `nvcc_candidates`)
+    MAX_JOBS                compiler processes at a time
+    NVCC_CCBIN              nvcc's own: the host compiler that it uses
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+EXTENSION = "adapterkern._cuda"
+
+# Machine code for 8.x (sm_80 runs on 8.6 and 8.9 too) and for 9.0 with its own instructions; the
+# PTX is compiled by the driver, at first use, on every newer GPU.
+DEFAULT_ARCHS = "sm_80;sm_90a;compute_90"
+LOWEST_ARCH = 80  # bfloat16 tensor cores and cp.async
+
+# No fast-math flag: it changes division, denormals and erf. One thread per nvcc: ninja already runs
+# one nvcc per source, and threads times jobs is what exhausts memory.
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "--threads=1",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xptxas=-v",  # registers, stack and shared memory of each kernel, for the build log
+)
+# Nothing of the static CUDA runtime may leak out: torch brings a runtime of its own.
+LINK_FLAGS = ("-shared", "--no-device-link", "-cudart=static", "-Xlinker=--exclude-libs,ALL")
+
+
+class NotBuilt(Exception):
+    """Why there is no CUDA extension; an error only under ADAPTERKERN_BUILD_CUDA=1."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for."""
+
+    mode: str  # auto | 1 | 0
+    archs: tuple[str, ...]
+    max_jobs: int | None
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """The content of adapterkern/_buildinfo.py."""
+
+    reason: str | None = None  # why the extension is missing; None: it was built
+    nvcc: str | None = None  # version
+    archs: tuple[str, ...] = ()
+
+    def source(self) -> str:
+        """The generated module."""
+        return (
+            '"""How this installation was built; written by setup.py."""\n\n'
+            f"REASON = {self.reason!r}\nNVCC = {self.nvcc!r}\nARCHS = {self.archs!r}\n"
+        )
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The build's environment variables, checked.
+
+    Raises:
+        SetupError: a value that is not allowed, whatever ADAPTERKERN_BUILD_CUDA says.
+    """
+    mode = environ.get("ADAPTERKERN_BUILD_CUDA", "").strip().lower() or "auto"
+    if mode not in ("auto", "1", "0"):
+        raise SetupError(f'ADAPTERKERN_BUILD_CUDA must be "auto", "1" or "0", got {mode!r}.')
+    jobs = environ.get("MAX_JOBS", "").strip()
+    if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
+        raise SetupError(f"MAX_JOBS must be a positive integer, got {jobs!r}.")
+    archs = parse_archs(environ.get("ADAPTERKERN_CUDA_ARCHS", "").strip() or DEFAULT_ARCHS)
+    return Settings(mode, archs, int(jobs) if jobs else None)
+
+
+def parse_archs(text: str) -> tuple[str, ...]:
+    """Architectures in nvcc's names, in the given order, without repeats.
+
+    Entries are separated by ";", "," or spaces. "sm_90a", "90a" and "9.0a" ask for machine code,
+    "compute_90" for PTX, and "9.0+PTX" for both, as in TORCH_CUDA_ARCH_LIST.
+
+    Raises:
+        SetupError: an entry of another form, or below compute capability 8.0.
+    """
+    archs: list[str] = []
+    for entry in filter(None, re.split(r"[;,\s]+", text)):
+        match = re.fullmatch(
+            r"(sm_|compute_)?(\d{1,2}\.\d|\d{2,3})([af]?)(\+PTX)?", entry, re.IGNORECASE
+        )
+        if match is None or (match[1] and match[4]):
+            raise SetupError(
+                f"ADAPTERKERN_CUDA_ARCHS: cannot read {entry!r}.\n"
+                f'  hint: write for instance "{DEFAULT_ARCHS}" or "8.0;9.0a;9.0+PTX".'
+            )
+        number = match[2].replace(".", "")
+        if int(number) < LOWEST_ARCH:
+            raise SetupError(
+                f"ADAPTERKERN_CUDA_ARCHS: {entry!r} is below the lowest, sm_{LOWEST_ARCH}."
+            )
+        name = number + match[3].lower()
+        archs.append((match[1] or "sm_").lower() + name)
+        if match[4]:
+            archs.append(f"compute_{name}")
+    if not archs:
+        raise SetupError("ADAPTERKERN_CUDA_ARCHS names no architecture.")
+    return tuple(dict.fromkeys(archs))
+
+
+def gencode(arch: str) -> str:
+    """nvcc's option for one entry of `parse_archs`."""
+    return f"-gencode=arch=compute_{arch.partition('_')[2]},code={arch}"
+
+
+def nvcc_candidates(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Where nvcc may be, in the order in which it is looked for."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(variable):
+            yield Path(environ[variable], "bin", "nvcc").absolute()
+    on_path = shutil.which("nvcc", path=environ.get("PATH", ""))
+    if on_path:
+        yield Path(on_path).absolute()
+    yield Path("/usr/local/cuda/bin/nvcc")
+    # The nvidia-cuda-nvcc package of the environment that is installed into.
+    yield from sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"), reverse=True)
+
+
+def find_nvcc(environ: Mapping[str, str]) -> Path:
+    """The first candidate that can be run.
+
+    Raises:
+        NotBuilt: there is none; the message tells where it was looked for.
+    """
+    candidates = list(nvcc_candidates(environ))
+    for nvcc in candidates:
+        if nvcc.is_file() and os.access(nvcc, os.X_OK):
+            return nvcc
+    places = ", ".join(["PATH", *dict.fromkeys(map(str, candidates))])
+    raise NotBuilt(
+        f"nvcc not found (looked in {places}; set CUDA_HOME to the folder of a CUDA toolkit)"
+    )
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """The compiler's version, such as "13.0.88"."""
+    match = re.search(r"release .*V([\d.]+)", _output([nvcc, "--version"]))
+    if match is None:
+        raise NotBuilt(f"{nvcc} --version does not name a release; is it nvcc?")
+    return match[1]
+
+
+def toolkit_root(nvcc: Path) -> Path:
+    """The toolkit's folder, as nvcc sees it: the file itself may be a wrapper script elsewhere."""
+    match = re.search(
+        r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE
+    )
+    if match is None:
+        raise NotBuilt(f"{nvcc} --dryrun does not name its toolkit folder; is it nvcc?")
+    return Path(match[1].strip()).resolve()
+
+
+def _output(command: list) -> str:
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise NotBuilt(f"{command[0]} does not run: {error}") from error
+    return done.stdout
+
+
+def ninja_file(
+    sources: list[Path],
+    library: Path,
+    nvcc: Path,
+    archs: tuple[str, ...],
+) -> str:
+    """The build: every source goes through nvcc, which knows its own headers and libraries."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise NotBuilt("pybind11, which its build needs, is not installed") from error
+    # Kernels see neither Python nor pybind11.
+    bindings = [
+        f"-isystem={sysconfig.get_path('include')}",
+        f"-isystem={pybind11.get_include()}",
+        f'-DADAPTERKERN_ARCHS="{" ".join(archs)}"',
+    ]
+    code = [gencode(arch) for arch in archs]
+    # Toolkits from PyPI keep their libraries in lib, where their nvcc does not look.
+    libraries = f"-L{toolkit_root(nvcc) / 'lib'}"
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {_command(nvcc, *NVCC_FLAGS, *code)} $extra -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {_command(nvcc, *LINK_FLAGS, *code, libraries)} -o $out $in",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(f"{source.name}.o")
+        path = re.sub(r"([$ :])", r"$\1", str(source))
+        lines.append(f"build {objects[-1]}: compile {path}")
+        if source.suffix == ".cpp":
+            lines.append(f"  extra = {_command(*bindings)}")
+    lines += [f"build {library.name}: link {' '.join(objects)}", f"default {library.name}", ""]
+    return "\n".join(lines)
+
+
+def _command(*words: Path | str) -> str:
+    """Words for a shell, written for a ninja file."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def run_ninja(folder: Path, max_jobs: int | None) -> None:
+    """Build in `folder`, echoing the output into its build.log.
+
+    Raises:
+        NotBuilt: a command failed; the message carries the first error.
+    """
+    try:
+        from ninja import BIN_DIR
+
+        ninja = str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        ninja = shutil.which("ninja") or "ninja"
+    command = [ninja, "-C", str(folder), *(["-j", str(max_jobs)] if max_jobs else [])]
+    lines = []
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            for line in process.stdout:
+                sys.stderr.write(line)
+                lines.append(line)
+    except OSError as error:
+        raise NotBuilt(f"ninja does not run: {error}") from error
+    (folder / "build.log").write_text("".join(lines))
+    if process.returncode:
+        errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]
+        raise NotBuilt(f"compilation failed: {(errors or lines or ['no output'])[0].strip()}")
+
+
+class BuildCuda(build_ext):
+    """build_ext that builds the CUDA extension, or records why it did not."""
+
+    def run(self) -> None:
+        settings = read_settings(os.environ)
+        library = None
+        try:
+            library, info = self.compile(settings)
+            print(
+                f"adapterkern: CUDA extension built by nvcc {info.nvcc} for {' '.join(info.archs)}",
+                file=sys.stderr,
+            )
+        except NotBuilt as error:
+            if settings.mode == "1":
+                raise CompileError(
+                    f"ADAPTERKERN_BUILD_CUDA=1, but the CUDA extension was not built: {error}"
+                ) from error
+            info = BuildInfo(reason=str(error))
+            print(f"adapterkern: CUDA extension not built: {error}", file=sys.stderr)
+        for folder in [Path(self.build_lib), *([ROOT] if self.inplace else [])]:
+            self.place(folder, library, info)
+
+    def compile(self, settings: Settings) -> tuple[Path, BuildInfo]:
+        """The built library, in the build folder, and what it was built with."""
+        if settings.mode == "0":
+            raise NotBuilt("ADAPTERKERN_BUILD_CUDA=0 when it was installed")
+        if not sys.platform.startswith("linux"):
+            raise NotBuilt(f"it is built on Linux only, and this is {sys.platform}")
+        nvcc = find_nvcc(os.environ)
+        info = BuildInfo(nvcc=nvcc_version(nvcc), archs=settings.archs)
+        folder = Path(self.build_temp).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / Path(self.get_ext_filename(EXTENSION)).name
+        sources = sorted(
+            path for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")
+        )
+        text = ninja_file(sources, library, nvcc, settings.archs)
+        (folder / "build.ninja").write_text(text)
+        run_ninja(folder, settings.max_jobs)
+        return library, info
+
+    def place(self, folder: Path, library: Path | None, info: BuildInfo) -> None:
+        """Put the results into the package under `folder`, instead of those of an earlier build."""
+        extension, buildinfo = self.outputs_in(folder)
+        buildinfo.parent.mkdir(parents=True, exist_ok=True)
+        buildinfo.write_text(info.source())
+        extension.unlink(missing_ok=True)
+        if library is not None:
+            shutil.copy2(library, extension)
+
+    def outputs_in(self, folder: Path) -> tuple[Path, Path]:
+        return folder / self.get_ext_filename(EXTENSION), folder / "adapterkern" / "_buildinfo.py"
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self.outputs_in(Path(self.build_lib)) if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Build outputs, and the files in the source tree that replace them when editable."""
+        if not self.inplace:
+            return {}
+        pairs = zip(self.outputs_in(Path(self.build_lib)), self.outputs_in(ROOT), strict=True)
+        return {str(built): str(placed) for built, placed in pairs if built.exists()}
+
+
+if __name__ == "__main__":
+    # Without a declared extension, setuptools would not run build_ext.
+    setup(
+        ext_modules=[Extension(EXTENSION, sources=[], optional=True)],
+        cmdclass={"build_ext": BuildCuda},
+    )
