@@ -1,0 +1,106 @@
+"""The contract of a backend: what it declares, what it computes, and how it says no."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterkern.spec import AdapterCall, AdapterSpec, name_of
+
+
+class BackendUnsupportedError(RuntimeError):
+    """A named backend cannot run a call, or ADAPTERKERN_STRICT=1 forbids a fallback. Lists every reason."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; the fields of `Gradients`."""
+
+    x: bool
+    down_weight: bool
+    up_weight: bool
+    down_bias: bool
+    up_bias: bool
+    scaling: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call, each in its tensor's dtype and shape; None where it was not asked for."""
+
+    x: Tensor | None = None
+    down_weight: Tensor | None = None
+    up_weight: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scaling: Tensor | None = None
+
+
+class Backend(ABC):
+    """One implementation of the operation. Subclasses declare capabilities as class attributes.
+
+    A capability that is not declared is a reason to decline, so a feature new to `AdapterCall.features()` is
+    safe in every backend from the first day.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[frozenset[str]]
+    dtypes: ClassVar[frozenset[torch.dtype]]
+    activations: ClassVar[frozenset[str]]
+    features: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run anything in this process; None if it can."""
+
+    def unsupported_reasons(self, spec: AdapterSpec) -> list[str]:
+        """Every reason why this backend cannot run `spec`, empty if it can."""
+        unavailable = self.unavailable_reason()
+        reasons = [] if unavailable is None else [unavailable]
+        if spec.device.type not in self.devices:
+            reasons.append(
+                f"device {spec.device.type} is not supported (has: {_listed(self.devices)})"
+            )
+        if spec.activation not in self.activations:
+            reasons.append(
+                f'activation "{spec.activation}" is not implemented (has: {_listed(self.activations)})'
+            )
+        dtypes = {spec.compute_dtype, *(dtype for _, dtype in spec.dtypes)}
+        for dtype in sorted(dtypes - self.dtypes, key=name_of):
+            reasons.append(
+                f"dtype {name_of(dtype)} is not supported (has: {_listed(map(name_of, self.dtypes))})"
+            )
+        for feature in sorted(spec.features - self.features):
+            reasons.append(
+                f'feature "{feature}" is not implemented (has: {_listed(self.features)})'
+            )
+        return reasons + self.limits(spec)
+
+    def limits(self, spec: AdapterSpec) -> list[str]:
+        """Reasons beyond the declarations, such as sizes that do not fit this device."""
+        return []
+
+    @abstractmethod
+    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
+        """(y, z): the output [..., H], contiguous, in `call.output_dtype`, and the pre-activation [T, R] in
+        `call.compute_dtype` (size 0 unless `save_z`)."""
+
+    @abstractmethod
+    def backward(
+        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+    ) -> Gradients:
+        """The gradients in `needs`, from the saved pre-activation and the gradient of y [..., H]."""
+
+
+def allow_tf32() -> bool:
+    """Whether torch's settings let float32 matrix products run in TF32 (`torch.set_float32_matmul_precision`,
+    `torch.backends.cuda.matmul.allow_tf32`, or the newer `fp32_precision`)."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        precision = matmul.fp32_precision
+    except AttributeError:  # torch < 2.9
+        return matmul.allow_tf32
+    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(names))
