@@ -1,0 +1,132 @@
+"""Activations and their derivatives on float32 tiles; formulas as in `adapterkern/activations.py`.
+
+Written from tl.exp and tl.erf alone, so that the same source runs in Triton's CPU interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+from adapterkern.activations import LEAKY_SLOPE
+
+_INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+_TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+_TANH_CUBIC = tl.constexpr(0.044715)
+_LEAKY_SLOPE = tl.constexpr(LEAKY_SLOPE)
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1 + tl.erf(z * _INV_SQRT_2))
+
+
+@triton.jit
+def gelu_derivative(z):
+    return 0.5 * (1 + tl.erf(z * _INV_SQRT_2)) + z * tl.exp(-0.5 * z * z) * _INV_SQRT_2_PI
+
+
+@triton.jit
+def sigmoid(z):
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_derivative(z):
+    s = sigmoid(z)
+    return s * (1 - s)
+
+
+@triton.jit
+def gelu_tanh(z):
+    # 0.5 z (1 + tanh c) = z sigmoid(2c): no tanh, and no cancellation for negative z.
+    return z * sigmoid(_TWO_SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z))
+
+
+@triton.jit
+def gelu_tanh_derivative(z):
+    s = sigmoid(_TWO_SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z))
+    return s + z * s * (1 - s) * _TWO_SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
+
+
+@triton.jit
+def relu(z):
+    return tl.where(z < 0, 0.0, z)  # NaN passes, as in eager
+
+
+@triton.jit
+def relu_derivative(z):
+    return tl.where(z > 0, 1.0, 0.0)
+
+
+@triton.jit
+def silu(z):
+    return z * sigmoid(z)
+
+
+@triton.jit
+def silu_derivative(z):
+    s = sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+@triton.jit
+def tanh(z):
+    # (1 - e) / (1 + e) cancels near zero; below 0.625 the odd polynomial of Cephes' tanhf keeps full precision
+    # (Moshier, https://www.netlib.org/cephes/).
+    square = z * z
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = z + z * square * series
+    decay = tl.exp(-2 * tl.abs(z))
+    far = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(z) < 0.625, near, tl.where(z < 0, -far, far))
+
+
+@triton.jit
+def tanh_derivative(z):
+    decay = tl.exp(-2 * tl.abs(z))
+    return 4 * decay / ((1 + decay) * (1 + decay))  # sech^2, without the cancellation of 1 - tanh^2
+
+
+@triton.jit
+def leaky_relu(z):
+    return tl.where(z > 0, z, _LEAKY_SLOPE * z)
+
+
+@triton.jit
+def leaky_relu_derivative(z):
+    return tl.where(z > 0, 1.0, _LEAKY_SLOPE)
+
+
+@triton.jit
+def identity(z):
+    return z
+
+
+@triton.jit
+def identity_derivative(z):
+    return tl.full(z.shape, 1.0, tl.float32)
+
+
+VALUES = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+    "silu": silu,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "leaky_relu": leaky_relu,
+    "identity": identity,
+}
+DERIVATIVES = {
+    "gelu": gelu_derivative,
+    "gelu_tanh": gelu_tanh_derivative,
+    "relu": relu_derivative,
+    "silu": silu_derivative,
+    "tanh": tanh_derivative,
+    "sigmoid": sigmoid_derivative,
+    "leaky_relu": leaky_relu_derivative,
+    "identity": identity_derivative,
+}

@@ -1,0 +1,319 @@
+"""Capabilities, allocation and launch of the Triton kernels."""
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from adapterkern import _env
+from adapterkern.backends.base import Backend, Gradients, Needs, allow_tf32
+from adapterkern.backends.triton.launch_config import (
+    SUM,
+    Device,
+    LaunchConfig,
+    Problem,
+    RowBlock,
+    Split,
+    cdiv,
+    token_plan,
+    weight_gradient_plan,
+)
+from adapterkern.spec import AdapterCall, AdapterSpec
+
+try:
+    import triton
+    import triton.language as tl
+
+    from adapterkern.backends.triton import backward as bwd
+    from adapterkern.backends.triton import forward as fwd
+    from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+
+    _IMPORT_ERROR = None
+except ImportError as error:
+    _IMPORT_ERROR = f"triton cannot be imported ({error})"
+    VALUES = DERIVATIVES = {}
+
+# In Triton's CPU interpreter: few SMs, so that small tests reach both forms.
+_INTERPRETED = Device(num_sms=4, shared_memory=227 * 1024)
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
+    dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    activations = frozenset(VALUES)
+    features = frozenset(
+        {
+            "bias",
+            "input_residual",
+            "external_residual",
+            "skip",
+            "scaling",
+            "learned_scaling",
+            "mixed_dtypes",
+        }
+    )
+
+    def unavailable_reason(self) -> str | None:
+        if _IMPORT_ERROR is not None:
+            return f"{_IMPORT_ERROR}; pip install triton"
+        if _env.TRITON_INTERPRET:
+            return None
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+        return None
+
+    def limits(self, spec: AdapterSpec) -> list[str]:
+        if spec.device.type != "cuda" or not torch.cuda.is_available():
+            return []
+        major, minor = torch.cuda.get_device_capability(spec.device)
+        return (
+            []
+            if major >= 8
+            else [f"compute capability {major}.{minor} is below 8.0 (no bfloat16 tensor cores)"]
+        )
+
+    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
+        x = _rows(call.x)
+        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        y = torch.empty(call.x.shape, dtype=call.output_dtype, device=x.device)
+        z = torch.empty(
+            (num_tokens, bottleneck) if save_z else 0, dtype=call.compute_dtype, device=x.device
+        )
+        if num_tokens == 0:
+            return y, z
+        plan = token_plan(_problem(call, num_tokens), _device(x.device))
+        with _on(x.device):
+            if isinstance(plan, RowBlock):
+                self._forward_row_block(call, x, y, z if save_z else None, plan.kernel)
+            else:
+                self._forward_split(call, x, y, z if save_z else None, plan)
+        return y, z
+
+    def _forward_row_block(
+        self, call, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
+    ) -> None:
+        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        fwd.bottleneck_fwd_kernel[(cdiv(len(x), config.block_t),)](
+            x, _packed(call.down_weight), _packed(call.up_weight), _packed(call.down_bias), _packed(call.up_bias),
+            residual, skip, call.scaling, call.scale, y, z,
+            len(x), call.hidden_size, call.bottleneck_size, x.stride(0), _stride(residual), _stride(skip),
+            VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
+            **_tiles(call, config),
+        )  # fmt: skip
+
+    def _forward_split(self, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
+        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        down_bias = _packed(call.down_bias)
+        partial = None
+        if plan.num_splits > 1:
+            partial = x.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
+        elif z is None:
+            z = x.new_empty((num_tokens, bottleneck), dtype=call.compute_dtype)
+        config = plan.narrow
+        fwd.bottleneck_fwd_down_kernel[
+            cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), plan.num_splits
+        ](
+            x, _packed(call.down_weight), down_bias, z if partial is None else partial,
+            num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0),
+            **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
+        )  # fmt: skip
+        config = plan.widen
+        fwd.bottleneck_fwd_up_kernel[cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)](
+            partial, z, x, _packed(call.up_weight), down_bias, _packed(call.up_bias),
+            residual, skip, call.scaling, call.scale, y,
+            num_tokens, hidden, bottleneck, plan.num_splits, x.stride(0), _stride(residual), _stride(skip),
+            VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
+            **_tiles(call, config),
+        )  # fmt: skip
+
+    def backward(
+        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+    ) -> Gradients:
+        x, dy = _rows(call.x), _rows(grad_output)
+        num_tokens = len(x)
+        outputs = (
+            call.x,
+            call.down_weight,
+            call.up_weight,
+            call.down_bias,
+            call.up_bias,
+            call.scaling,
+        )
+        if num_tokens == 0:
+            return Gradients(
+                *(
+                    t.new_zeros(t.shape) if need else None
+                    for t, need in zip(outputs, needs, strict=True)
+                )
+            )
+        dx = torch.empty(call.x.shape, dtype=x.dtype, device=x.device) if needs.x else None
+        dz = None
+        if needs.down_weight or needs.down_bias:
+            dz = torch.empty_like(z)
+        with _on(x.device):
+            if dx is not None or dz is not None:
+                plan = token_plan(_problem(call, num_tokens), _device(x.device))
+                launch = self._dx_row_block if isinstance(plan, RowBlock) else self._dx_split
+                launch(call, z, dy, dx, dz, plan)
+            weights = (
+                self._weight_gradients(call, x, dy, z, dz, needs) if any(needs[1:]) else (None,) * 5
+            )
+        return Gradients(dx, *weights)
+
+    def _dx_row_block(
+        self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: RowBlock
+    ) -> None:
+        config = plan.kernel
+        bwd.bottleneck_bwd_dx_kernel[(cdiv(len(dy), config.block_t),)](
+            dy, z, _packed(call.down_weight), _packed(call.up_weight), call.scaling, call.scale, dx, dz,
+            len(dy), call.hidden_size, call.bottleneck_size, dy.stride(0),
+            DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
+            **_tiles(call, config),
+        )  # fmt: skip
+
+    def _dx_split(
+        self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: Split
+    ) -> None:
+        num_tokens, hidden, bottleneck = len(dy), call.hidden_size, call.bottleneck_size
+        partial = None
+        if plan.num_splits > 1:
+            partial = z.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
+        elif dz is None:
+            dz = torch.empty_like(z)
+        derivative = DERIVATIVES[call.activation]
+        config = plan.narrow
+        bwd.bottleneck_bwd_split_dz_kernel[
+            cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), plan.num_splits
+        ](
+            dy, z, _packed(call.up_weight), call.scaling, call.scale, dz if partial is None else partial,
+            num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
+            derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call), **_tiles(call, config),
+        )  # fmt: skip
+        if dx is None and partial is None:
+            return
+        config = plan.widen
+        feature_blocks = cdiv(hidden, config.block_h) if dx is not None else 1
+        bwd.bottleneck_bwd_split_dx_kernel[cdiv(num_tokens, config.block_t), feature_blocks](
+            partial, dz, dy, z, _packed(call.down_weight), dx,
+            num_tokens, hidden, bottleneck, plan.num_splits, dy.stride(0),
+            derivative, **_dtypes(call), ADD_INPUT=call.add_input, **_tiles(call, config),
+        )  # fmt: skip
+
+    def _weight_gradients(
+        self, call, x: Tensor, dy: Tensor, z: Tensor, dz: Tensor | None, needs: Needs
+    ) -> tuple:
+        """(d_down, d_up, d_down_bias, d_up_bias, d_scaling), None where not asked for."""
+        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        parameters = (call.down_weight, call.up_weight, call.down_bias, call.up_bias)
+        out = [
+            torch.empty(p.shape, dtype=p.dtype, device=p.device) if need else None
+            for p, need in zip(parameters, needs[1:5], strict=True)
+        ]
+        plan = weight_gradient_plan(_problem(call, num_tokens), _device(x.device))
+        config = plan.kernel
+        partial = plan.num_splits > 1 or needs.scaling
+        sums = out
+        if partial:
+            # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
+            wanted = (needs.down_weight, needs.up_weight or needs.scaling, needs.down_bias,
+                      needs.up_bias or (needs.scaling and call.up_bias is not None))  # fmt: skip
+            sums = [
+                torch.empty((plan.num_splits, *p.shape), dtype=torch.float32, device=p.device)
+                if want
+                else None
+                for p, want in zip(parameters, wanted, strict=True)
+            ]
+        grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
+        bwd.bottleneck_bwd_dw_kernel[grid](
+            x, dy, z, dz, call.scaling, call.scale, *sums,
+            num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
+            VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call), **_tiles(call, config),
+        )  # fmt: skip
+        if not partial:
+            return (*out, None)
+        d_scaling = (
+            torch.empty(hidden, dtype=torch.float32, device=x.device) if needs.scaling else None
+        )
+        units = bottleneck if needs.scaling else SUM.block_r
+        bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
+            *sums, _packed(call.up_weight), _packed(call.up_bias), call.scaling, call.scale, *out, d_scaling,
+            hidden, bottleneck, plan.num_splits, units,
+            **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
+            num_warps=SUM.num_warps, num_stages=SUM.num_stages,
+        )  # fmt: skip
+        if d_scaling is not None:
+            if call.scaling.numel() == 1:
+                d_scaling = d_scaling.sum(0, keepdim=True)
+            d_scaling = d_scaling.to(call.scaling.dtype)
+        return (*out, d_scaling)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _optional_rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _rows(tensor)
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
+def _problem(call: AdapterCall, num_tokens: int) -> Problem:
+    single = call.compute_dtype == torch.float32
+    return Problem(
+        num_tokens=num_tokens,
+        hidden_size=call.hidden_size,
+        bottleneck_size=call.bottleneck_size,
+        ieee=single and not allow_tf32(),
+        wide=single or call.x.dtype == torch.float32,
+    )
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return _INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever device its pointers are on."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _dtypes(call: AdapterCall) -> dict:
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    tf32 = call.compute_dtype == torch.float32 and allow_tf32()
+    return {"DTYPE": types[call.compute_dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def _channel(call: AdapterCall) -> dict:
+    return {"CHANNEL_SCALING": call.scaling is not None and call.scaling.numel() > 1}
+
+
+def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
+    return {
+        "EVEN_H": call.hidden_size % config.block_h == 0,
+        "EVEN_R": call.bottleneck_size % config.block_r == 0,
+        "BLOCK_T": config.block_t,
+        "BLOCK_H": config.block_h,
+        "BLOCK_R": config.block_r,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

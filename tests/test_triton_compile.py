@@ -1,0 +1,102 @@
+"""Every Triton configuration that can be launched, compiled for sm_80 to sm_120 without a GPU, within bounds."""
+
+import os
+from multiprocessing import get_context
+
+import pytest
+import triton_compile
+
+# ptxas keeps a few bytes of stack in some kernels at no cost; more would be spills in the loops.
+MOST_STACK_BYTES = 32
+
+CAPABILITIES = tuple(triton_compile.DEVICES)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Job to outcome, for all jobs of this module, compiled in a pool of processes."""
+    jobs = triton_compile.jobs() + triton_compile.option_jobs()
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
+    try:
+        with get_context("spawn").Pool(os.cpu_count()) as pool:
+            return dict(
+                zip(
+                    jobs,
+                    pool.imap(triton_compile.compile_or_explain, jobs, chunksize=8),
+                    strict=True,
+                )
+            )
+    finally:
+        del os.environ["TRITON_CACHE_DIR"]
+
+
+def outcomes_of(compiled, capability: int):
+    found = {job: outcome for job, outcome in compiled.items() if job.capability == capability}
+    assert len(found) > 100
+    return found
+
+
+def test_grid_reaches_every_kernel_and_both_forms():
+    kernels = {job.kernel for job in triton_compile.jobs((90,), ("bf16",))}
+    assert kernels == {
+        "bottleneck_fwd_kernel",
+        "bottleneck_fwd_down_kernel",
+        "bottleneck_fwd_up_kernel",
+        "bottleneck_bwd_dx_kernel",
+        "bottleneck_bwd_split_dz_kernel",
+        "bottleneck_bwd_split_dx_kernel",
+        "bottleneck_bwd_dw_kernel",
+        "bottleneck_bwd_dw_sum_kernel",
+    }
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
+def test_every_configuration_compiles(compiled, capability):
+    failed = {
+        job: o["error"] for job, o in outcomes_of(compiled, capability).items() if "error" in o
+    }
+    assert not failed
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
+def test_shared_memory_fits_the_device(compiled, capability):
+    limit = triton_compile.DEVICES[capability].shared_memory
+    over = {
+        job: o["shared"]
+        for job, o in outcomes_of(compiled, capability).items()
+        if o["shared"] > limit
+    }
+    assert not over
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
+def test_registers_do_not_spill(compiled, capability):
+    spilled = {
+        job: o["stack"]
+        for job, o in outcomes_of(compiled, capability).items()
+        if o["stack"] > MOST_STACK_BYTES
+    }
+    assert not spilled
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
+def test_products_run_on_tensor_cores(compiled, capability):
+    """All but the IEEE float32 ones, the partial sums, and variants whose products are all left out."""
+    without = [
+        job
+        for job, outcome in outcomes_of(compiled, capability).items()
+        if outcome["tensor_instructions"] == 0
+        and job.dtype != "fp32"
+        and job.kernel != "bottleneck_bwd_dw_sum_kernel"
+        and ("dx_ptr", None) not in job.options
+    ]
+    assert not without
+
+
+def test_compiler_report_sees_a_spill():
+    """The gate can fail: a tile far beyond the register file is reported with its stack."""
+    config = triton_compile.LaunchConfig(
+        block_t=128, block_h=64, block_r=256, num_warps=4, num_stages=2
+    )
+    job = triton_compile.Job(80, "bottleneck_fwd_kernel", "bf16", config)
+    assert triton_compile.compile_job(job)["stack"] > MOST_STACK_BYTES

@@ -1,0 +1,226 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what they would use.
+
+Works without a driver: `triton.compile` targets any architecture, and the disassembler ships inside the Triton wheel.
+Run as a script (in a process without TRITON_INTERPRET) it compiles every configuration that the launch functions
+return over the grid below and prints one JSON line each; tests/test_triton_compile.py holds the bounds.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from multiprocessing import Pool
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adapterkern.backends.triton import backward, forward, launch_config
+from adapterkern.backends.triton.activations import gelu, gelu_derivative
+from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem, RowBlock
+
+TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+KB = 1024
+DEVICES = {  # capability: a typical card of it
+    80: Device(num_sms=108, shared_memory=163 * KB),
+    86: Device(num_sms=82, shared_memory=99 * KB),
+    89: Device(num_sms=128, shared_memory=99 * KB),
+    90: Device(num_sms=132, shared_memory=227 * KB),
+    100: Device(num_sms=148, shared_memory=227 * KB),
+    120: Device(num_sms=170, shared_memory=99 * KB),
+}
+HIDDEN_SIZES = (384, 768, 1024, 4096, 8192)
+BOTTLENECK_SIZES = (8, 16, 48, 64, 128, 256, 384, 512, 1024)
+NUM_TOKENS = (1, 16, 32, 128, 1024, 2048, 4096, 8192, 16384, 65536, 1 << 20)
+# Name: (element type of x, of the weights, of the products; float32 in full precision).
+DTYPES = {
+    "bf16": ("bf16", "bf16", "bf16", False),
+    "autocast": ("fp32", "fp32", "bf16", False),
+    "tf32": ("fp32", "fp32", "fp32", False),
+    "fp32": ("fp32", "fp32", "fp32", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    capability: int
+    kernel: str
+    dtype: str
+    config: LaunchConfig
+    options: tuple[
+        tuple[str, object], ...
+    ] = ()  # arguments to replace, for the variants of one kernel
+
+
+def jobs(capabilities=tuple(DEVICES), dtypes=tuple(DTYPES)) -> list[Job]:
+    """Every distinct kernel launch over the grid, without those that only differ in sizes."""
+    found: dict[Job, None] = {}
+    for capability in capabilities:
+        for dtype in dtypes:
+            for hidden in HIDDEN_SIZES:
+                for bottleneck in BOTTLENECK_SIZES:
+                    for tokens in NUM_TOKENS:
+                        problem = Problem(
+                            tokens, hidden, bottleneck, ieee=DTYPES[dtype][3], wide=dtype != "bf16"
+                        )
+                        for kernel, config in launches(problem, DEVICES[capability]):
+                            found[Job(capability, kernel, dtype, config)] = None
+    return list(found)
+
+
+def launches(problem: Problem, device: Device):
+    """(kernel, config) of one forward and backward."""
+    plan = launch_config.token_plan(problem, device)
+    if isinstance(plan, RowBlock):
+        yield "bottleneck_fwd_kernel", plan.kernel
+        yield "bottleneck_bwd_dx_kernel", plan.kernel
+    else:
+        yield "bottleneck_fwd_down_kernel", plan.narrow
+        yield "bottleneck_fwd_up_kernel", plan.widen
+        yield "bottleneck_bwd_split_dz_kernel", plan.narrow
+        yield "bottleneck_bwd_split_dx_kernel", plan.widen
+    plan = launch_config.weight_gradient_plan(problem, device)
+    yield "bottleneck_bwd_dw_kernel", plan.kernel
+    yield "bottleneck_bwd_dw_sum_kernel", launch_config.SUM
+
+
+def option_jobs(capability: int = 90) -> list[Job]:
+    """Each kernel once for every option that changes what is compiled: a missing tensor, another scaling, masks."""
+    none = {
+        "bottleneck_fwd_kernel": ("z_ptr", "skip_ptr", "scaling_ptr", "down_bias_ptr", "up_bias_ptr"),
+        "bottleneck_fwd_down_kernel": ("down_bias_ptr",),
+        "bottleneck_fwd_up_kernel": ("partial_ptr", "z_ptr", "skip_ptr", "scaling_ptr"),
+        "bottleneck_bwd_dx_kernel": ("dx_ptr", "dz_ptr", "scaling_ptr"),
+        "bottleneck_bwd_split_dz_kernel": ("scaling_ptr",),
+        "bottleneck_bwd_split_dx_kernel": ("partial_ptr", "dz_ptr", "dx_ptr"),
+        "bottleneck_bwd_dw_kernel": ("d_down_ptr", "d_up_ptr", "d_down_bias_ptr", "d_up_bias_ptr"),
+        "bottleneck_bwd_dw_sum_kernel": ("part_down_ptr", "part_up_ptr", "part_down_bias_ptr", "part_up_bias_ptr",
+                                         "d_up_ptr", "d_up_bias_ptr", "d_scaling_ptr", "up_bias_ptr"),
+    }  # fmt: skip
+    flags = (
+        {"PARTIAL": True},
+        {"CHANNEL_SCALING": False},
+        {"EVEN_H": False},
+        {"EVEN_R": True},
+        {"ADD_INPUT": False},
+    )
+    found = []
+    for job in jobs((capability,), ("bf16",)):
+        if job.kernel not in none:
+            continue  # the first configuration of each kernel
+        variants = [{name: None} for name in none.pop(job.kernel)]
+        for flag in flags:
+            names = (getattr(forward, job.kernel, None) or getattr(backward, job.kernel)).arg_names
+            if set(flag) <= set(names):
+                variants.append(flag)
+            if "ADD_INPUT" in flag and "residual_ptr" in names:
+                variants.append({**flag, "residual_ptr": "*fp32"})
+        found += [dataclasses.replace(job, options=tuple(variant.items())) for variant in variants]
+    return found
+
+
+def compile_job(job: Job) -> dict:
+    """{shared, registers, stack, tensor_instructions} of one kernel with all of its options on."""
+    kernel = getattr(forward, job.kernel, None) or getattr(backward, job.kernel)
+    x_type, weight_type, product_type, ieee = DTYPES[job.dtype]
+    constants = {
+        "ACTIVATION": gelu,
+        "DERIVATIVE": gelu_derivative,
+        "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[product_type],
+        "PRECISION": "ieee" if ieee else "tf32",
+        "ADD_INPUT": True,
+        "CHANNEL_SCALING": True,
+        "PARTIAL": False,  # the variant with the longer epilogue
+        "EVEN_H": True,  # every block_h divides the hidden sizes of the grid
+        "EVEN_R": False,  # masks cost registers, R = 48 needs them
+        "BLOCK_T": job.config.block_t,
+        "BLOCK_H": job.config.block_h,
+        "BLOCK_R": job.config.block_r,
+        "residual_ptr": None,  # ADD_INPUT takes its place
+    }
+    constants |= dict(job.options)
+    names = kernel.arg_names
+    pointers = {
+        name: value
+        for name, value in constants.items()
+        if isinstance(value, str) and value[0] == "*"
+    }
+    constants = {
+        name: value for name, value in constants.items() if name in names and name not in pointers
+    }
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in pointers:
+            return pointers[name]
+        if name == "scale":
+            return "fp32"
+        if name in ("z_ptr", "dz_ptr"):
+            return f"*{product_type}"
+        if name == "partial_ptr" or name.startswith("part_") or name == "d_scaling_ptr":
+            return "*fp32"
+        if name.endswith("_ptr"):
+            return f"*{weight_type if 'weight' in name or 'bias' in name else x_type}"
+        return "i32"
+
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if kind(name) not in ("constexpr", "fp32") and name not in ("num_tokens", "num_splits")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kind(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {
+        "num_warps": job.config.num_warps,
+        "num_stages": job.config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
+    return resources(compiled)
+
+
+def resources(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = _run("nvdisasm", "-c", cubin.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "stack": stack,
+        "tensor_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def compile_or_explain(job: Job) -> dict:
+    """The outcome of `compile_job`, or {error} in the compiler's own words."""
+    try:
+        outcome = compile_job(job)
+    except Exception as error:
+        outcome = {"error": f"{type(error).__name__}: {error}"}
+    return outcome
+
+
+if __name__ == "__main__":
+    wanted = jobs(*[tuple(map(int, sys.argv[1].split(",")))] if len(sys.argv) > 1 else [])
+    if len(sys.argv) > 2:
+        wanted = [job for job in wanted if job.dtype in sys.argv[2].split(",")]
+    with Pool(2) as pool:
+        for job, outcome in zip(wanted, pool.imap(compile_or_explain, wanted), strict=True):
+            print(json.dumps({**dataclasses.asdict(job), **outcome}), flush=True)
