@@ -1,4 +1,6 @@
-"""The launch configuration is a pure function: the right form, tiles that cover the problem, full GPUs."""
+"""The launch configuration is a pure function: the right form, tiles that cover the problem, full
+GPUs.
+"""
 
 import itertools
 
@@ -63,7 +65,9 @@ def test_slices_cover_hidden_size_and_tokens_exactly_once(device, ieee):
 
 
 def test_weight_gradient_partial_sums_stay_small():
-    """The float32 partials of both weights stay under 40 MB and under the activations they come from."""
+    """The float32 partials of both weights stay under 40 MB and under the activations they come
+    from.
+    """
     for tokens, hidden, bottleneck in itertools.product(
         (4096, 16384, 65536), (768, 4096, 8192), (16, 64, 256, 1024)
     ):

@@ -1,4 +1,6 @@
-"""Every Triton configuration that can be launched, compiled for sm_80 to sm_120 without a GPU, within bounds."""
+"""Every Triton configuration that can be launched, compiled for sm_80 to sm_120 without a GPU,
+within bounds.
+"""
 
 import os
 from multiprocessing import get_context
@@ -81,7 +83,9 @@ def test_registers_do_not_spill(compiled, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
 def test_products_run_on_tensor_cores(compiled, capability):
-    """All but the IEEE float32 ones, the partial sums, and variants whose products are all left out."""
+    """All but the IEEE float32 ones, the partial sums, and variants whose products are all left
+    out.
+    """
     without = [
         job
         for job, outcome in outcomes_of(compiled, capability).items()

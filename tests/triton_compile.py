@@ -1,8 +1,9 @@
 """Compile the Triton kernels for GPUs that are not here, and read what they would use.
 
-Works without a driver: `triton.compile` targets any architecture, and the disassembler ships inside the Triton wheel.
-Run as a script (in a process without TRITON_INTERPRET) it compiles every configuration that the launch functions
-return over the grid below and prints one JSON line each; tests/test_triton_compile.py holds the bounds.
+Works without a driver: `triton.compile` targets any architecture, and the disassembler ships inside
+the Triton wheel. Run as a script (in a process without TRITON_INTERPRET) it compiles every
+configuration that the launch functions return over the grid below and prints one JSON line each;
+tests/test_triton_compile.py holds the bounds.
 """
 
 import dataclasses
@@ -89,17 +90,23 @@ def launches(problem: Problem, device: Device):
 
 
 def option_jobs(capability: int = 90) -> list[Job]:
-    """Each kernel once for every option that changes what is compiled: a missing tensor, another scaling, masks."""
+    """Each kernel once for every option that changes what is compiled: a missing tensor, another
+    scaling, masks.
+    """
     none = {
-        "bottleneck_fwd_kernel": ("z_ptr", "skip_ptr", "scaling_ptr", "down_bias_ptr", "up_bias_ptr"),
+        "bottleneck_fwd_kernel": (
+            "z_ptr", "skip_ptr", "scaling_ptr", "down_bias_ptr", "up_bias_ptr",
+        ),
         "bottleneck_fwd_down_kernel": ("down_bias_ptr",),
         "bottleneck_fwd_up_kernel": ("partial_ptr", "z_ptr", "skip_ptr", "scaling_ptr"),
         "bottleneck_bwd_dx_kernel": ("dx_ptr", "dz_ptr", "scaling_ptr"),
         "bottleneck_bwd_split_dz_kernel": ("scaling_ptr",),
         "bottleneck_bwd_split_dx_kernel": ("partial_ptr", "dz_ptr", "dx_ptr"),
         "bottleneck_bwd_dw_kernel": ("d_down_ptr", "d_up_ptr", "d_down_bias_ptr", "d_up_bias_ptr"),
-        "bottleneck_bwd_dw_sum_kernel": ("part_down_ptr", "part_up_ptr", "part_down_bias_ptr", "part_up_bias_ptr",
-                                         "d_up_ptr", "d_up_bias_ptr", "d_scaling_ptr", "up_bias_ptr"),
+        "bottleneck_bwd_dw_sum_kernel": (
+            "part_down_ptr", "part_up_ptr", "part_down_bias_ptr", "part_up_bias_ptr",
+            "d_up_ptr", "d_up_bias_ptr", "d_scaling_ptr", "up_bias_ptr",
+        ),
     }  # fmt: skip
     flags = (
         {"PARTIAL": True},

@@ -10,7 +10,7 @@ from adapterkern.spec import AdapterCall, AdapterSpec, name_of
 
 
 class BackendUnsupportedError(RuntimeError):
-    """A named backend cannot run a call, or ADAPTERKERN_STRICT=1 forbids a fallback. Lists every reason."""
+    """A named backend cannot run a call, or ADAPTERKERN_STRICT=1 forbids a fallback."""
 
 
 class Needs(NamedTuple):
@@ -25,7 +25,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of one call, each in its tensor's dtype and shape; None where it was not asked for."""
+    """Gradients of one call, each in its tensor's dtype and shape; None where not asked for."""
 
     x: Tensor | None = None
     down_weight: Tensor | None = None
@@ -38,8 +38,8 @@ class Gradients(NamedTuple):
 class Backend(ABC):
     """One implementation of the operation. Subclasses declare capabilities as class attributes.
 
-    A capability that is not declared is a reason to decline, so a feature new to `AdapterCall.features()` is
-    safe in every backend from the first day.
+    A capability that is not declared is a reason to decline, so a feature new to
+    `AdapterCall.features()` is safe in every backend from the first day.
     """
 
     name: ClassVar[str]
@@ -62,12 +62,14 @@ class Backend(ABC):
             )
         if spec.activation not in self.activations:
             reasons.append(
-                f'activation "{spec.activation}" is not implemented (has: {_listed(self.activations)})'
+                f'activation "{spec.activation}" is not implemented '
+                f"(has: {_listed(self.activations)})"
             )
         dtypes = {spec.compute_dtype, *(dtype for _, dtype in spec.dtypes)}
         for dtype in sorted(dtypes - self.dtypes, key=name_of):
             reasons.append(
-                f"dtype {name_of(dtype)} is not supported (has: {_listed(map(name_of, self.dtypes))})"
+                f"dtype {name_of(dtype)} is not supported "
+                f"(has: {_listed(map(name_of, self.dtypes))})"
             )
         for feature in sorted(spec.features - self.features):
             reasons.append(
@@ -81,19 +83,22 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
-        """(y, z): the output [..., H], contiguous, in `call.output_dtype`, and the pre-activation [T, R] in
-        `call.compute_dtype` (size 0 unless `save_z`)."""
+        """(y, z): the output [..., H], contiguous, in `call.output_dtype`, and the pre-activation
+        [T, R] in `call.compute_dtype` (size 0 unless `save_z`).
+        """
 
     @abstractmethod
     def backward(
         self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
     ) -> Gradients:
-        """The gradients in `needs`, from the saved pre-activation and the gradient of y [..., H]."""
+        """The gradients in `needs`, from the saved pre-activation and the gradient of y."""
 
 
 def allow_tf32() -> bool:
-    """Whether torch's settings let float32 matrix products run in TF32 (`torch.set_float32_matmul_precision`,
-    `torch.backends.cuda.matmul.allow_tf32`, or the newer `fp32_precision`)."""
+    """Whether torch's settings let float32 matrix products run in TF32
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32`, or the newer
+    `fp32_precision`).
+    """
     matmul = torch.backends.cuda.matmul
     try:
         precision = matmul.fp32_precision

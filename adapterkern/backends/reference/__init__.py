@@ -1,1 +1,1 @@
-"""The plain PyTorch backend: runs everywhere, and is what the other backends are measured against."""
+"""The plain PyTorch backend: runs everywhere, and every other one is measured against it."""

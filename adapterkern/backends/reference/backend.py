@@ -9,6 +9,8 @@ from adapterkern.spec import FLOAT_DTYPES, AdapterCall, AdapterSpec
 
 
 class ReferenceBackend(Backend):
+    """`adapterkern.reference` behind the contract of a backend."""
+
     name = "reference"
     dtypes = frozenset(FLOAT_DTYPES)
     activations = frozenset(ACTIVATIONS)

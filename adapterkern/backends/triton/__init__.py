@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs of compute capability 8.0 and later. Nothing here is imported before first use."""
+"""Triton kernels for NVIDIA GPUs of compute capability 8.0 and later; imported at first use."""

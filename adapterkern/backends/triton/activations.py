@@ -1,6 +1,7 @@
 """Activations and their derivatives on float32 tiles; formulas as in `adapterkern/activations.py`.
 
-Written from tl.exp and tl.erf alone, so that the same source runs in Triton's CPU interpreter.
+Written from tl.exp and tl.erf alone, and with constants to the right of tiles, so that the same source
+runs in Triton's CPU interpreter.
 """
 
 import triton
@@ -39,13 +40,13 @@ def sigmoid_derivative(z):
 @triton.jit
 def gelu_tanh(z):
     # 0.5 z (1 + tanh c) = z sigmoid(2c): no tanh, and no cancellation for negative z.
-    return z * sigmoid(_TWO_SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z))
+    return z * sigmoid((z + z * z * z * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI)
 
 
 @triton.jit
 def gelu_tanh_derivative(z):
-    s = sigmoid(_TWO_SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z))
-    return s + z * s * (1 - s) * _TWO_SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
+    s = sigmoid((z + z * z * z * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI)
+    return s + z * s * (1 - s) * (1 + z * z * (3 * _TANH_CUBIC)) * _TWO_SQRT_2_OVER_PI
 
 
 @triton.jit
@@ -71,8 +72,8 @@ def silu_derivative(z):
 
 @triton.jit
 def tanh(z):
-    # (1 - e) / (1 + e) cancels near zero; below 0.625 the odd polynomial of Cephes' tanhf keeps full precision
-    # (Moshier, https://www.netlib.org/cephes/).
+    # (1 - e) / (1 + e) cancels near zero; below 0.625 the odd polynomial of Cephes' tanhf keeps
+    # full precision (Moshier, https://www.netlib.org/cephes/).
     square = z * z
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2
@@ -92,7 +93,7 @@ def tanh_derivative(z):
 
 @triton.jit
 def leaky_relu(z):
-    return tl.where(z > 0, z, _LEAKY_SLOPE * z)
+    return tl.where(z > 0, z, z * _LEAKY_SLOPE)
 
 
 @triton.jit

@@ -22,7 +22,6 @@ from adapterkern.backends.triton.launch_config import (
 from adapterkern.spec import AdapterCall, AdapterSpec
 
 try:
-    import triton
     import triton.language as tl
 
     from adapterkern.backends.triton import backward as bwd
@@ -39,6 +38,8 @@ _INTERPRETED = Device(num_sms=4, shared_memory=227 * 1024)
 
 
 class TritonBackend(Backend):
+    """Triton kernels on NVIDIA GPUs; on CPU tensors only in Triton's interpreter."""
+
     name = "triton"
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -78,7 +79,7 @@ class TritonBackend(Backend):
 
     def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
         x = _rows(call.x)
-        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        num_tokens, bottleneck = x.shape[0], call.bottleneck_size
         y = torch.empty(call.x.shape, dtype=call.output_dtype, device=x.device)
         z = torch.empty(
             (num_tokens, bottleneck) if save_z else 0, dtype=call.compute_dtype, device=x.device
@@ -97,16 +98,18 @@ class TritonBackend(Backend):
         self, call, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
     ) -> None:
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
-        fwd.bottleneck_fwd_kernel[(cdiv(len(x), config.block_t),)](
-            x, _packed(call.down_weight), _packed(call.up_weight), _packed(call.down_bias), _packed(call.up_bias),
-            residual, skip, call.scaling, call.scale, y, z,
-            len(x), call.hidden_size, call.bottleneck_size, x.stride(0), _stride(residual), _stride(skip),
+        fwd.bottleneck_fwd_kernel[(cdiv(x.shape[0], config.block_t),)](
+            x, _packed(call.down_weight), _packed(call.up_weight),
+            _packed(call.down_bias), _packed(call.up_bias), residual, skip,
+            call.scaling, call.scale, y, z,
+            x.shape[0], call.hidden_size, call.bottleneck_size,
+            x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
             **_tiles(call, config),
         )  # fmt: skip
 
     def _forward_split(self, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
-        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
         down_bias = _packed(call.down_bias)
         partial = None
@@ -115,18 +118,20 @@ class TritonBackend(Backend):
         elif z is None:
             z = x.new_empty((num_tokens, bottleneck), dtype=call.compute_dtype)
         config = plan.narrow
-        fwd.bottleneck_fwd_down_kernel[
-            cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), plan.num_splits
-        ](
+        token_blocks = cdiv(num_tokens, config.block_t)
+        grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
+        fwd.bottleneck_fwd_down_kernel[grid](
             x, _packed(call.down_weight), down_bias, z if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0),
             **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
-        fwd.bottleneck_fwd_up_kernel[cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)](
+        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
+        fwd.bottleneck_fwd_up_kernel[grid](
             partial, z, x, _packed(call.up_weight), down_bias, _packed(call.up_bias),
             residual, skip, call.scaling, call.scale, y,
-            num_tokens, hidden, bottleneck, plan.num_splits, x.stride(0), _stride(residual), _stride(skip),
+            num_tokens, hidden, bottleneck, plan.num_splits,
+            x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
             **_tiles(call, config),
         )  # fmt: skip
@@ -135,7 +140,7 @@ class TritonBackend(Backend):
         self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
     ) -> Gradients:
         x, dy = _rows(call.x), _rows(grad_output)
-        num_tokens = len(x)
+        num_tokens = x.shape[0]
         outputs = (
             call.x,
             call.down_weight,
@@ -169,17 +174,18 @@ class TritonBackend(Backend):
         self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: RowBlock
     ) -> None:
         config = plan.kernel
-        bwd.bottleneck_bwd_dx_kernel[(cdiv(len(dy), config.block_t),)](
-            dy, z, _packed(call.down_weight), _packed(call.up_weight), call.scaling, call.scale, dx, dz,
-            len(dy), call.hidden_size, call.bottleneck_size, dy.stride(0),
-            DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
-            **_tiles(call, config),
+        bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
+            dy, z, _packed(call.down_weight), _packed(call.up_weight),
+            call.scaling, call.scale, dx, dz,
+            dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0),
+            DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input,
+            **_channel(call), **_tiles(call, config),
         )  # fmt: skip
 
     def _dx_split(
         self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: Split
     ) -> None:
-        num_tokens, hidden, bottleneck = len(dy), call.hidden_size, call.bottleneck_size
+        num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
         partial = None
         if plan.num_splits > 1:
             partial = z.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
@@ -187,12 +193,14 @@ class TritonBackend(Backend):
             dz = torch.empty_like(z)
         derivative = DERIVATIVES[call.activation]
         config = plan.narrow
-        bwd.bottleneck_bwd_split_dz_kernel[
-            cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), plan.num_splits
-        ](
-            dy, z, _packed(call.up_weight), call.scaling, call.scale, dz if partial is None else partial,
+        token_blocks = cdiv(num_tokens, config.block_t)
+        grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
+        bwd.bottleneck_bwd_split_dz_kernel[grid](
+            dy, z, _packed(call.up_weight), call.scaling, call.scale,
+            dz if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
-            derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call), **_tiles(call, config),
+            derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call),
+            **_tiles(call, config),
         )  # fmt: skip
         if dx is None and partial is None:
             return
@@ -208,7 +216,7 @@ class TritonBackend(Backend):
         self, call, x: Tensor, dy: Tensor, z: Tensor, dz: Tensor | None, needs: Needs
     ) -> tuple:
         """(d_down, d_up, d_down_bias, d_up_bias, d_scaling), None where not asked for."""
-        num_tokens, hidden, bottleneck = len(x), call.hidden_size, call.bottleneck_size
+        num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         parameters = (call.down_weight, call.up_weight, call.down_bias, call.up_bias)
         out = [
             torch.empty(p.shape, dtype=p.dtype, device=p.device) if need else None
@@ -232,7 +240,8 @@ class TritonBackend(Backend):
         bwd.bottleneck_bwd_dw_kernel[grid](
             x, dy, z, dz, call.scaling, call.scale, *sums,
             num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
-            VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call), **_tiles(call, config),
+            VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call),
+            **_tiles(call, config),
         )  # fmt: skip
         if not partial:
             return (*out, None)
@@ -241,7 +250,8 @@ class TritonBackend(Backend):
         )
         units = bottleneck if needs.scaling else SUM.block_r
         bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
-            *sums, _packed(call.up_weight), _packed(call.up_bias), call.scaling, call.scale, *out, d_scaling,
+            *sums, _packed(call.up_weight), _packed(call.up_bias), call.scaling, call.scale,
+            *out, d_scaling,
             hidden, bottleneck, plan.num_splits, units,
             **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
             num_warps=SUM.num_warps, num_stages=SUM.num_stages,

@@ -1,7 +1,8 @@
 """Backward kernels, equations (5) to (13) of docs/math.md.
 
-First dz and dx, in the two forms of the forward (row block, split); then the weight, bias and scaling gradients as
-fixed-order partial sums over slices of the tokens, so that repeated runs give the same bits.
+First dz and dx, in the two forms of the forward (row block, split); then the weight, bias and
+scaling gradients as fixed-order partial sums over slices of the tokens, so that repeated runs give
+the same bits.
 """
 
 import triton
@@ -23,7 +24,9 @@ def load_du(
     num_tokens, hidden_size, stride_dy_token,
     CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, BLOCK_H] of du = scaling * dy, equation (5), rounded to the compute dtype as eager rounds it."""
+    """[BLOCK_T, BLOCK_H] of du = scaling * dy, equation (5), rounded to the compute dtype as eager
+    rounds it.
+    """
     dy = load_rows(dy_ptr, token, feature, stride_dy_token, num_tokens, hidden_size, EVEN_H).to(
         tl.float32
     )
@@ -34,16 +37,18 @@ def load_du(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def bottleneck_bwd_dx_kernel(
-    dy_ptr, z_ptr, down_weight_ptr, up_weight_ptr, scaling_ptr, scale,    # in: [T, H], [T, R], [R, H], [H, R]
-    dx_ptr, dz_ptr,                                                       # out: [T, H] or None, [T, R] or None
+    dy_ptr, z_ptr, down_weight_ptr, up_weight_ptr,  # in: [T, H], [T, R], [R, H], [H, R]
+    scaling_ptr, scale,                             # in: [1] or [H], or a float
+    dx_ptr, dz_ptr,                                 # out: [T, H] or None, [T, R] or None
     num_tokens, hidden_size, bottleneck_size, stride_dy_token,
-    DERIVATIVE: tl.constexpr,                                             # @triton.jit, float32 -> float32
+    DERIVATIVE: tl.constexpr,                       # @triton.jit, float32 -> float32
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,  # BLOCK_R >= R
 ):  # fmt: skip
-    """The row-block form: dz = (du W_up) * act'(z), then dx = dz W_down (+ dy). One program owns BLOCK_T tokens.
+    """The row-block form: dz = (du W_up) * act'(z), then dx = dz W_down (+ dy). One program owns
+    BLOCK_T tokens.
 
     HBM per token: read dy (H) and z (R), write dx (H) and dz (R). dy comes a second time from L2.
     """
@@ -95,15 +100,17 @@ def bottleneck_bwd_dx_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def bottleneck_bwd_split_dz_kernel(
-    dy_ptr, z_ptr, up_weight_ptr, scaling_ptr, scale,                     # in: [T, H], [T, R], [H, R]
-    dz_ptr,                                                               # out: [T, R], or [S, T, R] float32 partial da
+    dy_ptr, z_ptr, up_weight_ptr, scaling_ptr, scale,  # in: [T, H], [T, R], [H, R]
+    dz_ptr,                                            # out: [T, R], or [S, T, R] partial da
     num_tokens, hidden_size, bottleneck_size, features_per_split, stride_dy_token,
     DERIVATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTIAL: tl.constexpr,                                                # more than one split: no derivative yet
+    PARTIAL: tl.constexpr,                             # more than one split: no derivative yet
     CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, first half: dz, or the sum of da over one slice of H. Grid: token blocks, unit blocks, splits."""
+    """Split form, first half: dz, or the sum of da over one slice of H. Grid: token blocks, unit
+    blocks, splits.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -137,15 +144,17 @@ def bottleneck_bwd_split_dz_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def bottleneck_bwd_split_dx_kernel(
-    partial_ptr, dz_ptr,                                                  # [S, T, R] in with dz out, or dz in alone
-    dy_ptr, z_ptr, down_weight_ptr,                                       # in: [T, H], [T, R], [R, H]
-    dx_ptr,                                                               # out: [T, H], or None
+    partial_ptr, dz_ptr,             # [S, T, R] in with dz out, or dz in alone
+    dy_ptr, z_ptr, down_weight_ptr,  # in: [T, H], [T, R], [R, H]
+    dx_ptr,                          # out: [T, H], or None
     num_tokens, hidden_size, bottleneck_size, num_splits, stride_dy_token,
     DERIVATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ADD_INPUT: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, second half: dx from dz. Grid: token blocks, feature blocks (one where only dz is asked for)."""
+    """Split form, second half: dx from dz. Grid: token blocks, feature blocks (one where only dz is
+    asked for).
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
 
@@ -194,20 +203,20 @@ def bottleneck_bwd_split_dx_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def bottleneck_bwd_dw_kernel(
-    x_ptr, dy_ptr, z_ptr, dz_ptr,                                         # in: [T, H], [T, H], [T, R], [T, R]
+    x_ptr, dy_ptr, z_ptr, dz_ptr,                          # in: [T, H], [T, H], [T, R], [T, R]
     scaling_ptr, scale,
-    d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr,                 # out or None: [S,R,H], [S,H,R], [S,R], [S,H]
+    d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr,  # out or None, [S, ...] of each
     num_tokens, hidden_size, bottleneck_size, tokens_per_split, stride_x_token, stride_dy_token,
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTIAL: tl.constexpr,                                                # float32 sums, scaling still to come
+    PARTIAL: tl.constexpr,                                 # float32 sums, scaling still to come
     CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dW_down = dz^T x, G = dy^T a, and the column sums of dz and dy, over one slice of the tokens.
 
-    Grid: feature blocks, unit blocks, splits. dW_up = scaling * G and db_up = scaling * sum(dy) take their scaling
-    here where there is one split, else in `bottleneck_bwd_dw_sum_kernel`. HBM per token: read x and dy (H each),
-    z and dz (R each, from L2 after the first feature block).
+    Grid: feature blocks, unit blocks, splits. dW_up = scaling * G and db_up = scaling * sum(dy)
+    take their scaling here where there is one split, else in `bottleneck_bwd_dw_sum_kernel`. HBM
+    per token: read x and dy (H each), z and dz (R each, from L2 after the first feature block).
     """
     feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -217,7 +226,8 @@ def bottleneck_bwd_dw_kernel(
 
     d_down = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     d_up = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
-    # The bias sums stay whole tiles until the end: reducing each across warps would cost a barrier a step.
+    # The bias sums stay whole tiles until the end: reducing each across warps would cost a barrier
+    # a step.
     dz_total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     dy_total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for start in range(first, last, BLOCK_T):
@@ -272,17 +282,20 @@ def bottleneck_bwd_dw_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def bottleneck_bwd_dw_sum_kernel(
-    part_down_ptr, part_up_ptr, part_down_bias_ptr, part_up_bias_ptr,     # in or None: [S,R,H], [S,H,R], [S,R], [S,H]
-    up_weight_ptr, up_bias_ptr, scaling_ptr, scale,                       # in: [H, R], [H], [1] or [H], or float
-    d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr,                 # out or None: [R, H], [H, R], [R], [H]
-    d_scaling_ptr,                                                        # out or None: [H] float32
+    part_down_ptr, part_up_ptr,            # in or None: [S, R, H], [S, H, R]
+    part_down_bias_ptr, part_up_bias_ptr,  # in or None: [S, R], [S, H]
+    up_weight_ptr, up_bias_ptr,            # in: [H, R], [H]
+    scaling_ptr, scale,                    # in: [1] or [H], or a float
+    d_down_ptr, d_up_ptr,                  # out or None: [R, H], [H, R]
+    d_down_bias_ptr, d_up_bias_ptr,        # out or None: [R], [H]
+    d_scaling_ptr,                         # out or None: [H] float32
     hidden_size, bottleneck_size, num_splits, units_per_program,
     CHANNEL_SCALING: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums in the order of the splits. Grid: feature blocks, slices of the units.
 
-    d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole row of G: where it
-    is asked for there is one slice of units.
+    d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
+    row of G: where it is asked for there is one slice of units.
     """
     feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_features = feature < hidden_size
@@ -298,7 +311,7 @@ def bottleneck_bwd_dw_sum_kernel(
             offsets = unit[None, :] * hidden_size + feature[:, None]
             total = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
             part_ptr = part_down_ptr + offsets
-            for _ in range(0, num_splits):
+            for _ in range(num_splits):
                 total += tl.load(part_ptr, mask=mask, other=0.0)
                 part_ptr += weight_size
             tl.store(d_down_ptr + offsets, total.to(d_down_ptr.dtype.element_ty), mask=mask)
@@ -306,7 +319,7 @@ def bottleneck_bwd_dw_sum_kernel(
             offsets = feature[:, None] * bottleneck_size + unit[None, :]
             total = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
             part_ptr = part_up_ptr + offsets
-            for _ in range(0, num_splits):
+            for _ in range(num_splits):
                 total += tl.load(part_ptr, mask=mask, other=0.0)
                 part_ptr += weight_size
             if d_up_ptr is not None:
@@ -321,7 +334,7 @@ def bottleneck_bwd_dw_sum_kernel(
         if part_down_bias_ptr is not None:
             if tl.program_id(0) == 0:
                 total_bias = tl.zeros((BLOCK_R,), tl.float32)
-                for split in range(0, num_splits):
+                for split in range(num_splits):
                     total_bias += load_vector(
                         part_down_bias_ptr + split * bottleneck_size, unit, bottleneck_size
                     )
@@ -331,7 +344,7 @@ def bottleneck_bwd_dw_sum_kernel(
     if part_up_bias_ptr is not None:
         if tl.program_id(1) == 0:
             total_up_bias = tl.zeros((BLOCK_H,), tl.float32)
-            for split in range(0, num_splits):
+            for split in range(num_splits):
                 total_up_bias += load_vector(
                     part_up_bias_ptr + split * hidden_size, feature, hidden_size
                 )

@@ -3,8 +3,8 @@
 Two forms of y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up):
 
 - row block: one program owns BLOCK_T tokens and all of R; `a = act(z)` never leaves the chip.
-- split: two kernels, z (in partial sums over slices of H where tokens are few), then y. It fills the GPU with few
-  tokens, and carries bottlenecks too wide for one program.
+- split: two kernels, z (in partial sums over slices of H where tokens are few), then y. It fills
+  the GPU with few tokens, and carries bottlenecks too wide for one program.
 """
 
 import triton
@@ -22,12 +22,14 @@ from adapterkern.backends.triton.tiles import (
 
 @triton.jit
 def store_output(
-    u, token, feature,                                                    # [BLOCK_T, BLOCK_H] float32, its indices
+    u, token, feature,  # [BLOCK_T, BLOCK_H] float32, its indices
     x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
     num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling * (u + b_up) + residual + skip, equation (4). The sum stays float32 until the one store."""
+    """y = scaling * (u + b_up) + residual + skip, equation (4). The sum stays float32 until the one
+    store.
+    """
     y = u + load_vector(up_bias_ptr, feature, hidden_size)[None, :]
     y *= load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING)[None, :]
     if ADD_INPUT:  # x was read by the down-projection a moment ago: this read comes from L2
@@ -49,21 +51,23 @@ def store_output(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def bottleneck_fwd_kernel(
-    x_ptr, down_weight_ptr, up_weight_ptr, down_bias_ptr, up_bias_ptr,    # in: [T, H], [R, H], [H, R], [R], [H]
-    residual_ptr, skip_ptr, scaling_ptr, scale,                           # in: [T, H], [T, H], [1] or [H], or float
-    y_ptr, z_ptr,                                                         # out: [T, H], [T, R] for backward
+    x_ptr, down_weight_ptr, up_weight_ptr,  # in: [T, H], [R, H], [H, R]
+    down_bias_ptr, up_bias_ptr,             # in or None: [R], [H]
+    residual_ptr, skip_ptr,                 # in or None: [T, H], [T, H]
+    scaling_ptr, scale,                     # in: [1] or [H], or a float
+    y_ptr, z_ptr,                           # out: [T, H], [T, R] or None
     num_tokens, hidden_size, bottleneck_size,
     stride_x_token, stride_residual_token, stride_skip_token,
-    ACTIVATION: tl.constexpr,                                             # @triton.jit, float32 -> float32
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,                         # of the products
+    ACTIVATION: tl.constexpr,                      # @triton.jit, float32 -> float32
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,  # of the products
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,                           # sizes that need no mask
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,  # BLOCK_R >= R
 ):  # fmt: skip
     """The row-block form. One program owns BLOCK_T tokens and all of R.
 
-    HBM per token: read x (H), residual and skip where given (H each), write y (H) and z (R). x comes a second time
-    from L2, where the first pass left it, as do both weights.
+    HBM per token: read x (H), residual and skip where given (H each), write y (H) and z (R). x
+    comes a second time from L2, where the first pass left it, as do both weights.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.arange(0, BLOCK_R)
@@ -83,9 +87,9 @@ def bottleneck_fwd_kernel(
         )  # [BLOCK_H, BLOCK_R]
         z = tl.dot(x.to(DTYPE), w_down.to(DTYPE), z, input_precision=PRECISION)
     z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
-    # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z, and the second
-    # product runs on the tensor cores. Padded units vanish because their w_up rows load as zero, not because
-    # act(0) == 0 (false for sigmoid).
+    # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
+    # and the second product runs on the tensor cores. Padded units vanish because their w_up rows
+    # load as zero, not because act(0) == 0 (false for sigmoid).
     z = z.to(DTYPE)
     if z_ptr is not None:
         store_rows(z_ptr, z, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
@@ -104,7 +108,8 @@ def bottleneck_fwd_kernel(
         )  # [BLOCK_R, BLOCK_H]
         u = tl.dot(a, w_up.to(DTYPE), input_precision=PRECISION)
         store_output(
-            u, token, feature, x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
+            u, token, feature,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
             num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
             ADD_INPUT, CHANNEL_SCALING, EVEN_H,
         )  # fmt: skip
@@ -112,15 +117,17 @@ def bottleneck_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def bottleneck_fwd_down_kernel(
-    x_ptr, down_weight_ptr, down_bias_ptr,                                # in: [T, H], [R, H], [R]
-    z_ptr,                                                                # out: [T, R], or [S, T, R] float32 partials
+    x_ptr, down_weight_ptr, down_bias_ptr,  # in: [T, H], [R, H], [R]
+    z_ptr,                                  # out: [T, R], or [S, T, R] float32 partials
     num_tokens, hidden_size, bottleneck_size, features_per_split, stride_x_token,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTIAL: tl.constexpr,                                                # more than one split: no bias yet
+    PARTIAL: tl.constexpr,                  # more than one split: no bias yet
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, first half: z, or its sum over one slice of H. Grid: token blocks, unit blocks, splits."""
+    """Split form, first half: z, or its sum over one slice of H. Grid: token blocks, unit blocks,
+    splits.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -150,10 +157,10 @@ def bottleneck_fwd_down_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def bottleneck_fwd_up_kernel(
-    partial_ptr, z_ptr,                                                   # [S, T, R] in with z out, or z in alone
-    x_ptr, up_weight_ptr, down_bias_ptr, up_bias_ptr,                     # in: [T, H], [H, R], [R], [H]
-    residual_ptr, skip_ptr, scaling_ptr, scale,                           # in: as above
-    y_ptr,                                                                # out: [T, H]
+    partial_ptr, z_ptr,                                # [S, T, R] in with z out, or z in alone
+    x_ptr, up_weight_ptr, down_bias_ptr, up_bias_ptr,  # in: [T, H], [H, R], [R], [H]
+    residual_ptr, skip_ptr, scaling_ptr, scale,        # in: as above
+    y_ptr,                                             # out: [T, H]
     num_tokens, hidden_size, bottleneck_size, num_splits,
     stride_x_token, stride_residual_token, stride_skip_token,
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,8 +170,8 @@ def bottleneck_fwd_up_kernel(
 ):  # fmt: skip
     """Split form, second half: y from z. Grid: token blocks, feature blocks.
 
-    With partial sums, every program adds up those of its tokens (they sit in L2), and the first feature block
-    stores z for backward.
+    With partial sums, every program adds up those of its tokens (they sit in L2), and the first
+    feature block stores z for backward.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

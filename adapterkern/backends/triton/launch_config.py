@@ -1,11 +1,13 @@
 """Launch configurations: a pure function of (problem, device), so a run never stops to autotune.
 
-Every tile compiles within the registers and the shared memory of each architecture from sm_80 to sm_120
-(tests/test_triton_compile.py holds that); which form runs follows from how many row blocks fill the GPU.
-No number here has been tuned on a GPU yet.
+Every tile compiles within the registers and the shared memory of each architecture from sm_80 to
+sm_120 (tests/test_triton_compile.py holds that); which form runs follows from how many row blocks
+fill the GPU. No number here has been tuned on a GPU yet.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROW_BLOCK_MAX_R = 128  # above it z and a no longer fit one program's registers beside the tiles
 
@@ -23,8 +25,7 @@ class Device:
         return self.shared_memory < 160 * 1024
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call, as far as its launch depends on it."""
 
     num_tokens: int
@@ -81,13 +82,16 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _power_of_two(size: int, choices: tuple[int, ...]) -> int:
-    """The smallest of `choices` that holds `size`, the largest where none does. 16 is the narrowest tensor-core tile;
-    few choices keep the number of distinct kernels small."""
+    """The smallest of `choices` that holds `size`, the largest where none does. 16 is the narrowest
+    tensor-core tile; few choices keep the number of distinct kernels small.
+    """
     return next((choice for choice in choices if size <= choice), choices[-1])
 
 
+@functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
-    """The launch of y in the forward, and of dz and dx in the backward, whose products mirror the forward's.
+    """The launch of y in the forward, and of dz and dx in the backward, whose products mirror the
+    forward's.
 
     Row blocks need most of one wave of them; few tokens and R > 128 take the split form.
     """
@@ -102,7 +106,8 @@ def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
     if problem.ieee:
         config = LaunchConfig(32, 32, block_r, 8, 2)
     else:
-        # Weights are read from L2 once a row block: (2 + 2R/BLOCK_T) passes over x, balanced at BLOCK_T = 2R.
+        # Weights are read from L2 once a row block: (2 + 2R/BLOCK_T) passes over x, balanced at
+        # BLOCK_T = 2R.
         block_t = 64 if block_r == 16 or (problem.wide and block_r == 128) else 128
         stages = 2 if problem.wide or (device.small and block_r == 128) else 3
         config = LaunchConfig(
@@ -136,8 +141,11 @@ def _split(problem: Problem, device: Device) -> Split:
     return Split(narrow, widen, cdiv(hidden, features), features)
 
 
+@functools.lru_cache(maxsize=4096)
 def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
-    """The launch of both weight gradients: tiles over [H, R], and as many token slices as fill the GPU once."""
+    """The launch of both weight gradients: tiles over [H, R], and as many token slices as fill the
+    GPU once.
+    """
     tokens, hidden, bottleneck = problem.num_tokens, problem.hidden_size, problem.bottleneck_size
     if problem.ieee:
         config = LaunchConfig(32, 64, _power_of_two(bottleneck, (16, 32)), 8, 2)
@@ -147,7 +155,8 @@ def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
             32, block_h, _power_of_two(bottleneck, (16, 64)), 8, 2 if problem.wide else 3
         )
     tiles = cdiv(hidden, config.block_h) * cdiv(bottleneck, config.block_r)
-    # A slice shorter than 8 tiles of tokens costs more in partial sums than it wins in parallel work.
+    # A slice shorter than 8 tiles of tokens costs more in partial sums than it wins in parallel
+    # work.
     most = max(1, tokens // (8 * config.block_t))
     splits = max(1, min(2 * device.num_sms // tiles, most))
     length = cdiv(cdiv(tokens, splits), config.block_t) * config.block_t

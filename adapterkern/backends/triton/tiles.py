@@ -1,8 +1,8 @@
 """Tile helpers shared by the forward and backward kernels.
 
-A tile of activations is [BLOCK_T, width] and lives in a row-strided tensor: token rows, unit stride across. Token
-offsets are int64, because T * H passes 2^31 in real batches and a view such as hidden[:, -1] has row strides beyond
-2^24; weight offsets fit int32.
+A tile of activations is [BLOCK_T, width] and lives in a row-strided tensor: token rows, unit stride
+across. Token offsets are int64, because T * H passes 2^31 in real batches and a view such as
+hidden[:, -1] has row strides beyond 2^24; weight offsets fit int32.
 """
 
 import triton
@@ -11,7 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(ptr, token, column, stride_token, num_tokens, num_columns, EVEN: tl.constexpr):
-    """[BLOCK_T, width] of a [T, width] tensor; zeros beyond the edges. EVEN: the columns need no mask."""
+    """[BLOCK_T, width] of a [T, width] tensor; zeros beyond the edges. EVEN: the columns need no
+    mask.
+    """
     offsets = token[:, None].to(tl.int64) * stride_token + column[None, :]
     mask = token[:, None] < num_tokens
     if not EVEN:
@@ -33,9 +35,11 @@ def store_rows(ptr, tile, token, column, stride_token, num_tokens, num_columns, 
 def load_weight(
     ptr, row, column, num_rows, num_columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr
 ):
-    """Elements [row, column] of a contiguous [num_rows, num_columns] weight, zeros beyond the edges.
+    """Elements [row, column] of a contiguous [num_rows, num_columns] weight, zeros beyond the
+    edges.
 
-    `row` and `column` come broadcast against each other, so the caller chooses which of the two runs down the
+    `row` and `column` come broadcast against each other, so the caller chooses which of the two
+    runs down the
     tile: a transposed tile costs nothing but the order of its addresses.
     """
     offsets = row * num_columns + column
@@ -74,7 +78,9 @@ def load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING: tl.c
 def sum_partials(
     partial_ptr, token, unit, num_tokens, bottleneck_size, num_splits, EVEN_R: tl.constexpr
 ):
-    """[BLOCK_T, BLOCK_R] of the [S, T, R] float32 partial products, summed in the order of the splits."""
+    """[BLOCK_T, BLOCK_R] of the [S, T, R] float32 partial products, summed in the order of the
+    splits.
+    """
     total = load_rows(
         partial_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R
     )

@@ -1,0 +1,162 @@
+"""The Triton backend's launches on a recorded, stand-in GPU: which kernels, what grids, what
+arguments.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fake_gpu import FakeGpu, fake_gpu, pointers
+
+from adapterkern.backends import get
+from adapterkern.backends.base import Needs
+from adapterkern.spec import AdapterCall
+
+HIDDEN, BOTTLENECK = 256, 48
+ALL = Needs(True, True, True, True, True, True)
+
+
+def make_call(tokens, dtype=torch.bfloat16, hidden=HIDDEN, channel=True, **changes):
+    bottleneck = BOTTLENECK
+    parts = {
+        "x": torch.zeros(tokens, hidden, dtype=dtype),
+        "down_weight": torch.zeros(bottleneck, hidden, dtype=dtype),
+        "up_weight": torch.zeros(hidden, bottleneck, dtype=dtype),
+        "down_bias": torch.zeros(bottleneck, dtype=dtype),
+        "up_bias": torch.zeros(hidden, dtype=dtype),
+        "residual": None,
+        "skip": torch.zeros(tokens, hidden, dtype=dtype),
+        "scaling": torch.zeros(hidden if channel else 1, dtype=dtype),
+        "scale": 1.0,
+        "add_input": True,
+        "activation": "gelu",
+        "compute_dtype": dtype,
+    }
+    return AdapterCall(**{**parts, **changes})
+
+
+def run(gpu, call, needs=ALL):
+    with fake_gpu(gpu):
+        backend = get("triton")
+        y, z = backend.forward(call, save_z=True)
+        gradients = backend.backward(call, z, torch.zeros_like(y), needs)
+    return y, z, gradients, {launch.kernel: launch for launch in gpu.launches}
+
+
+def arguments_of(launches):
+    return [launch.arguments for launch in launches.values()]
+
+
+def test_many_tokens_launch_one_forward_kernel_over_row_blocks():
+    call = make_call(128 * 132)
+    y, z, gradients, launches = run(FakeGpu(), call)
+    assert list(launches) == [
+        "bottleneck_fwd_kernel",
+        "bottleneck_bwd_dx_kernel",
+        "bottleneck_bwd_dw_kernel",
+        "bottleneck_bwd_dw_sum_kernel",
+    ]
+    forward = launches["bottleneck_fwd_kernel"]
+    assert forward.grid == (132, 1, 1)
+    given = pointers(forward)
+    for name in ("x", "down_weight", "up_weight", "down_bias", "up_bias", "skip", "scaling"):
+        assert given[f"{name}_ptr"].data_ptr() == getattr(call, name).data_ptr(), name
+    assert given["y_ptr"] is y
+    assert given["z_ptr"] is z
+    assert forward.arguments["residual_ptr"] is None
+    sizes = ("num_tokens", "hidden_size", "bottleneck_size", "stride_x_token", "stride_skip_token")
+    given = [forward.arguments[name] for name in sizes]
+    assert given == [128 * 132, HIDDEN, BOTTLENECK, HIDDEN, HIDDEN]
+    dx = pointers(launches["bottleneck_bwd_dx_kernel"])["dx_ptr"]
+    assert dx is gradients.x
+    sums = pointers(launches["bottleneck_bwd_dw_sum_kernel"])
+    assert sums["d_down_ptr"] is gradients.down_weight
+    assert sums["d_up_ptr"] is gradients.up_weight
+    assert sums["d_down_bias_ptr"] is gradients.down_bias
+    assert sums["d_up_bias_ptr"] is gradients.up_bias
+
+
+def test_few_tokens_launch_two_forward_kernels_over_slices_of_h():
+    _, _, _, launches = run(FakeGpu(), make_call(2, hidden=1024))
+    assert list(launches)[:4] == [
+        "bottleneck_fwd_down_kernel",
+        "bottleneck_fwd_up_kernel",
+        "bottleneck_bwd_split_dz_kernel",
+        "bottleneck_bwd_split_dx_kernel",
+    ]
+    down, up = launches["bottleneck_fwd_down_kernel"], launches["bottleneck_fwd_up_kernel"]
+    assert down.grid == (1, 1, 4)
+    assert up.grid == (1, 16, 1)
+    partial = pointers(up)["partial_ptr"]
+    assert partial.shape == (4, 2, BOTTLENECK)
+    assert partial is pointers(down)["z_ptr"]
+
+
+def test_output_without_backward_allocates_no_bottleneck():
+    gpu = FakeGpu()
+    with fake_gpu(gpu):
+        _, z = get("triton").forward(make_call(128 * 132), save_z=False)
+    assert z.numel() == 0
+    assert gpu.launches[0].arguments["z_ptr"] is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "kernels"),
+    [
+        (Needs(True, False, False, False, False, False), ["bottleneck_bwd_dx_kernel"]),
+        (
+            Needs(False, False, True, False, True, False),
+            ["bottleneck_bwd_dw_kernel", "bottleneck_bwd_dw_sum_kernel"],
+        ),
+        (Needs(False, False, False, False, False, False), []),
+    ],
+    ids=["frozen-adapter-needs-dx-alone", "up-projection-needs-no-dz", "nothing"],
+)
+def test_backward_launches_only_what_is_asked_for(needs, kernels):
+    _, _, gradients, launches = run(FakeGpu(), make_call(128 * 132), needs)
+    assert [name for name in launches if "bwd" in name] == kernels
+    assert [g is not None for g in gradients] == list(needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("tokens", [3, 128 * 132], ids=["split", "row-block"])
+def test_launches_compile_in_every_dtype_and_scaling(dtype, tokens):
+    """Mixed dtypes as autocast gives them, a learned scalar, an external residual."""
+    residual = torch.zeros(tokens, HIDDEN)
+    call = make_call(tokens, dtype, channel=False, add_input=False, residual=residual)
+    y, _, gradients, launches = run(FakeGpu(), call)
+    assert y.dtype == torch.float32
+    assert gradients.scaling.shape == (1,)
+    product = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+    assert {a["DTYPE"].name for a in arguments_of(launches) if "DTYPE" in a} == {product}
+
+
+def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once():
+    wide = torch.zeros(2, 128 * 132, 2 * HIDDEN, dtype=torch.bfloat16)
+    gpu = FakeGpu()
+    transposed = torch.zeros(HIDDEN, 128 * 132, dtype=torch.bfloat16).T
+    run(gpu, make_call(128 * 132, x=wide[0, :, :HIDDEN], skip=transposed))
+    forward = gpu.launches[0]
+    assert forward.arguments["x_ptr"].data_ptr() == wide.data_ptr()
+    assert forward.arguments["stride_x_token"] == 2 * HIDDEN
+    assert forward.arguments["stride_skip_token"] == HIDDEN
+
+
+def test_partial_sums_are_the_only_scratch_memory(monkeypatch):
+    """No transient [T, H] tensor: beside outputs and z, only the weight gradients' partial sums and
+    dz.
+    """
+    allocated = []
+    empty = torch.empty
+
+    def counted(*args, **kwargs):
+        allocated.append(empty(*args, **kwargs))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    call = make_call(128 * 132)
+    run(FakeGpu(), call)
+    rows = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
+    assert len(rows) == 2  # y and dx
+    assert len(allocated) <= 2 + 1 + 4 + 4 + 1  # and z, 4 partial sums, 4 gradients, d(scaling)
