@@ -1,0 +1,1 @@
+"""Adapters inside other libraries' models; nothing here is imported until asked for."""

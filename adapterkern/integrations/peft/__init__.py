@@ -1,0 +1,49 @@
+"""Bottleneck adapters as a PEFT method: importing this package registers it, as type "BOTTLENECK".
+
+    from adapterkern.integrations.peft import BottleneckConfig
+    model = peft.get_peft_model(model, BottleneckConfig(reduction_factor=16))
+
+Saved folders load with `PeftModel.from_pretrained` wherever this package was imported first.
+"""
+
+from typing import Any
+
+try:
+    from peft import mapping
+    from peft.tuners.tuners_utils import BaseTuner
+except ImportError as error:
+    raise ImportError(
+        "adapterkern.integrations.peft needs peft and transformers, and one of them is missing.\n"
+        '  hint: pip install "peft>=0.21" transformers'
+    ) from error
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise ImportError(
+        "adapterkern.integrations.peft needs peft >= 0.21, whose tuners name the keys they save.\n"
+        '  hint: pip install --upgrade "peft>=0.21"'
+    )
+
+from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
+from adapterkern.integrations.peft.layer import BottleneckLinear
+from adapterkern.integrations.peft.model import BottleneckModel
+
+__all__ = ["BottleneckConfig", "BottleneckLinear", "BottleneckModel"]
+
+
+def _register() -> None:
+    """Enter the method into PEFT's tables, which accept any str-enum beside their own."""
+    method = PeftMethod.BOTTLENECK
+    configs: dict[Any, Any] = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    tuners: dict[Any, Any] = mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    prefixes: dict[Any, str] = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    taken = configs.get(method, BottleneckConfig)
+    if taken.__module__ != BottleneckConfig.__module__:
+        raise ImportError(
+            f'PEFT already has a method "{method.value}", from {taken.__module__}.\n'
+            "  hint: use that one, or do not import it together with adapterkern.integrations.peft"
+        )
+    configs[method] = BottleneckConfig
+    tuners[method] = BottleneckModel
+    prefixes[method] = BottleneckModel.prefix
+
+
+_register()

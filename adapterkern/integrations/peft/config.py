@@ -1,0 +1,162 @@
+"""What a user sets and what `adapter_config.json` holds."""
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from adapterkern.integrations.peft.checkpoint import Shapes, read_saved_shapes
+from adapterkern.modules.bottleneck import BottleneckAdapter
+
+DEFAULT_REDUCTION_FACTOR = 16  # BottleneckAdapter's, and the most common of published adapters
+
+
+class PeftMethod(str, Enum):
+    """The method's name in PEFT, which compares it as a string and reads its `.value`."""
+
+    BOTTLENECK = "BOTTLENECK"
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Bottleneck adapters (Houlsby et al. 2019) for `peft.get_peft_model`.
+
+    Every targeted linear layer is followed by an adapter: y = base_layer(x), then
+    y + scaling * up(act(down(y))). Where the architecture has a default, these layers are the
+    output projections of attention and of the feed-forward block, so an adapter comes before the
+    dropout and the residual add of its sublayer.
+
+    Args:
+        target_modules: the linear layers to adapt: a list of name suffixes, a regular expression
+            for whole names, or "all-linear"; None takes the architecture's default.
+        exclude_modules: layers to leave out: a list of name suffixes or a regular expression.
+        bottleneck_size: R, the width inside the adapter.
+        reduction_factor: H / R for layers of width H; 16 if `bottleneck_size` is not given either.
+        activation, bias, scaling, dropout, init: as in `adapterkern.BottleneckAdapter`.
+        layers_to_transform: index or indices of the layers to adapt; `target_modules` must then be
+            a list or None.
+        layers_pattern: name(s) of the module list that `layers_to_transform` counts, such as
+            "layers" or "h".
+        modules_to_save: modules trained and saved in full beside the adapters, such as a
+            classification head.
+
+    The remaining arguments are those of `peft.PeftConfig`.
+
+    Raises:
+        ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or layer indices do
+            not go with the target modules.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": 'Layers to adapt: name suffixes, a regular expression or "all-linear".'},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out: suffixes or a regular expression."}
+    )
+    bottleneck_size: int | None = field(
+        default=None, metadata={"help": "Width inside the adapter."}
+    )
+    reduction_factor: float | None = field(
+        default=None, metadata={"help": "Width of the layer over that inside the adapter; 16."}
+    )
+    activation: str = field(default="gelu", metadata={"help": "Activation inside the adapter."})
+    bias: bool = field(default=True, metadata={"help": "Whether the adapter has biases."})
+    scaling: float | str = field(
+        default=1.0, metadata={"help": 'A number, "learned" or "channel".'}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapter adds."})
+    init: str = field(default="identity", metadata={"help": '"identity", "houlsby" or "bert".'})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name(s) of the list that layers_to_transform counts."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved in full beside the adapters."}
+    )
+
+    def __post_init__(self) -> None:
+        """Complete and check the fields, so that a mistake shows where it was made."""
+        super().__post_init__()
+        self.peft_type = PeftMethod.BOTTLENECK
+        # Not a field, so not saved: shapes of the weights beside the file this was read from, to
+        # compare with a model before they are loaded into it.
+        self.saved_shapes: Shapes | None = None
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"bottleneck_size ({self.bottleneck_size}) and reduction_factor "
+                f"({self.reduction_factor}) both fix the adapter's width.\n"
+                "  hint: give one of them and leave the other None"
+            )
+        if self.bottleneck_size is None and self.reduction_factor is None:
+            self.reduction_factor = DEFAULT_REDUCTION_FACTOR
+        if not isinstance(self.bias, bool):
+            raise ValueError(
+                f"bias says whether the adapter has biases: True or False, got {self.bias!r}.\n"
+                "  hint: the base model's biases stay frozen; modules_to_save can train modules"
+            )
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(self, name), set | tuple):
+                setattr(self, name, sorted(getattr(self, name)))
+        self._check_layer_indices()
+        # Refuses what no layer could have.
+        BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
+
+    def _check_layer_indices(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list, got {self.target_modules!r}."
+                "\n  hint: write the layer indices into the regular expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform "
+                "counts, and that is None.\n  hint: set layers_to_transform=[...]"
+            )
+
+    def adapter_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `BottleneckAdapter`, all but the hidden size."""
+        arguments: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("bottleneck_size", "activation", "bias", "scaling", "dropout", "init")
+        }
+        if self.reduction_factor is not None:
+            arguments["reduction_factor"] = self.reduction_factor
+        return arguments
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` in one step: a reader finds the old file, the new or none.
+
+        PEFT writes it after the weights, so a new folder that has it was written to its end.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as unfinished:
+            super().save_pretrained(unfinished, **kwargs)
+            written = os.path.join(unfinished, CONFIG_NAME)
+            os.replace(written, os.path.join(save_directory, CONFIG_NAME))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "BottleneckConfig":
+        """Read a saved configuration; a local folder of a saved adapter must be complete.
+
+        Raises:
+            ValueError: there is no configuration, or the weights of a saved adapter are missing or
+                cut short.
+        """
+        config = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        # PeftModel.save_pretrained sets inference_mode. A configuration saved on its own has no
+        # weights beside it.
+        if os.path.isdir(folder) and config.inference_mode:
+            config.saved_shapes = read_saved_shapes(folder)
+        return config

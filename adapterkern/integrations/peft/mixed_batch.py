@@ -1,0 +1,102 @@
+"""`adapter_names`: one adapter for each input of a batch, in forward and generate."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from adapterkern.integrations.peft.layer import BASE, BottleneckLinear
+
+# Names under which models take their batch, the most telling first.
+INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "decoder_input_ids",
+    "inputs",
+)
+
+
+def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
+    """The names as a list.
+
+    Raises:
+        ValueError: the model is training, the names are no list, or one of them is unknown.
+    """
+    if training:
+        raise ValueError(
+            "adapter_names is for inference and the model is in training mode.\n"
+            "  hint: call model.eval() first"
+        )
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"adapter_names must be a list, a name for each input, got {names!r}.")
+    unknown = sorted(set(names) - set(known) - {BASE})
+    if unknown:
+        raise ValueError(
+            f"adapter_names has unknown adapters: {', '.join(unknown)} (this model has "
+            f'{", ".join(known)}).\n  hint: "{BASE}" stands for the base model without an adapter'
+        )
+    return list(names)
+
+
+@contextmanager
+def adapter_names_in_forward(
+    model: nn.Module, names: list[str], options: dict[str, Any]
+) -> Iterator[None]:
+    """Let every adapted layer of the model see the names while the context is open.
+
+    `options` are the arguments of forward or generate, whose beams and returned sequences repeat
+    each input, but only behind an encoder.
+    """
+    repeats = _repeats(options)
+    repeated = [name for name in names for _ in range(repeats)]
+    handles = [model.register_forward_pre_hook(_check_batch(repeated), with_kwargs=True)]
+    try:
+        handles += _pass_names(model, repeated)
+        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if repeats > 1 and is_encoder_decoder:
+            encoder: Any = model
+            handles += _pass_names(encoder.get_encoder(), names)  # later hooks have the last word
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _repeats(options: dict[str, Any]) -> int:
+    """How often generate repeats each input before it runs the decoder."""
+    config = options.get("generation_config")
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name, getattr(config, name, None)) or 1 for name in names)
+
+
+def _pass_names(model: nn.Module, names: list[str]) -> list[Any]:
+    def hook(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    return [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, BottleneckLinear | AuxiliaryTrainingWrapper)
+    ]
+
+
+def _check_batch(names: list[str]) -> Callable[..., None]:
+    """A hook on the model: blocks that flatten their tokens cannot tell a wrong number of names."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = [*args, *(kwargs.get(name) for name in INPUTS)]
+        batch = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
+        if batch is not None and len(batch) != len(names):
+            raise ValueError(
+                f"adapter_names must name one adapter for each input, got {len(names)} names for "
+                f"{len(batch)} inputs."
+            )
+
+    return hook

@@ -1,0 +1,245 @@
+"""The PEFT tuner: puts adapters behind linear layers, and tells PEFT what is special about them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from adapterkern.integrations.peft.checkpoint import (
+    CONTAINER,
+    mismatches,
+    refusal,
+    same_but_for_names,
+    without_adapter_name,
+)
+from adapterkern.integrations.peft.layer import CANNOT_MERGE, BottleneckLinear
+from adapterkern.integrations.peft.mixed_batch import adapter_names_in_forward, check_names
+from adapterkern.integrations.peft.targets import (
+    DEFAULT_TARGET_MODULES,
+    check_target,
+    default_target_modules,
+)
+
+
+class AdapterConfigs(dict):
+    """Configurations by adapter name; a stack, a list of names, stands for its first adapter.
+
+    `PeftModel.set_adapter` and `PeftModel.active_peft_config` look up here whatever is active.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        if isinstance(name, list):
+            return bool(name) and all(one in self for one in name)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: Any) -> Any:
+        if isinstance(name, list):
+            name = next((one for one in name if one in self), None)
+        return super().__getitem__(name)
+
+
+class BottleneckModel(BaseTuner):
+    """A model whose targeted linear layers are `BottleneckLinear`s, as `get_peft_model` builds."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLinear
+    target_module_mapping = DEFAULT_TARGET_MODULES
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(peft_config, PeftConfig):
+            peft_config = {adapter_name: peft_config}
+        super().__init__(model, AdapterConfigs(peft_config), adapter_name, **kwargs)
+
+    # Injection
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter to every targeted layer.
+
+        Raises:
+            ValueError: the name cannot be an adapter's, a target is no linear layer, or the
+                configuration was read beside weights of another model. The model is as before.
+        """
+        _check_adapter_name(model, adapter_name)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        problems = self._misfits(adapter_name)
+        if problems:
+            self.delete_adapter(adapter_name)
+            _unwrap_empty(model)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise refusal(problems)
+
+    def _misfits(self, adapter_name: str) -> list[str]:
+        """What keeps the weights that the configuration was read beside out of this adapter."""
+        config: Any = self.peft_config[adapter_name]
+        if config.saved_shapes is None or not config.inference_mode:
+            return []  # in training mode the settings may be all that was wanted of the folder
+        weights = get_peft_model_state_dict(
+            self, adapter_name=adapter_name, save_embedding_layers=False
+        )
+        expected = {f"base_model.{key}": tuple(weight.shape) for key, weight in weights.items()}
+        if same_but_for_names(expected, config.saved_shapes):
+            return []  # names are compared on loading, when PEFT has translated them
+        return mismatches(expected, config.saved_shapes)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            peft_config.target_modules = default_target_modules(self.model, model_type)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Look at every target before the first is replaced."""
+        _maybe_include_all_linear_layers(peft_config, model)  # PEFT does it only after this
+        for name, layer in model.named_modules():
+            if f".{CONTAINER}." in name or isinstance(layer, BottleneckLinear):
+                continue
+            if name and self._check_target_module_exists(peft_config, name):
+                check_target(name, layer, model.get_submodule(name.rpartition(".")[0]))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, BottleneckLinear):
+            target.update_layer(adapter_name, peft_config)
+        else:
+            layer = BottleneckLinear(target, adapter_name, peft_config)
+            self._replace_module(parent, target_name, layer, target)
+
+    # PEFT reads a field `bias` as a mode for the base model's biases; here it is the adapter's.
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        pass
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        own: set[nn.Parameter] = set()
+        for module in model.modules():
+            if isinstance(module, BottleneckLinear):
+                own.update(module.bottleneck_adapter.parameters())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                own.update(module.parameters())
+        for parameter in model.parameters():
+            if parameter not in own:
+                parameter.requires_grad_(False)
+
+    def disable_adapter_layers(self) -> None:
+        """Let the base model run alone."""
+        self._enable_adapter_layers(enabled=False)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        return {}
+
+    # Running
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several stacked in the order of the list.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"unknown adapters: {', '.join(unknown)} "
+                f"(this model has {', '.join(self.peft_config)})."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """PEFT opens this around forward and generate, with their arguments."""
+        if adapter_names is None:
+            yield
+            return
+        names = check_names(adapter_names, self.peft_config, self.training)
+        with adapter_names_in_forward(self.model, names, kwargs):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if f".{CONTAINER}." in key:
+            return without_adapter_name(key, adapter_name)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """PEFT's renaming. Weights that do not fit are refused; PEFT would copy those that do.
+
+        Raises:
+            ValueError: a weight of the adapter is missing, has another shape or has no place.
+        """
+        renamed = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        own = f".{CONTAINER}.{adapter_name}."
+        expected = {
+            key: tuple(weight.shape)
+            for key, weight in model.state_dict().items()
+            if own in key or (key in renamed and f".{CONTAINER}." not in key)
+        }
+        found = {key: tuple(weight.shape) for key, weight in renamed.items()}
+        problems = mismatches(expected, found)
+        if problems:
+            raise refusal([without_adapter_name(problem, adapter_name) for problem in problems])
+        return renamed
+
+
+def _unwrap_empty(model: nn.Module) -> None:
+    """Put back what PEFT wrapped and no adapter uses any more."""
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, BottleneckLinear) and not module.bottleneck_adapter:
+            setattr(model.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+            setattr(model.get_submodule(parent), child, module.original_module)
+
+
+def _check_adapter_name(model: nn.Module, name: str) -> None:
+    """PEFT finds an adapter's weights by its name between dots: a module's name misleads it."""
+    taken = {CONTAINER, "down_proj", "up_proj", "scaling", "weight", "bias"}
+    for key, _ in model.named_parameters():
+        taken.update(key.split(f".{CONTAINER}.")[0].split(".modules_to_save.")[0].split("."))
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in taken:
+        raise ValueError(
+            f"{name!r} cannot name an adapter: a name has no dots and is no module, parameter or "
+            "method of the model, or PEFT would mix up their weights.\n"
+            f'  hint: choose another, such as "{name.replace(".", "_")}_adapter"'
+        )

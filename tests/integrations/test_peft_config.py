@@ -1,0 +1,91 @@
+import dataclasses
+import json
+
+import peft
+import pytest
+
+from adapterkern.integrations.peft import BottleneckConfig
+
+FILLED = {
+    "target_modules": ["output.dense"],
+    "exclude_modules": ["layer.0.output.dense"],
+    "bottleneck_size": 5,
+    "activation": "relu",
+    "bias": False,
+    "scaling": "learned",
+    "dropout": 0.25,
+    "init": "houlsby",
+    "layers_to_transform": [1],
+    "layers_pattern": ["layer"],
+    "modules_to_save": ["pooler"],
+}
+
+
+def test_config_default_is_reduction_factor_16():
+    config = BottleneckConfig()
+    assert (config.bottleneck_size, config.reduction_factor) == (None, 16)
+    assert BottleneckConfig(bottleneck_size=8).reduction_factor is None
+
+
+@pytest.mark.parametrize("fields", [FILLED, {"reduction_factor": 2.5, "scaling": 0.5}])
+@pytest.mark.parametrize("loader", [peft.PeftConfig, BottleneckConfig])
+def test_config_survives_saving(tmp_path, fields, loader):
+    config = BottleneckConfig(**fields, task_type="SEQ_CLS", inference_mode=False)
+    config.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is BottleneckConfig
+    assert dataclasses.asdict(loaded) == dataclasses.asdict(config)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK"
+
+
+def test_config_is_written_in_one_step(tmp_path, monkeypatch):
+    BottleneckConfig(bottleneck_size=3).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_text()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adapterkern.integrations.peft.config.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        BottleneckConfig(bottleneck_size=4).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_config_file_does_not_depend_on_set_order(tmp_path):
+    names = [f"layer{index}" for index in range(20)]
+    BottleneckConfig(target_modules=set(names)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"bottleneck_size": 8, "reduction_factor": 16},
+            "bottleneck_size .8. and reduction_factor",
+        ),
+        ({"bottleneck_size": 0}, "bottleneck_size must be at least 1"),
+        ({"reduction_factor": 0}, "reduction_factor must be positive, got 0"),
+        ({"activation": "mish"}, "mish"),
+        ({"bias": "none"}, "True or False, got 'none'"),
+        ({"scaling": "loud"}, "scaling must be"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"init": "zeros"}, "unknown init 'zeros'"),
+        ({"target_modules": "x.*", "layers_to_transform": 0}, "target_modules as a list"),
+        ({"layers_pattern": "h"}, "set layers_to_transform"),
+        ({"task_type": "POETRY"}, "POETRY"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_config_refuses_bad_values_at_once(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BottleneckConfig(**fields)
+
+
+def test_registration_keeps_to_itself():
+    """PEFT's own methods keep working, and the plug-in's method is found under a plain string."""
+    assert peft.get_peft_config({"peft_type": "BOTTLENECK"}) == BottleneckConfig()
+    assert type(peft.get_peft_config({"peft_type": "LORA"})) is peft.LoraConfig
+    assert "BOTTLENECK" not in peft.PeftType.__members__

@@ -1,0 +1,161 @@
+import peft
+import pytest
+import torch
+from torch import nn
+
+from adapterkern.integrations.peft import BottleneckConfig, BottleneckLinear
+
+NAMES = ["french", "__base__", "legal", "french"]
+
+
+@pytest.fixture
+def mixed(tiny):
+    """mixed(name, **fields): a model with the adapters "french" and "legal"."""
+
+    def build(name, **fields):
+        model = peft.get_peft_model(tiny(name), BottleneckConfig(**fields), "french")
+        model.add_adapter("legal", BottleneckConfig(bottleneck_size=5, **fields))
+        for key, parameter in model.named_parameters():
+            if "up_proj.weight" in key:
+                nn.init.normal_(parameter)
+        return model.eval()
+
+    return build
+
+
+def one_by_one(model, run, names):
+    """run(model) with each adapter for the whole batch; then the rows that the names ask for."""
+    results = {}
+    for name in dict.fromkeys(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                results[name] = run(model)
+        else:
+            model.set_adapter(name)
+            results[name] = run(model)
+    return [results[name][row] for row, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "llama", "t5", "vit"])
+def test_mixed_batch_gives_each_input_its_adapter(mixed, batch, output, name):
+    """OPT flattens its tokens before the feed-forward block, so rows are no inputs there."""
+    model = mixed(name)
+    inputs = batch(name)
+    result = output(model, inputs, adapter_names=NAMES)
+    rows = one_by_one(model, lambda model: output(model, inputs), NAMES)
+    for row, expected in enumerate(rows):
+        torch.testing.assert_close(result[row], expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(result[0], result[1], atol=1e-2)
+    for layer in (module for module in model.modules() if isinstance(module, BottleneckLinear)):
+        assert not layer._forward_pre_hooks  # nothing is left behind
+
+
+def test_mixed_batch_serves_adapters_of_different_layers(tiny, batch, output):
+    model = peft.get_peft_model(tiny("bert"), BottleneckConfig(init="bert"), "french")
+    model.add_adapter("legal", BottleneckConfig(target_modules=["intermediate.dense"], init="bert"))
+    model.eval()
+    result = output(model, batch("bert"), adapter_names=NAMES)
+    rows = one_by_one(model, lambda model: output(model, batch("bert")), NAMES)
+    torch.testing.assert_close(result, torch.stack(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_batch_switches_saved_modules_too(tiny, batch, output):
+    config = BottleneckConfig(task_type="SEQ_CLS", init="bert")
+    model = peft.get_peft_model(tiny("bert-classifier"), config, "french")
+    model.add_adapter("legal", BottleneckConfig(task_type="SEQ_CLS", init="bert"))
+    for key, parameter in model.named_parameters():
+        if "classifier.modules_to_save.legal" in key:
+            nn.init.normal_(parameter)
+    model.eval()
+    names = ["french", "legal", "legal", "french"]
+    result = output(model, batch("bert"), adapter_names=names)
+    rows = one_by_one(model, lambda model: output(model, batch("bert")), names)
+    torch.testing.assert_close(result, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(result[0], result[1], atol=1e-2)
+
+
+GENERATE = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "returned-sequences": {"num_beams": 2, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("task_type", [None, "task"])
+def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options, task_type):
+    if task_type:
+        task_type = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    model = mixed(name, task_type=task_type)
+    ids = batch(name)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    many = options.get("num_return_sequences", 1)
+
+    def run(model, **names):
+        with torch.no_grad():
+            tokens = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **options, **names
+            )
+        return tokens.view(len(ids), many, -1)
+
+    result = run(model, adapter_names=NAMES)
+    rows = one_by_one(model, run, NAMES)
+    assert all(torch.equal(result[row], expected) for row, expected in enumerate(rows))
+    model.set_adapter("french")
+    assert not torch.equal(run(model)[1:3], result[1:3])  # the names made the difference
+
+
+@pytest.mark.parametrize("name", ["bert", "opt"])
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES * 2, NAMES[:3], []], ids=len)
+def test_wrong_number_of_names_is_an_error(mixed, batch, output, name, names, task_type):
+    model = mixed(name, task_type=task_type)
+    message = f"one adapter for each input, got {len(names)} names for 4 inputs"
+    with pytest.raises(ValueError, match=message):
+        output(model, batch(name), adapter_names=names)
+    for module in model.modules():
+        assert not module._forward_pre_hooks  # removed in spite of the error
+
+
+def test_number_of_names_is_checked_where_the_batch_is_unknown(mixed):
+    layer = mixed("bert").get_base_model().encoder.layer[0].output.dense
+    with pytest.raises(ValueError, match=r"3 names for hidden states of shape \[4, 7, 32\]"):
+        layer(torch.randn(4, 7, 64), adapter_names=NAMES[:3])
+
+
+def test_mixed_batch_leaves_the_output_of_the_base_layer_alone(mixed):
+    layer = mixed("bert").get_base_model().encoder.layer[0].output.dense
+    kept = []
+    layer.base_layer.register_forward_hook(lambda module, inputs, y: kept.append(y))
+    x = torch.randn(4, 7, 64)
+    adapted = layer(x, adapter_names=NAMES)
+    assert torch.equal(kept[0], nn.functional.linear(x, layer.weight, layer.bias))
+    assert not torch.allclose(adapted, kept[0])
+
+
+def test_beams_of_the_generation_config_are_counted(mixed, batch):
+    model = mixed("gpt2")
+    ids = batch("gpt2")["input_ids"]
+    config = model.generation_config
+    config.num_beams, config.max_new_tokens, config.pad_token_id = 2, 3, 0
+    tokens = model.generate(input_ids=ids, generation_config=config, adapter_names=NAMES)
+    assert len(tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["french", "english", "klingon", "legal"], "unknown adapters: english, klingon"),
+        ("french", "must be a list, a name for each input, got 'french'"),
+    ],
+)
+def test_unknown_names_are_an_error(mixed, batch, output, names, message):
+    with pytest.raises(ValueError, match=message):
+        output(mixed("bert"), batch("bert"), adapter_names=names)
+
+
+def test_mixed_batch_is_for_inference(mixed, batch):
+    """As for PEFT's LoRA."""
+    with pytest.raises(ValueError, match=r"training mode.\n.*model.eval"):
+        mixed("bert").train()(**batch("bert"), adapter_names=NAMES)
