@@ -101,7 +101,7 @@ class TritonBackend(Backend):
         fwd.bottleneck_fwd_kernel[(cdiv(x.shape[0], config.block_t),)](
             x, _packed(call.down_weight), _packed(call.up_weight),
             _packed(call.down_bias), _packed(call.up_bias), residual, skip,
-            call.scaling, call.scale, y, z,
+            _packed(call.scaling), call.scale, y, z,
             x.shape[0], call.hidden_size, call.bottleneck_size,
             x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
@@ -129,7 +129,7 @@ class TritonBackend(Backend):
         grid = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
         fwd.bottleneck_fwd_up_kernel[grid](
             partial, z, x, _packed(call.up_weight), down_bias, _packed(call.up_bias),
-            residual, skip, call.scaling, call.scale, y,
+            residual, skip, _packed(call.scaling), call.scale, y,
             num_tokens, hidden, bottleneck, plan.num_splits,
             x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
@@ -176,7 +176,7 @@ class TritonBackend(Backend):
         config = plan.kernel
         bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
             dy, z, _packed(call.down_weight), _packed(call.up_weight),
-            call.scaling, call.scale, dx, dz,
+            _packed(call.scaling), call.scale, dx, dz,
             dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0),
             DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input,
             **_channel(call), **_tiles(call, config),
@@ -196,7 +196,7 @@ class TritonBackend(Backend):
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
         bwd.bottleneck_bwd_split_dz_kernel[grid](
-            dy, z, _packed(call.up_weight), call.scaling, call.scale,
+            dy, z, _packed(call.up_weight), _packed(call.scaling), call.scale,
             dz if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
             derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call),
@@ -238,7 +238,7 @@ class TritonBackend(Backend):
             ]
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
         bwd.bottleneck_bwd_dw_kernel[grid](
-            x, dy, z, dz, call.scaling, call.scale, *sums,
+            x, dy, z, dz, _packed(call.scaling), call.scale, *sums,
             num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
             VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call),
             **_tiles(call, config),
@@ -250,8 +250,8 @@ class TritonBackend(Backend):
         )
         units = bottleneck if needs.scaling else SUM.block_r
         bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
-            *sums, _packed(call.up_weight), _packed(call.up_bias), call.scaling, call.scale,
-            *out, d_scaling,
+            *sums, _packed(call.up_weight), _packed(call.up_bias),
+            _packed(call.scaling), call.scale, *out, d_scaling,
             hidden, bottleneck, plan.num_splits, units,
             **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
             num_warps=SUM.num_warps, num_stages=SUM.num_stages,

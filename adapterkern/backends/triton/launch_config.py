@@ -78,6 +78,7 @@ SUM = LaunchConfig(
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

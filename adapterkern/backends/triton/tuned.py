@@ -1,0 +1,205 @@
+"""Launch configurations found by `adapterkern tune`, in tuned/<gpu>.json, and how one is looked up.
+
+A file holds the GPU that it was searched on (number of SMs, shared memory) and entries: one problem
+and the tiles that were fastest for it. A call takes the tiles of the nearest entry of its own kind
+of arithmetic; where none is near, or none was searched for this GPU, `launch_config` decides. How
+many slices of H or of tokens a launch takes follows from the tiles, the problem and the GPU.
+"""
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkern.backends.triton import launch_config
+from adapterkern.backends.triton.launch_config import (
+    Device,
+    LaunchConfig,
+    Problem,
+    RowBlock,
+    Split,
+    WeightGradient,
+    cdiv,
+)
+
+FOLDER = Path(__file__).parent / "tuned"
+SCHEMA = "adapterkern-tuned/1"
+FORMS = ("row_block", "split", "weight_gradient")
+# An entry serves problems whose every size is within this factor of its own: tiles that suit 16
+# tokens say nothing about 2048.
+NEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest tiles for one problem.
+
+    kernels: one configuration, or for the split form the one into the bottleneck and the one out
+    of it; programs_per_sm: how many programs the slices of H or of tokens aim at.
+    """
+
+    problem: Problem
+    form: str
+    kernels: tuple[LaunchConfig, ...]
+    programs_per_sm: int = 2
+
+    @property
+    def kind(self) -> str:
+        """What the plan is for: "tokens" (y, dz, dx) or "weights" (both weight gradients)."""
+        return "weights" if self.form == "weight_gradient" else "tokens"
+
+
+def nearest(
+    entries: Sequence[Entry], kind: str, problem: Problem, limit: float = NEAR
+) -> Entry | None:
+    """The entry of this kind and arithmetic whose sizes are nearest, None if none is near.
+
+    The distance is the largest of the factors between the three sizes; entries as far as each other
+    are told apart by the sum of the logarithms, then by their order. A row block must hold all of
+    R, so one with a narrower tile is no candidate.
+    """
+    best: tuple[tuple[float, float], Entry] | None = None
+    for entry in entries:
+        if entry.kind != kind or entry.problem[3:] != problem[3:]:
+            continue
+        if entry.form == "row_block" and entry.kernels[0].block_r < problem.bottleneck_size:
+            continue
+        sizes = zip(entry.problem[:3], problem[:3], strict=True)
+        factors = [abs(math.log2(a / b)) for a, b in sizes]
+        distance = max(factors), sum(factors)
+        if distance[0] <= math.log2(limit) and (best is None or distance < best[0]):
+            best = distance, entry
+    return None if best is None else best[1]
+
+
+def plan(entry: Entry, problem: Problem, device: Device) -> RowBlock | Split | WeightGradient:
+    """The launch of `problem` with an entry's tiles."""
+    first = entry.kernels[0]
+    if entry.form == "row_block":
+        return RowBlock(first)
+    wanted = entry.programs_per_sm * device.num_sms
+    tokens, hidden, bottleneck = problem[:3]
+    if entry.form == "split":
+        programs = cdiv(tokens, first.block_t) * cdiv(bottleneck, first.block_r)
+        slices = max(1, min(wanted // programs, hidden // (4 * first.block_h)))
+        features = cdiv(cdiv(hidden, slices), first.block_h) * first.block_h
+        return Split(first, entry.kernels[1], cdiv(hidden, features), features)
+    tiles = cdiv(hidden, first.block_h) * cdiv(bottleneck, first.block_r)
+    slices = max(1, min(wanted // tiles, tokens // (8 * first.block_t)))
+    length = cdiv(cdiv(tokens, slices), first.block_t) * first.block_t
+    return WeightGradient(first, cdiv(tokens, length), length)
+
+
+def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
+    """As `launch_config.token_plan`, with the tiles of the nearest tuned entry if there is one."""
+    found = _find("tokens", problem, device)
+    if found is None:
+        return launch_config.token_plan(problem, device)
+    return found
+
+
+def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
+    """As `launch_config.weight_gradient_plan`, with tuned tiles if there are any."""
+    found = _find("weights", problem, device)
+    if found is None:
+        return launch_config.weight_gradient_plan(problem, device)
+    return found
+
+
+_forced: dict[str, Entry] = {}
+
+
+@contextlib.contextmanager
+def forced(entry: Entry) -> Iterator[None]:
+    """Within the block, every launch of the entry's kind takes its tiles: for the search."""
+    before = dict(_forced)
+    _forced[entry.kind] = entry
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _find(kind: str, problem: Problem, device: Device) -> Any:
+    if kind in _forced:
+        return plan(_forced[kind], problem, device)
+    return _look_up(kind, problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _look_up(kind: str, problem: Problem, device: Device) -> Any:
+    entry = nearest(entries_for(device), kind, problem)
+    return None if entry is None else plan(entry, problem, device)
+
+
+@functools.cache
+def entries_for(device: Device) -> tuple[Entry, ...]:
+    """The entries of every file that was searched on a GPU of these properties."""
+    found: list[Entry] = []
+    for path in sorted(FOLDER.glob("*.json")):
+        searched_on, entries = load(path)
+        if searched_on == device:
+            found += entries
+    return tuple(found)
+
+
+def load(path: Path) -> tuple[Device, list[Entry]]:
+    """The GPU and the entries of a file.
+
+    Raises:
+        ValueError: the file is of another schema or does not fit it.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA!r}."
+        )
+    try:
+        device = Device(**data["device"])
+        entries = [
+            Entry(
+                Problem(**entry["problem"]),
+                entry["form"],
+                tuple(LaunchConfig(**kernel) for kernel in entry["kernels"]),
+                entry["programs_per_sm"],
+            )
+            for entry in data["entries"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not fit {SCHEMA}: {error!r}") from error
+    unknown = sorted({entry.form for entry in entries} - set(FORMS))
+    if unknown:
+        raise ValueError(f"{path} has the unknown form {unknown[0]!r}; known: {', '.join(FORMS)}.")
+    return device, entries
+
+
+def save(path: Path, gpu: str, device: Device, entries: Sequence[Entry]) -> None:
+    """Write a file that `load` reads, sorted, so that a new search shows as a small difference."""
+    ordered = sorted(entries, key=lambda entry: (entry.kind, *entry.problem))
+    data = {
+        "schema": SCHEMA,
+        "gpu": gpu,
+        "device": vars(device),
+        "entries": [
+            {
+                "problem": entry.problem._asdict(),
+                "form": entry.form,
+                "kernels": [vars(kernel) for kernel in entry.kernels],
+                "programs_per_sm": entry.programs_per_sm,
+            }
+            for entry in ordered
+        ],
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    clear_caches()
+
+
+def clear_caches() -> None:
+    """Forget what was read, after a file changed."""
+    entries_for.cache_clear()
+    _look_up.cache_clear()

@@ -1,0 +1,203 @@
+"""The one rule of rightness: against what a result is compared, and how far it may be off.
+
+- Oracle: `reference.forward` and its autograd gradients in float64 on the same inputs, those of the
+  products rounded to the compute dtype, as every implementation has to round them.
+- Metric: rms(out - oracle) / rms(oracle). A root mean square, because near a ReLU kink one flipped
+  sign is legitimate. Where the oracle is zero throughout, so must the output be.
+- Tolerance: `FORWARD_ALLOWANCE` (gradients: `GRADIENT_ALLOWANCE`) times the metric of eager, the
+  same composition in plain torch operations, in the compute dtype, on the same device. At least one
+  rounding of the output (`FLOORS`). NaN never passes.
+
+Run it under `testing.nan_filled_memory`: then a read of unwritten memory or a hole in an output
+fails too.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkern import reference
+from adapterkern.backends import get
+from adapterkern.functional import bottleneck_adapter
+from adapterkern.parity.cases import LAYOUTS, LEVELS, SHORT_NAMES, Case, grid, options, place
+from adapterkern.spec import TENSOR_NAMES, name_of
+
+__all__ = [
+    "FLOORS",
+    "FORWARD_ALLOWANCE",
+    "GRADIENT_ALLOWANCE",
+    "LAYOUTS",
+    "LEVELS",
+    "SHORT_NAMES",
+    "Case",
+    "Row",
+    "check_case",
+    "differing_bits",
+    "grid",
+    "metric",
+    "options",
+    "place",
+    "refusals",
+]
+
+FORWARD_ALLOWANCE = 2.0
+GRADIENT_ALLOWANCE = 3.0
+# Relative, about the rms of one rounding. float64 has no wider oracle: there the floor is what two
+# orders of summation may differ by.
+FLOORS = {
+    torch.float32: 2e-7,
+    torch.float16: 3e-4,
+    torch.bfloat16: 2.4e-3,
+    torch.float64: 1e-14,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on one tensor of one case. `note` says what else is wrong: a dtype, a shape."""
+
+    backend: str
+    case: Case
+    tensor: str
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return math.isfinite(self.error) and self.error <= self.tolerance
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the tolerance, infinite where it is not finite."""
+        if not math.isfinite(self.error):
+            return math.inf
+        return self.error / self.tolerance if self.tolerance else math.inf * bool(self.error)
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "MISSED"
+        numbers = f"error {self.error:.2e}, tolerance {self.tolerance:.2e}"
+        note = f" ({self.note})" if self.note else ""
+        return f"{verdict} {self.backend}-{self.case} {self.tensor}: {numbers}{note}"
+
+
+def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> list[Row]:
+    """Compare `backend` with the oracle: y, y without autograd, and every gradient of the case.
+
+    Args:
+        backend: a registered name; the call runs through `bottleneck_adapter`, as a user's would.
+        device: where the inputs lie.
+
+    Returns:
+        One row per tensor.
+
+    Raises:
+        BackendUnsupportedError: the backend cannot run this case (`refusals` tells beforehand).
+    """
+    runs = []
+    for seed in range(case.draws):
+        tensors = case.draw(device, seed)
+        call = case.make_call(tensors)
+        dy = case.draw_grad_output(call, seed)
+        widened = {name: tensor.double() for name, tensor in tensors.items()}
+        oracle = _run_plain(case, widened, dy.double(), operands_in=call.compute_dtype)
+        eager = _run_plain(case, tensors, dy)
+        runs.append((_run_backend(case, tensors, dy, backend), oracle, eager))
+    names = runs[0][2].keys()
+    return [_judge(backend, case, name, [[o[name] for o in run] for run in runs]) for name in names]
+
+
+def differing_bits(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
+    """The tensors that two runs of `backend` on the same inputs do not give bit for bit."""
+    tensors = case.draw(device, seed=0)
+    dy = case.draw_grad_output(case.make_call(tensors), seed=0)
+    first, second = (_run_backend(case, tensors, dy, backend) for _ in range(2))
+    return [name for name in first if not torch.equal(_bits(first[name]), _bits(second[name]))]
+
+
+def refusals(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
+    """Every reason why `backend` cannot run `case`, empty if it can."""
+    return get(backend).unsupported_reasons(case.make_call(case.draw(device, seed=0)).spec())
+
+
+def metric(out: Tensor, oracle: Tensor) -> float:
+    """rms(out - oracle) / rms(oracle); rms(out) where the oracle is zero; 0 for empty tensors."""
+    if oracle.numel() == 0:
+        return 0.0
+    scale = oracle.double().square().mean().sqrt()
+    error = (out.double() - oracle.double()).square().mean().sqrt()
+    return float(error / scale) if scale != 0 else float(error)
+
+
+def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row:
+    """The row of one tensor, from its (out, oracle, eager) in each draw of data."""
+    out, _, eager = runs[0]
+    if (out.dtype, out.shape) != (eager.dtype, eager.shape):
+        got, expected = (f"{name_of(t.dtype)} {list(t.shape)}" for t in (out, eager))
+        return Row(backend, case, name, math.inf, 0.0, f"{got}, expected {expected}")
+    outs, oracles, eagers = (
+        torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+        for tensors in zip(*runs, strict=True)
+    )
+    allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
+    floor = FLOORS[eager.dtype] if oracles.any() else 0.0
+    tolerance = max(allowance * metric(eagers, oracles), floor)
+    return Row(backend, case, name, metric(outs, oracles), tolerance)
+
+
+def _run_backend(
+    case: Case, tensors: dict[str, Tensor], dy: Tensor, backend: str
+) -> dict[str, Tensor]:
+    leaves = _leaves(case, tensors)
+    arguments = case.arguments(leaves)
+    with case.precision(dy.device):
+        y = bottleneck_adapter(**arguments, backend=backend)
+        with torch.no_grad():
+            y_alone = bottleneck_adapter(**arguments, backend=backend)
+    return {"y": y, "y (no grad)": y_alone, **_gradients(case, y, leaves, dy)}
+
+
+def _run_plain(
+    case: Case, tensors: dict[str, Tensor], dy: Tensor, operands_in: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The same in plain torch operations. `operands_in`: the dtype to which the oracle, float64,
+    rounds what goes into the products."""
+    leaves = _leaves(case, tensors)
+    call = case.make_call(leaves)
+    if operands_in is not None:
+        operands: dict[str, Any] = {
+            name: _round_values(getattr(call, name), operands_in) for name in TENSOR_NAMES[:5]
+        }
+        residual = call.x if call.add_input else call.residual  # added as it is, not rounded
+        call = call._replace(
+            **operands, residual=residual, add_input=False, compute_dtype=torch.float64
+        )
+    y, _ = reference.forward(call)
+    return {"y": y, "y (no grad)": y, **_gradients(case, y, leaves, dy)}
+
+
+def _round_values(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A float64 tensor with its values rounded to `dtype` and its gradient left alone."""
+    return None if tensor is None else tensor + (tensor.to(dtype).double() - tensor).detach()
+
+
+def _leaves(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wanted = case.wanted(tensors)
+    return {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
+
+
+def _gradients(case: Case, y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    wanted = case.wanted(leaves)
+    if not wanted:
+        return {}
+    gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy)
+    names = ["dx" if name == "x" else f"d_{name}" for name in wanted]
+    return dict(zip(names, gradients, strict=True))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])

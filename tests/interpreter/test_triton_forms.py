@@ -1,0 +1,103 @@
+"""Every form of the Triton kernels, in every declared dtype and with every declared activation."""
+
+import itertools
+
+import pytest
+import torch
+from forms import FORMS
+
+from adapterkern.backends import get
+from adapterkern.backends.base import Needs
+from adapterkern.parity import Case, check_case, differing_bits, metric
+from adapterkern.spec import name_of
+
+pytestmark = pytest.mark.interpreter
+triton = get("triton")
+DTYPES = sorted(triton.dtypes, key=name_of)
+ACTIVATIONS = sorted(triton.activations)
+
+
+def _cases() -> dict[str, tuple[str, Case]]:
+    """Per form every dtype with every activation; where slices of H or T are all that is new, the
+    activations take turns through the dtypes."""
+    cases = {}
+    for form, (index, activation) in itertools.product(FORMS, enumerate(ACTIVATIONS)):
+        sliced = FORMS[form].feature_slices or FORMS[form].token_slices
+        for dtype in [DTYPES[index % len(DTYPES)]] if sliced else DTYPES:
+            case = Case(dtype=dtype, activation=activation, **FORMS[form].sizes)
+            cases[f"{form}-{case}"] = form, case
+    return cases
+
+
+CASES = _cases()
+
+
+def missed(case: Case) -> str:
+    return "\n".join(str(row) for row in check_case(case, "triton") if not row.passed)
+
+
+@pytest.mark.parametrize(("form", "case"), CASES.values(), ids=CASES.keys())
+def test_triton_matches_float64_in_every_form(run_as, form, case):
+    run_as(form)
+    assert not missed(case)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_repeats_bit_for_bit(run_as, form):
+    run_as(form)
+    case = Case(dtype=torch.bfloat16, scaling="channel", skip=True, **FORMS[form].sizes)
+    assert differing_bits(case, "triton") == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_triton_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, dtype):
+    run_as(form)
+    case = Case(dtype=dtype, bias="down", activation="sigmoid", **FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    tensors["up_weight"].zero_()
+    y, _ = triton.forward(case.make_call(tensors), save_z=False)
+    assert torch.equal(y, tensors["x"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_nan_stays_in_its_row(run_as, form):
+    """A NaN in x makes its token NaN, as in eager, and no other: with relu too."""
+    run_as(form)
+    case = Case(activation="relu", residual="none", **FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    tensors["x"][3, 5] = torch.nan
+    y, _ = triton.forward(case.make_call(tensors), save_z=False)
+    rows = y.isnan().any(1)
+    assert y[3].isnan().all()
+    assert rows.sum() == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_computes_only_the_gradients_asked_for(run_as, form):
+    """Those asked for equal the full set's, the others are absent: every subset of the six on the
+    fastest form, each alone on the others."""
+    run_as(form)
+    case = Case(scaling="channel", **FORMS[form].sizes)
+    call = case.make_call(case.draw("cpu", seed=0))
+    dy = case.draw_grad_output(call, seed=0)
+    _, z = triton.forward(call, save_z=True)
+    full = triton.backward(call, z, dy, Needs(*[True] * 6))
+    for subset in itertools.product((False, True), repeat=6):
+        if form != "split" and sum(subset) != 1:
+            continue
+        gradients = triton.backward(call, z, dy, Needs(*subset))
+        assert [gradient is not None for gradient in gradients] == list(subset)
+        for gradient, expected in zip(gradients, full, strict=True):
+            assert gradient is None or metric(gradient, expected) < 2e-7
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_one_token_is_a_slice_of_many_in_float32(run_as, form):
+    """float32 is IEEE by default: a batch and its slice agree to 1e-5, whatever form each takes."""
+    case = Case(**FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    alone, _ = triton.forward(case.make_call({**tensors, "x": tensors["x"][7:8]}), save_z=False)
+    run_as(form)
+    together, _ = triton.forward(case.make_call(tensors), save_z=False)
+    assert (together[7] - alone[0]).abs().max() < 1e-5

@@ -1,0 +1,156 @@
+"""Every option of a call on the Triton kernels, and proof that these tests can fail."""
+
+import numpy as np
+import pytest
+import torch
+from forms import FORMS
+
+from adapterkern.backends import get
+from adapterkern.backends.base import Needs
+from adapterkern.backends.triton import backend as triton_backend
+from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.backend import TritonBackend
+from adapterkern.parity import Case, check_case, grid, options, refusals
+
+pytestmark = pytest.mark.interpreter
+triton = get("triton")
+OPTIONS = {
+    f"{form}-{case}": (form, case)
+    for form, every_dtype in (("row_block", True), ("split_features", False))
+    for case in options(Case(**FORMS[form].sizes), triton.dtypes, every_dtype)
+}
+SIZES = {
+    str(case): case
+    for case in grid(triton.dtypes, ["gelu"], "default", small=True)
+    if case
+    == Case(
+        dtype=case.dtype,
+        shape=case.shape,
+        hidden_size=case.hidden_size,
+        bottleneck_size=case.bottleneck_size,
+    )
+}
+
+
+def missed(case: Case) -> list[str]:
+    return [str(row) for row in check_case(case, "triton") if not row.passed]
+
+
+@pytest.mark.parametrize(("form", "case"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_triton_matches_float64_with_every_option(run_as, form, case):
+    reasons = refusals(case, "triton")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    run_as(form)
+    assert not missed(case)
+
+
+@pytest.mark.parametrize("case", SIZES.values(), ids=SIZES.keys())
+def test_triton_matches_float64_at_ragged_sizes_in_the_form_it_chooses(case):
+    assert not missed(case)
+
+
+@pytest.mark.parametrize("form", ["row_block", "split", "token_slices"])
+def test_triton_offsets_survive_rows_beyond_2_to_the_31_elements(run_as, form):
+    """x, residual and dy as views whose last row begins behind element 2^31 of their memory."""
+    run_as(form)
+    sizes = FORMS[form]
+    stride = 2**31 // (sizes.tokens - 1) + 1
+    memory = np.empty(sizes.tokens * stride, np.float16)  # only the pages of the rows are touched
+    far = torch.from_numpy(memory)
+    case = Case(dtype=torch.float16, residual="tensor", **sizes.sizes)
+    near = case.draw("cpu", seed=0)
+    call = case.make_call(near)
+    dy = case.draw_grad_output(call, seed=0)
+    views = []
+    for index, tensor in enumerate((near["x"], near["residual"], dy)):
+        view = far.as_strided(tensor.shape, (stride, 1), index * sizes.hidden_size)
+        views.append(view.copy_(tensor))
+    far_call = case.make_call({**near, "x": views[0], "residual": views[1]})
+    for expected, got in zip(_run(call, dy), _run(far_call, views[2]), strict=True):
+        assert torch.equal(got, expected)
+
+
+def _run(call, dy) -> list[torch.Tensor]:
+    y, z = triton.forward(call, save_z=True)
+    gradients = triton.backward(call, z, dy, Needs(True, True, True, True, True, False))
+    return [y, z, *gradients[:5]]
+
+
+# Each mutation breaks the backend in one place. The tensors that it must spoil are named below; all
+# others must still pass, so that a miss points at its cause.
+
+
+def _forward_without_residual(monkeypatch):
+    forward = TritonBackend.forward
+    monkeypatch.setattr(
+        TritonBackend,
+        "forward",
+        lambda self, call, save_z: forward(self, call._replace(add_input=False), save_z),
+    )
+
+
+def _backward_without_residual(monkeypatch):
+    backward = TritonBackend.backward
+    monkeypatch.setattr(
+        TritonBackend,
+        "backward",
+        lambda self, call, *rest: backward(self, call._replace(add_input=False), *rest),
+    )
+
+
+def _backward_without_scaling(monkeypatch):
+    backward = TritonBackend.backward
+    monkeypatch.setattr(
+        TritonBackend,
+        "backward",
+        lambda self, call, *rest: backward(self, call._replace(scale=1.0), *rest),
+    )
+
+
+def _tanh_approximation_of_gelu(monkeypatch):
+    monkeypatch.setitem(VALUES, "gelu", VALUES["gelu_tanh"])
+
+
+def _tanh_approximation_of_gelu_derivative(monkeypatch):
+    monkeypatch.setitem(DERIVATIVES, "gelu", DERIVATIVES["gelu_tanh"])
+
+
+def _last_block_of_tokens_not_launched(monkeypatch):
+    """Unwritten memory, which is NaN here."""
+    monkeypatch.setattr(triton_backend, "cdiv", lambda a, b: max(1, a // b))
+
+
+def _no_mask_on_the_features_of_x_and_dy(monkeypatch):
+    """The last row's read runs over the end of the tensor, into the NaN that surrounds it; as the
+    weights' masks are in place, nothing else would show. The kernels with 32 features a tile are
+    those that only read along H."""
+    tiles = triton_backend._tiles
+    monkeypatch.setattr(
+        triton_backend,
+        "_tiles",
+        lambda call, config: (
+            tiles(call, config) | ({"EVEN_H": True} if config.block_h == 32 else {})
+        ),
+    )
+
+
+ALL = {"y", "y (no grad)", "dx", "d_down_weight", "d_up_weight", "d_down_bias", "d_up_bias"}
+MUTATIONS = {
+    _forward_without_residual: {"y", "y (no grad)"},
+    _backward_without_residual: {"dx"},
+    _backward_without_scaling: ALL - {"y", "y (no grad)"},
+    _tanh_approximation_of_gelu: {"y", "y (no grad)", "d_up_weight"},
+    _tanh_approximation_of_gelu_derivative: {"dx", "d_down_weight", "d_down_bias"},
+    _last_block_of_tokens_not_launched: ALL,
+    _no_mask_on_the_features_of_x_and_dy: ALL - {"d_up_bias"},
+}
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__.strip("_"))
+def test_parity_catches_a_broken_kernel_and_points_at_it(monkeypatch, mutate):
+    case = Case(scaling=0.7)
+    assert not missed(case)
+    mutate(monkeypatch)
+    spoilt = {row.tensor for row in check_case(case, "triton") if not row.passed}
+    assert spoilt == MUTATIONS[mutate]
