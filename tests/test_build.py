@@ -1,0 +1,331 @@
+"""The build: what setup.py understands, finds, compiles and records."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution, Extension
+from setuptools.errors import CompileError, SetupError
+
+from adapterkern import _env
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("adapterkern_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+BUILD_VARIABLES = ("ADAPTERKERN_BUILD_CUDA", "ADAPTERKERN_CUDA_ARCHS", "MAX_JOBS")
+
+
+def usable_nvcc() -> Path | None:
+    try:
+        return build.find_nvcc(os.environ)
+    except build.NotBuilt:
+        return None
+
+
+needs_nvcc = pytest.mark.skipif(usable_nvcc() is None, reason="needs nvcc, and none was found")
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def run_build(tmp_path: Path, monkeypatch, **environ: str) -> Path:
+    """Run build_ext with these build variables alone; the folder of the built package."""
+    for name in BUILD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    extension = Extension(build.EXTENSION, sources=[], optional=True)
+    command = build.BuildCuda(Distribution({"name": "adapterkern", "ext_modules": [extension]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+    package = tmp_path / "lib" / "adapterkern"
+    listed = {Path(output) for output in command.get_outputs()}
+    assert listed == set(package.iterdir())
+    return package
+
+
+def recorded(package: Path) -> dict:
+    values: dict = {}
+    exec((package / "_buildinfo.py").read_text(), values)
+    return values
+
+
+def built_extensions(package: Path) -> list[Path]:
+    return list(package.glob("_cuda*.so"))
+
+
+@pytest.mark.parametrize(
+    ("text", "archs"),
+    [
+        ("80", ("sm_80",)),
+        ("8.0;9.0a", ("sm_80", "sm_90a")),
+        ("sm_80, sm_90a,compute_90", ("sm_80", "sm_90a", "compute_90")),
+        ("9.0+PTX", ("sm_90", "compute_90")),
+        ("12.0 10.3a", ("sm_120", "sm_103a")),
+        ("SM_90A 80 8.0", ("sm_90a", "sm_80")),
+    ],
+)
+def test_parse_archs_reads_every_documented_spelling(text, archs):
+    assert build.parse_archs(text) == archs
+
+
+@pytest.mark.parametrize("text", ["ninety", "sm_9x", "compute_90+PTX", "9.0.1", ";", "80-90"])
+def test_parse_archs_refuses_what_it_cannot_read(text):
+    with pytest.raises(SetupError, match="ADAPTERKERN_CUDA_ARCHS"):
+        build.parse_archs(text)
+
+
+def test_parse_archs_refuses_devices_without_bfloat16():
+    with pytest.raises(SetupError, match=r"'7\.5' is below the lowest, sm_80"):
+        build.parse_archs("8.0;7.5")
+
+
+def test_default_archs_are_those_that_the_documentation_names():
+    documented = next(v.default for v in _env.VARIABLES if v.name == "ADAPTERKERN_CUDA_ARCHS")
+    assert build.parse_archs(documented) == build.parse_archs(build.DEFAULT_ARCHS)
+
+
+def test_gencode_makes_machine_code_for_sm_and_ptx_for_compute():
+    assert build.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert build.gencode("compute_90") == "-gencode=arch=compute_90,code=compute_90"
+
+
+def test_read_settings_takes_defaults_for_unset_and_empty_variables():
+    expected = build.Settings("auto", ("sm_80", "sm_90a", "compute_90"), None)
+    assert build.read_settings({}) == expected
+    assert build.read_settings(dict.fromkeys(BUILD_VARIABLES, "")) == expected
+
+
+def test_read_settings_takes_every_variable():
+    environ = dict(zip(BUILD_VARIABLES, ("1", "9.0", "3"), strict=True))
+    assert build.read_settings(environ) == build.Settings("1", ("sm_90",), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ADAPTERKERN_BUILD_CUDA", "yes"), ("MAX_JOBS", "0"), ("MAX_JOBS", "many")],
+)
+def test_read_settings_names_the_variable_and_the_bad_value(name, value):
+    with pytest.raises(SetupError, match=f"{name} must be .*'{value}'"):
+        build.read_settings({name: value})
+
+
+def test_find_nvcc_prefers_cuda_home_then_cuda_path_then_path(tmp_path):
+    places = {name: tmp_path / name for name in ("home", "path", "on_path")}
+    for place in places.values():
+        script(place / "bin" / "nvcc", "exit 0")
+    environ = {
+        "CUDA_HOME": str(places["home"]),
+        "CUDA_PATH": str(places["path"]),
+        "PATH": str(places["on_path"] / "bin"),
+    }
+    assert build.find_nvcc(environ) == places["home"] / "bin" / "nvcc"
+    del environ["CUDA_HOME"]
+    assert build.find_nvcc(environ) == places["path"] / "bin" / "nvcc"
+    del environ["CUDA_PATH"]
+    assert build.find_nvcc(environ) == places["on_path"] / "bin" / "nvcc"
+
+
+def test_find_nvcc_passes_over_a_toolkit_folder_without_a_runnable_nvcc(tmp_path):
+    on_path = script(tmp_path / "bin" / "nvcc", "exit 0")
+    script(tmp_path / "home" / "bin" / "nvcc", "exit 0").chmod(0o644)
+    environ = {"CUDA_HOME": str(tmp_path / "home"), "PATH": str(on_path.parent)}
+    assert build.find_nvcc(environ) == on_path
+
+
+def test_nvcc_candidates_end_with_the_toolkit_of_the_environment(tmp_path, monkeypatch):
+    nvcc = script(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc", "exit 0")
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(build.nvcc_candidates({}))[-2:] == [Path("/usr/local/cuda/bin/nvcc"), nvcc]
+
+
+def test_toolkit_root_of_a_wrapper_script_is_what_nvcc_itself_reports(tmp_path):
+    wrapper = script(
+        tmp_path / "bin" / "nvcc", 'echo "#$ _HERE_=/x" >&2; echo "#$ TOP=/opt/cuda/bin/.." >&2'
+    )
+    assert build.toolkit_root(wrapper) == Path("/opt/cuda")
+
+
+def test_toolkit_root_refuses_a_program_that_is_not_nvcc(tmp_path):
+    with pytest.raises(build.NotBuilt, match="is it nvcc"):
+        build.toolkit_root(script(tmp_path / "nvcc", "echo hello"))
+
+
+def test_run_ninja_obeys_max_jobs_and_keeps_the_log(tmp_path, monkeypatch):
+    import ninja
+
+    script(tmp_path / "bin" / "ninja", 'echo "called with $*"')
+    monkeypatch.setattr(ninja, "BIN_DIR", str(tmp_path / "bin"))
+    build.run_ninja(tmp_path, 3)
+    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path} -j 3\n"
+    build.run_ninja(tmp_path, None)
+    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path}\n"
+
+
+def test_build_without_nvcc_records_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "nvcc_candidates", lambda environ: iter([Path("/nowhere/bin/nvcc")]))
+    package = run_build(tmp_path, monkeypatch)
+    assert built_extensions(package) == []
+    record = recorded(package)
+    assert record["REASON"].startswith("nvcc not found (looked in PATH, /nowhere/bin/nvcc;")
+    assert (record["NVCC"], record["ARCHS"]) == (None, ())
+
+
+def test_build_removes_the_extension_of_an_earlier_build(tmp_path, monkeypatch):
+    package = tmp_path / "lib" / "adapterkern"
+    name = build.BuildCuda(Distribution()).get_ext_filename(build.EXTENSION)
+    stale = tmp_path / "lib" / name
+    package.mkdir(parents=True)
+    stale.write_bytes(b"stale")
+    run_build(tmp_path, monkeypatch, ADAPTERKERN_BUILD_CUDA="0")
+    assert not stale.exists()
+    assert recorded(package)["REASON"] == "ADAPTERKERN_BUILD_CUDA=0 when it was installed"
+
+
+BROKEN_NVCC = """\
+case "$*" in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --dryrun*) echo "#$ TOP=/opt/cuda" ;;
+  *) echo "probe.cu(7): error: expected a ;" >&2; exit 2 ;;
+esac"""
+
+
+def test_build_demanded_with_a_broken_nvcc_fails_with_the_compilers_words(tmp_path, monkeypatch):
+    script(tmp_path / "cuda" / "bin" / "nvcc", BROKEN_NVCC)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    with pytest.raises(CompileError, match=r"ADAPTERKERN_BUILD_CUDA=1, but .* expected a ;"):
+        run_build(tmp_path, monkeypatch, ADAPTERKERN_BUILD_CUDA="1")
+
+
+def test_build_with_a_broken_nvcc_goes_on_without_and_records_the_error(tmp_path, monkeypatch):
+    script(tmp_path / "cuda" / "bin" / "nvcc", BROKEN_NVCC)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    package = run_build(tmp_path, monkeypatch)
+    assert built_extensions(package) == []
+    reason = "compilation failed: probe.cu(7): error: expected a ;"
+    assert recorded(package)["REASON"] == reason
+
+
+@pytest.fixture(scope="module")
+def built_package(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield run_build(tmp_path_factory.mktemp("build"), monkeypatch, ADAPTERKERN_BUILD_CUDA="1")
+
+
+@needs_nvcc
+def test_build_makes_an_extension_that_knows_what_it_was_built_for(built_package):
+    (library,) = built_extensions(built_package)
+    program = f"""
+import importlib.util, json
+spec = importlib.util.spec_from_file_location("adapterkern._cuda", {str(library)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+count, name, text = module.device_count()
+print(json.dumps([module.archs(), module.RUNTIME_VERSION, module.driver_version(), count, name]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    archs, runtime, driver, count, error = json.loads(done.stdout)
+    record = recorded(built_package)
+    assert record["REASON"] is None
+    assert tuple(archs) == record["ARCHS"] == ("sm_80", "sm_90a", "compute_90")
+    assert record["NVCC"].startswith(f"{runtime // 1000}.{runtime % 1000 // 10}.")
+    if driver == 0:
+        assert (count, error) == (0, "cudaErrorInsufficientDriver")
+
+
+@needs_nvcc
+def test_build_exports_no_symbol_of_the_cuda_runtime(built_package):
+    (library,) = built_extensions(built_package)
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert "PyInit__cuda" in names
+    assert [name for name in names if re.match(r"_*cu(da)?[A-Z]", name)] == []
+
+
+@needs_nvcc
+def test_build_links_neither_torch_nor_a_shared_cuda_library(built_package):
+    (library,) = built_extensions(built_package)
+    dynamic = subprocess.run(
+        ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
+    )
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic.stdout)
+    assert needed
+    assert [name for name in needed if re.search("torch|cud|nv|c10", name)] == []
+
+
+@needs_nvcc
+def test_build_holds_machine_code_and_ptx_for_the_default_architectures(built_package):
+    triton = importlib.util.find_spec("triton")
+    if triton is None:
+        pytest.skip("needs cuobjdump, which comes with triton")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (library,) = built_extensions(built_package)
+    listing = subprocess.run(
+        [str(tool), "--list-elf", "--list-ptx", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.findall(r"probe\.(sm_\w+\.(?:cubin|ptx))", listing.stdout)
+    assert sorted(found) == ["sm_80.cubin", "sm_90.ptx", "sm_90a.cubin"]
+
+
+@needs_nvcc
+def test_build_log_keeps_the_resources_of_every_kernel(built_package):
+    log = (built_package.parents[1] / "temp" / "build.log").read_text()
+    assert (
+        len(re.findall(r"Compiling entry function '\w*probe_kernel\w*' for 'sm_(80|90a)'", log))
+        == 2
+    )
+    assert "warning" not in log
+
+
+def test_sdist_holds_the_sources_and_nothing_that_a_build_made(tmp_path):
+    tree = tmp_path / "tree"
+    made = shutil.ignore_patterns(
+        ".git", ".*_cache", "build", "*.egg-info", "__pycache__", "results"
+    )
+    shutil.copytree(ROOT, tree, ignore=made)
+    (tree / "adapterkern" / "_buildinfo.py").write_text("REASON = None\n")
+    (tree / "adapterkern" / "_cuda.abi3.so").write_bytes(b"")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")]
+    subprocess.run(command, cwd=tree, capture_output=True, check=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    assert {"setup.py", "LICENSE", "adapterkern/__init__.py", *sources} <= names
+    assert [name for name in names if "_buildinfo" in name or name.endswith((".so", ".pyc"))] == []
+
+
+def test_tools_have_the_same_versions_for_pre_commit_and_for_ci():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    extras = (ROOT / "pyproject.toml").read_text()
+    for tool in ("ruff", "clang-format"):
+        pins = set(re.findall(rf"\b{tool}==[\w.]+", hooks))
+        assert pins == set(re.findall(rf"\b{tool}==[\w.]+", extras))
+        assert len(pins) == 1

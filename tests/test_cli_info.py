@@ -1,0 +1,357 @@
+"""The command line's frame, and `adapterkern info`: what it reports and what it calls a problem."""
+
+import copy
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import adapterkern
+from adapterkern.cli import info, main
+from adapterkern.cli.info import probes, problems, text
+
+
+def call(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "adapterkern", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def run_in_process(capsys, *words: str) -> tuple[int, str, str]:
+    try:
+        code = main.main(words)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# A machine with one H100 on which nothing is amiss.
+HEALTHY = {
+    "versions": {
+        "adapterkern": "0.1.0",
+        "python": "3.11.7",
+        "torch": "2.9.1",
+        "triton": "3.5.1",
+        "numpy": "2.4.1",
+        "transformers": None,
+        "peft": None,
+        "adapters": None,
+    },
+    "torch": {"cuda": "13.0", "rocm": None, "triton_wanted": "==3.5.1"},
+    "extension": {
+        "built": True,
+        "nvcc": "13.0.88",
+        "cuda": "13.0",
+        "archs": ["sm_80", "sm_90a", "compute_90"],
+        "kernels": [],
+    },
+    "driver": {"version": "580.65.06", "cuda": "13.0"},
+    "gpus": {
+        "devices": [
+            {
+                "name": "NVIDIA H100",
+                "capability": "9.0",
+                "memory_gib": 79.2,
+                "extension_code": "sm_90a",
+            }
+        ]
+    },
+    "compiler": {
+        "compiler": "/usr/bin/gcc",
+        "found": True,
+        "version": "gcc 12.2.0",
+        "python_h": "/usr/include/python3.11/Python.h",
+        "python_h_found": True,
+    },
+    "cache": {
+        "folder": "/home/me/.triton/cache",
+        "writable": True,
+        "filesystem": "ext4",
+        "network": False,
+    },
+    "backends": {"cuda": None, "triton": None, "reference": None},
+    "choice": {"device": "cuda", "float32": "cuda", "float16": "cuda", "bfloat16": "cuda"},
+    "environment": {},
+}
+
+
+def machine(**changes: dict) -> dict:
+    """HEALTHY with some entries of some sections replaced."""
+    report = copy.deepcopy(HEALTHY)
+    for section, values in changes.items():
+        report[section] |= values
+    return report
+
+
+def gpu(**changes) -> dict:
+    return {"devices": [HEALTHY["gpus"]["devices"][0] | changes]}
+
+
+def test_help_lists_every_command_without_importing_torch():
+    program = (
+        "import sys\n"
+        "from adapterkern.cli.main import main\n"
+        "try:\n    main(['--help'])\n"
+        "finally:\n    print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, (_, summary) in main.COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert summary in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_of_a_command_teaches_with_examples_and_exit_codes(capsys, name):
+    code, out, _ = run_in_process(capsys, name, "--help")
+    assert code == 0
+    assert f"usage: adapterkern {name}" in out
+    assert f"adapterkern {name}" in out.partition("examples:")[2]
+    assert "exit codes:" in out
+
+
+def test_version_is_the_packages(capsys):
+    assert run_in_process(capsys, "--version") == (
+        0,
+        f"adapterkern {adapterkern.__version__}\n",
+        "",
+    )
+
+
+def test_no_command_prints_the_help_as_an_error(capsys):
+    code, out, err = run_in_process(capsys)
+    assert (code, out) == (2, "")
+    assert "usage: adapterkern" in err
+
+
+def test_unknown_command_and_unknown_option_are_usage_errors(capsys):
+    for words in (("bogus",), ("info", "--bogus")):
+        code, out, err = run_in_process(capsys, *words)
+        assert (code, out) == (2, "")
+        assert "bogus" in err
+
+
+def test_main_imports_the_chosen_command_alone_and_returns_its_code(capsys, monkeypatch):
+    def add_parser(subparsers):
+        parser = subparsers.add_parser("fine")
+        parser.add_argument("--code", type=int)
+        parser.set_defaults(run=lambda arguments: arguments.code)
+
+    monkeypatch.setitem(sys.modules, "fake_command", SimpleNamespace(add_parser=add_parser))
+    commands = {"broken": ("no_such_module", ""), "fine": ("fake_command", "")}
+    monkeypatch.setattr(main, "COMMANDS", commands)
+    assert run_in_process(capsys, "fine", "--code", "1") == (1, "", "")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main.main(["broken"])
+
+
+def test_interrupt_ends_a_command_without_a_traceback(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupted)
+    assert run_in_process(capsys, "info") == (130, "", "")
+
+
+def test_info_json_is_one_object_with_every_probe_and_no_failure():
+    done = call("info", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {*probes.PROBES, "problems"}
+    assert [name for name in probes.PROBES if "error" in report[name]] == []
+    assert report["versions"]["adapterkern"] == adapterkern.__version__
+    assert report["versions"]["python"] == sys.version.split()[0]
+    assert report["backends"]["reference"] is None
+
+
+def test_info_tells_per_dtype_what_dispatch_chooses(monkeypatch):
+    chosen = probes.probe_choice()
+    assert set(chosen) == {"device", "float32", "float16", "bfloat16"}
+    with adapterkern.use_backend("reference"):
+        forced = probes.probe_choice()
+    assert forced["bfloat16"] == "reference (named)"
+
+
+def test_info_survives_any_probe_and_names_it(capsys, monkeypatch):
+    def broken():
+        raise OSError("no such thing")
+
+    for name in probes.PROBES:
+        monkeypatch.setitem(probes.PROBES, name, broken)
+    code, out, err = run_in_process(capsys, "info")
+    assert (code, err) == (0, "")
+    for name in probes.PROBES:
+        assert f"probe {name}: OSError: no such thing" in out
+
+
+def test_info_shows_the_reason_of_a_missing_extension(monkeypatch):
+    loaded = probes_extension().Loaded(None, "the CUDA extension is not built: nvcc not found.")
+    monkeypatch.setattr(probes_extension(), "load", lambda: loaded)
+    assert probes.probe_extension() == {"built": False, "reason": loaded.problem}
+
+
+def probes_extension():
+    from adapterkern.backends.cuda import extension
+
+    return extension
+
+
+def test_render_is_plain_text_within_its_width():
+    report = machine(extension={"built": False, "reason": "why not " * 40 + "\n  hint: a cure"})
+    lines = text.render({**report, "problems": ["first problem", "second problem"]}).splitlines()
+    assert max(map(len, lines)) <= text.WIDTH
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert "driver       580.65.06, CUDA up to 13.0" in lines
+    assert "               hint: a cure" in lines
+    assert lines[-2:] == ["problems     first problem", "             second problem"]
+
+
+def test_render_tells_what_the_machine_has():
+    out = text.render({**HEALTHY, "problems": []})
+    assert "torch 2.9.1   triton 3.5.1   numpy 2.4.1" in out
+    assert (
+        "built by nvcc 13.0.88 for sm_80, sm_90a, compute_90; holds no adapter kernels yet" in out
+    )
+    assert "cuda:0 NVIDIA H100, capability 9.0, 79.2 GiB, runs sm_90a of the extension" in out
+    assert "on cuda: float32 -> cuda, float16 -> cuda, bfloat16 -> cuda" in out
+    assert "none found" in out.splitlines()[-1]
+
+
+def test_a_healthy_machine_has_no_problems():
+    assert problems.find_problems(HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        pytest.param(
+            machine(versions={"torch": "2.5.1"}),
+            "torch 2.5.1 is older than 2.6: pip install 'torch>=2.6'",
+            id="old-torch",
+        ),
+        pytest.param(
+            machine(versions={"triton": "3.7.1"}),
+            "torch 2.9.1 is made for triton==3.5.1, but 3.7.1 is installed",
+            id="wrong-triton",
+        ),
+        pytest.param(
+            machine(versions={"triton": "3.6.0"}, torch={"triton_wanted": None}),
+            "triton 3.6.0's interpreter fails with numpy 2.4.1: pip install 'numpy<2.4'",
+            id="triton-3.6-numpy-2.4",
+        ),
+        pytest.param(
+            machine(torch={"cuda": None}, gpus={"devices": []}),
+            "an NVIDIA driver is present, but torch 2.9.1 is a CPU-only build",
+            id="cpu-torch-beside-a-driver",
+        ),
+        pytest.param(
+            machine(driver={"cuda": "12.8"}, gpus={"devices": []}),
+            "the NVIDIA driver supports CUDA up to 12.8, torch was built for 13.0",
+            id="old-driver",
+        ),
+        pytest.param(
+            machine(gpus={"devices": []}),
+            "torch sees no GPU: is CUDA_VISIBLE_DEVICES set empty?",
+            id="hidden-gpu",
+        ),
+        pytest.param(
+            machine(gpus=gpu(name="Tesla T4", capability="7.5")),
+            "Tesla T4 has compute capability 7.5; the fused kernels need 8.0",
+            id="old-gpu",
+        ),
+        pytest.param(
+            machine(gpus=gpu(extension_error="no kernel image")),
+            "does not run on NVIDIA H100: no kernel image. Build it anew with "
+            "ADAPTERKERN_CUDA_ARCHS=9.0",
+            id="no-code-for-the-gpu",
+        ),
+        pytest.param(
+            machine(compiler={"compiler": None, "found": False}),
+            "Triton needs a C compiler and there is none",
+            id="no-compiler",
+        ),
+        pytest.param(
+            machine(compiler={"compiler": "icc", "found": False}),
+            "Triton needs a C compiler and icc is not there",
+            id="wrong-CC",
+        ),
+        pytest.param(
+            machine(compiler={"python_h_found": False}),
+            "Triton needs /usr/include/python3.11/Python.h: install python3-dev",
+            id="no-python-header",
+        ),
+        pytest.param(
+            machine(cache={"writable": False}),
+            "Triton cannot write /home/me/.triton/cache: set TRITON_CACHE_DIR",
+            id="read-only-cache",
+        ),
+        pytest.param(
+            machine(cache={"network": True, "filesystem": "nfs4"}),
+            "is on a network disk (nfs4), where processes race",
+            id="network-cache",
+        ),
+    ],
+)
+def test_each_mishap_is_one_problem_with_its_cure(report, expected):
+    found = problems.find_problems(report)
+    assert len(found) == 1, found
+    assert expected in found[0]
+
+
+def test_triton_pairing_accepts_a_local_build_of_the_wanted_version():
+    report = machine(versions={"triton": "3.5.1+git123"})
+    assert problems.find_problems(report) == []
+
+
+def test_missing_triton_is_a_problem_on_linux_alone(monkeypatch):
+    report = machine(versions={"triton": None})
+    monkeypatch.setattr(problems.platform, "system", lambda: "Linux")
+    assert "triton is missing" in problems.find_problems(report)[0]
+    monkeypatch.setattr(problems.platform, "system", lambda: "Darwin")
+    assert problems.find_problems(report) == []
+
+
+def test_without_a_gpu_what_triton_lacks_is_no_problem():
+    report = machine(
+        driver={"version": None, "cuda": None},
+        gpus={"devices": []},
+        compiler={"compiler": None, "found": False},
+        cache={"writable": False, "network": True},
+    )
+    assert problems.find_problems(report) == []
+
+
+def test_filesystem_of_takes_the_innermost_and_latest_mount(tmp_path):
+    mounts = tmp_path / "mounts"
+    inner = tmp_path / "my disk"
+    inner.mkdir()
+    point = str(inner).replace(" ", "\\040")
+    mounts.write_text(f"a / ext4 rw 0 0\nb {point} xfs rw 0 0\nc {point} nfs4 rw 0 0\n")
+    assert probes.filesystem_of(inner, mounts) == "nfs4"
+    assert probes.filesystem_of(tmp_path, mounts) == "ext4"
+    assert probes.filesystem_of(tmp_path, tmp_path / "absent") is None
+
+
+def test_probe_cache_obeys_tritons_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "here" / "there"))
+    found = probes.probe_cache()
+    assert (found["folder"], found["writable"]) == (str(tmp_path / "here" / "there"), True)
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    assert probes.probe_cache()["folder"] == str(tmp_path / ".triton" / "cache")
+    (tmp_path / ".triton").write_text("a file where a folder should be")
+    assert probes.probe_cache()["writable"] is False
+
+
+def test_probe_compiler_reports_the_compiler_that_triton_would_take(tmp_path, monkeypatch):
+    compiler = tmp_path / "mycc"
+    compiler.write_text("#!/bin/sh\necho mycc 1.2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    found = probes.probe_compiler()
+    assert (found["compiler"], found["version"]) == (str(compiler), "mycc 1.2")
+    monkeypatch.setenv("CC", str(tmp_path / "absent"))
+    assert probes.probe_compiler()["found"] is False

@@ -1,0 +1,153 @@
+"""The CUDA backend without kernels: every state of the extension is a sentence with its cure."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adapterkern.backends.base import BackendUnsupportedError
+from adapterkern.backends.cuda import extension
+from adapterkern.backends.cuda.backend import CudaBackend
+
+
+@pytest.fixture
+def imports(monkeypatch):
+    """What `import_module` gives for the extension and its build record: a module or an error."""
+    answers = {}
+    real = importlib.import_module
+
+    def import_module(name):
+        answer = answers[name] if name in answers else real(name)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(extension.importlib, "import_module", import_module)
+    extension.load.cache_clear()
+    yield answers
+    monkeypatch.undo()
+    extension.load.cache_clear()
+
+
+def module(kernels=("fwd",), driver=13000, runtime=13000):
+    return SimpleNamespace(
+        kernels=lambda: kernels, driver_version=lambda: driver, RUNTIME_VERSION=runtime
+    )
+
+
+def record(reason=None):
+    return SimpleNamespace(REASON=reason, NVCC="13.0.88", ARCHS=("sm_80",))
+
+
+def test_missing_extension_tells_the_recorded_reason_and_the_cure(imports):
+    imports["adapterkern._cuda"] = ModuleNotFoundError("adapterkern._cuda")
+    imports["adapterkern._buildinfo"] = record("nvcc not found")
+    reason = extension.unavailable_reason()
+    assert reason.startswith("the CUDA extension is not built: nvcc not found.")
+    assert "pip install --force-reinstall --no-cache-dir --no-deps adapterkern" in reason
+
+
+def test_source_tree_without_a_build_record_says_so(imports):
+    imports["adapterkern._cuda"] = ModuleNotFoundError("adapterkern._cuda")
+    imports["adapterkern._buildinfo"] = ModuleNotFoundError("adapterkern._buildinfo")
+    assert "this source tree was never installed" in extension.unavailable_reason()
+
+
+def test_extension_for_another_python_is_recognised(imports):
+    imports["adapterkern._cuda"] = ModuleNotFoundError("adapterkern._cuda")
+    imports["adapterkern._buildinfo"] = record(reason=None)
+    assert "built for another Python" in extension.unavailable_reason()
+
+
+def test_extension_that_fails_to_load_passes_the_loaders_words_on(imports):
+    imports["adapterkern._cuda"] = ImportError("libstdc++.so.6: version `GLIBCXX_3.4.32' not found")
+    imports["adapterkern._buildinfo"] = record()
+    reason = extension.unavailable_reason()
+    assert reason.startswith("the CUDA extension does not load: libstdc++.so.6: version")
+    assert "build it anew" in reason
+
+
+def test_extension_without_kernels_is_unavailable_whatever_the_machine(imports):
+    imports["adapterkern._cuda"] = module(kernels=())
+    imports["adapterkern._buildinfo"] = record()
+    assert extension.unavailable_reason() == "the CUDA extension holds no adapter kernels yet"
+
+
+def test_no_driver_and_no_device_are_told_apart(imports, monkeypatch):
+    imports["adapterkern._cuda"] = module(driver=0)
+    imports["adapterkern._buildinfo"] = record()
+    assert "no NVIDIA driver is installed" in extension.unavailable_reason()
+    extension.load.cache_clear()
+    imports["adapterkern._cuda"] = module()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert extension.unavailable_reason() == "no CUDA device is visible"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert extension.unavailable_reason() == f"torch {torch.__version__} is built without CUDA"
+
+
+def test_driver_device_and_kernels_together_make_it_available(imports, monkeypatch):
+    imports["adapterkern._cuda"] = module()
+    imports["adapterkern._buildinfo"] = record()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert extension.unavailable_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "problem"),
+    [
+        (13000, 13000, None),
+        (13000, 13020, None),  # minor version compatibility
+        (13020, 12080, None),
+        (
+            12080,
+            13000,
+            "the NVIDIA driver supports CUDA up to 12.8, the extension was built with 13.0.",
+        ),
+        (0, 13000, "no NVIDIA driver is installed (libcuda.so.1 is missing)"),
+    ],
+)
+def test_driver_problem_compares_major_versions(driver, runtime, problem):
+    answer = extension.driver_problem(driver, runtime)
+    assert (answer and answer.splitlines()[0]) == problem
+
+
+ARCHS = ("sm_80", "sm_90a", "compute_90")
+
+
+@pytest.mark.parametrize(
+    ("arch", "specific", "major", "archs", "name"),
+    [
+        (800, False, 8, ARCHS, "sm_80"),
+        (900, True, 9, ARCHS, "sm_90a"),
+        (900, False, 10, ARCHS, "compute_90"),
+        (900, False, 9, ("sm_90", "compute_90"), "sm_90"),
+        (900, False, 12, ("sm_90", "compute_90"), "compute_90"),
+    ],
+)
+def test_code_name_tells_machine_code_from_ptx(arch, specific, major, archs, name):
+    assert extension.code_name(arch, specific, major, archs) == name
+
+
+def test_backend_declines_with_the_one_reason_and_refuses_to_run(imports):
+    imports["adapterkern._cuda"] = module(kernels=())
+    imports["adapterkern._buildinfo"] = record()
+    backend = CudaBackend()
+    assert backend.unavailable_reason() == "the CUDA extension holds no adapter kernels yet"
+    assert backend.unsupported_reasons(spec=None) == [backend.unavailable_reason()]
+    with pytest.raises(BackendUnsupportedError, match="holds no adapter kernels yet"):
+        backend.forward(call=None, save_z=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_probe_runs_the_code_made_for_this_device():
+    if extension.load().module is None:
+        pytest.skip(f"needs the extension: {extension.load().problem}")
+    archs = extension.load().module.archs()
+    assert archs == ARCHS, "the expectation below is for the default architectures"
+    major, _ = torch.cuda.get_device_capability()
+    expected = {8: "sm_80", 9: "sm_90a"}.get(major, "compute_90")
+    assert extension.code_on(torch.device("cuda", 0)) == expected
+    assert importlib.import_module("adapterkern._cuda").device_count()[0] >= 1
