@@ -56,7 +56,7 @@ def relu(z):
 
 @triton.jit
 def relu_derivative(z):
-    return tl.where(z > 0, 1.0, 0.0)
+    return tl.where(z <= 0, 0.0, 1.0)  # 1 at NaN, as in eager
 
 
 @triton.jit
