@@ -1,0 +1,351 @@
+"""Adapter folders of the `adapters` library, read and written without it.
+
+A folder holds `adapter_config.json` and the weights, in `pytorch_adapter.bin` or
+`adapter.safetensors`. A weight is called `<layer>.adapters.<name>.<parameter>`, where the layer is
+a module of the base model, with or without the model's prefix ("bert.").
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkern.activations import canonical_name
+from adapterkern.integrations.adapterhub.configs import Config, activation_of, resolve
+from adapterkern.integrations.adapterhub.conversion import adapter_from_tensors
+from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
+from adapterkern.modules.bottleneck import BottleneckAdapter
+
+CONFIG_NAME = "adapter_config.json"
+BIN_NAME = "pytorch_adapter.bin"
+SAFE_NAME = "adapter.safetensors"
+FUSION_NAME = "adapter_fusion_config.json"
+
+_LEGACY = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
+}
+_PARAMETERS = {
+    "adapter_down.0.weight": "down_weight",
+    "adapter_down.0.bias": "down_bias",
+    "adapter_up.weight": "up_weight",
+    "adapter_up.bias": "up_bias",
+    "scaling": "scaling",
+}
+_VERSION = "adapters.1.3.0"  # of the format that `save` writes
+
+
+@dataclass
+class AdapterCheckpoint:
+    """A saved bottleneck adapter.
+
+    Attributes:
+        name: the adapter's name.
+        layers: the layer's name in the base model, as saved, to its adapter.
+        config: the bottleneck configuration with all defaults, as the library names the fields;
+            of a union, the first. `layers` is what it describes; how a layer uses its adapter
+            (`is_parallel`, `original_ln_before`, ...) stands here alone.
+        saved_config: the configuration as saved.
+        metadata: the file's other entries: model_type, hidden_size, version, ...
+        other_weights: what is not of a bottleneck adapter: invertible adapters, and the other
+            methods of a union; kept for `save`.
+    """
+
+    name: str
+    layers: dict[str, BottleneckAdapter]
+    config: Any
+    saved_config: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    other_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load(folder: str | os.PathLike, *, model_type: str | None = None) -> AdapterCheckpoint:
+    """Read an adapter folder, whatever version of the library wrote it.
+
+    Args:
+        folder: a local folder as `save_adapter` writes it.
+        model_type: refuse a folder whose base model has another type, such as "bert".
+
+    Raises:
+        FileNotFoundError: the folder, its configuration or its weights are missing.
+        ValueError: a file is damaged or not one of the library, weights are missing, left over or
+            of another shape than the configuration says, or `model_type` differs.
+        UnsupportedAdapterError: a Compacter, gated, fusion or layer-normed adapter, or another
+            method altogether.
+    """
+    folder = os.fspath(folder)
+    meta = _read_config(folder)
+    if model_type is not None and meta.get("model_type") not in (None, model_type):
+        raise ValueError(
+            f"{folder} was trained for a model of type {meta['model_type']!r}, not {model_type!r}."
+        )
+    try:
+        configs = resolve(meta["config"], versioned="version" in meta)
+    except (UnsupportedAdapterError, ValueError) as error:
+        raise type(error)(f"{folder}: {error}") from None
+    layers, other = _sort_weights(_read_weights(folder), meta["name"])
+    problems = _problems(layers, configs, meta.get("hidden_size"))
+    if problems:
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"{folder} is incomplete or does not fit its configuration:{listing}")
+    config = configs[0]
+    built = {layer: _adapter(tensors, config) for layer, tensors in layers.items()}
+    rest = {key: value for key, value in meta.items() if key not in ("config", "name")}
+    return AdapterCheckpoint(meta["name"], built, config, meta["config"], rest, other)
+
+
+def save(
+    checkpoint: AdapterCheckpoint, folder: str | os.PathLike, *, safetensors: bool = False
+) -> None:
+    """Write an adapter folder that the library's `load_adapter` reads.
+
+    The folder is created where it does not exist. Old contents are replaced such that a reader
+    finds the old adapter, the new one, or no configuration, but never a mixture.
+
+    Args:
+        checkpoint: what `load` returned, or one made by hand: `config` may then also be the name of
+            a preset, and `metadata` should hold model_type and hidden_size.
+        folder: where to write.
+        safetensors: write adapter.safetensors instead of pytorch_adapter.bin; the library reads it
+            with `load_adapter(folder, use_safetensors=True)`.
+
+    Raises:
+        ValueError: the adapters do not fit the configuration; nothing was written.
+        ImportError: `safetensors` is asked for and not installed; nothing was written.
+    """
+    folder = os.fspath(folder)
+    union = _is_union(checkpoint.saved_config)
+    configs = resolve(checkpoint.saved_config if union else checkpoint.config, versioned=True)
+    layers = {layer: _tensors(adapter) for layer, adapter in checkpoint.layers.items()}
+    problems = _problems(layers, configs, checkpoint.metadata.get("hidden_size"))
+    problems += [
+        f"{layer} has the activation {adapter.activation}, the configuration {wanted}"
+        for layer, adapter in checkpoint.layers.items()
+        if adapter.activation != (wanted := canonical_name(activation_of(configs[0])))
+    ]
+    if problems:
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"the adapters do not fit their configuration:{listing}")
+    meta = {
+        "version": _VERSION,
+        **checkpoint.metadata,
+        "name": checkpoint.name,
+        "config": checkpoint.saved_config if union else configs[0],
+    }
+    weights = {
+        f"{layer}.adapters.{checkpoint.name}.{key}": tensors[parameter].detach().cpu().contiguous()
+        for layer, tensors in layers.items()
+        for key, parameter in _PARAMETERS.items()
+        if parameter in tensors
+    }
+    _write(folder, meta, {**weights, **checkpoint.other_weights}, safetensors)
+
+
+def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: bool) -> None:
+    """Complete both files aside; then the old configuration goes first and the new comes last."""
+    written, stale = (SAFE_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFE_NAME)
+    created = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+            with open(os.path.join(aside, CONFIG_NAME), "w", encoding="utf-8") as file:
+                json.dump(meta, file, indent=2, sort_keys=True)
+            if safetensors:
+                # Tensors that share memory, as other methods have them, are not accepted.
+                copies = {key: tensor.clone() for key, tensor in weights.items()}
+                _safetensors().save_file(copies, os.path.join(aside, written))
+            else:
+                torch.save(weights, os.path.join(aside, written))
+            for old in (CONFIG_NAME, stale):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, old))
+            for name in (written, CONFIG_NAME):
+                os.replace(os.path.join(aside, name), os.path.join(folder, name))
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # only if it is empty
+        raise
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder} is not a folder.")
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        if os.path.isfile(os.path.join(folder, FUSION_NAME)):
+            raise UnsupportedAdapterError(
+                f"{folder} holds an AdapterFusion layer, which is no bottleneck adapter (fusion).\n"
+                "  hint: load the folders of the adapters that it fuses"
+            )
+        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not an adapter's folder.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(meta, dict) or not meta.get("config") or "name" not in meta:
+        peft = isinstance(meta, dict) and "peft_type" in meta
+        raise ValueError(
+            f"{path} was not written by the adapters library: it lacks "
+            f"{'a configuration' if isinstance(meta, dict) and 'name' in meta else 'a name'}."
+            + (
+                "\n  hint: this is a PEFT adapter; peft.PeftModel.from_pretrained loads it"
+                if peft
+                else ""
+            )
+        )
+    return meta
+
+
+def _read_weights(folder: str) -> dict[str, Tensor]:
+    """The library's choice of file: safetensors where there is one, else .bin, tensors only."""
+    safe, pickled = (os.path.join(folder, name) for name in (SAFE_NAME, BIN_NAME))
+    path = safe if os.path.isfile(safe) else pickled
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{folder} has a configuration but neither {SAFE_NAME} nor {BIN_NAME}.\n"
+            "  hint: copy the whole folder, or save the adapter again"
+        )
+    if path == safe:
+        read = _safetensors().load_file
+    else:
+        read = _read_pickled
+    try:
+        weights = read(path)
+    except Exception as error:  # every format has errors of its own
+        raise ValueError(f"{path} is damaged or not a file of weights: {error}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path} does not hold a mapping of names to tensors.")
+    return dict(weights)
+
+
+def _read_pickled(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"{SAFE_NAME} needs the safetensors package.\n  hint: pip install safetensors"
+        ) from error
+    return safetensors.torch
+
+
+def _sort_weights(
+    weights: dict[str, Tensor], name: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors by layer and parameter, and those of other methods, under present names."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    other: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        for old, new in _LEGACY.items():
+            key = key.replace(old, new)
+        layer, found, parameter = key.partition(f".adapters.{name}.")
+        if found:
+            layers.setdefault(layer, {})[_PARAMETERS.get(parameter, parameter)] = tensor
+        else:
+            other[key] = tensor
+    return layers, other
+
+
+def _problems(
+    layers: Mapping[str, Mapping[str, Tensor]], configs: list[Config], hidden_size: int | None
+) -> list[str]:
+    """A sentence for everything in which the weights differ from what the configuration says."""
+    config = configs[0]
+    if any(_weight_fields(other) != _weight_fields(config) for other in configs[1:]):
+        return ["its union has bottleneck configurations that differ in more than their places"]
+    if not layers:
+        return ["it holds no weight of this adapter"]
+    problems = []
+    for layer, tensors in layers.items():
+        problems += [
+            f"{layer}: {problem}" for problem in _layer_problems(tensors, config, hidden_size)
+        ]
+    return problems if config["leave_out"] else problems + _gaps(layers)
+
+
+def _weight_fields(config: Config) -> tuple:
+    return tuple(
+        config[name] for name in ("non_linearity", "scaling", "dropout", "reduction_factor")
+    )
+
+
+def _layer_problems(
+    tensors: Mapping[str, Tensor], config: Config, hidden_size: int | None
+) -> list[str]:
+    scaling = config["scaling"]
+    wanted = {"down_weight", "down_bias", "up_weight", "up_bias"}
+    wanted |= {"scaling"} if isinstance(scaling, str) else set()
+    problems = [f"{name} is missing" for name in sorted(wanted - set(tensors))]
+    problems += [f"{name} is unknown" for name in sorted(set(tensors) - wanted)]
+    if problems:
+        return problems
+    size = hidden_size or tensors["up_bias"].numel()
+    factor = config["reduction_factor"]
+    factors = set(factor.values()) if isinstance(factor, Mapping) else {factor}
+    allowed = {max(1, int(size // f)) for f in factors}
+    found = tensors["down_bias"].numel()
+    if found not in allowed:
+        choices = " or ".join(map(str, sorted(allowed)))
+        return [f"R is {found}; hidden_size {size} and reduction_factor {factor} give {choices}"]
+    shapes = {"down_weight": (found, size), "up_weight": (size, found), "up_bias": (size,)}
+    if isinstance(scaling, str):
+        shapes["scaling"] = (1,) if scaling == "learned" else (size,)
+    return [
+        f"{name} is {list(tensors[name].shape)} where {list(shape)} is due"
+        for name, shape in shapes.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+
+
+def _gaps(layers: Mapping[str, Any]) -> list[str]:
+    """Layers that are missing between two that are there."""
+    numbers: dict[str, set[int]] = {}
+    for layer in layers:
+        found = re.search(r"(?<![^.])\d+(?![^.])", layer)
+        if found:
+            pattern = f"{layer[: found.start()]}{{}}{layer[found.end() :]}"
+            numbers.setdefault(pattern, set()).add(int(found[0]))
+    return [
+        f"{pattern.format(number)} is missing"
+        for pattern, present in numbers.items()
+        for number in range(max(present))
+        if number not in present
+    ]
+
+
+def _adapter(tensors: Mapping[str, Tensor], config: Config) -> BottleneckAdapter:
+    return adapter_from_tensors(
+        **{"scaling": config["scaling"], **tensors},
+        activation=activation_of(config),
+        dropout=config["dropout"],
+    )
+
+
+def _tensors(adapter: BottleneckAdapter) -> dict[str, Tensor]:
+    found = {
+        "down_weight": adapter.down_proj.weight,
+        "down_bias": adapter.down_proj.bias,
+        "up_weight": adapter.up_proj.weight,
+        "up_bias": adapter.up_proj.bias,
+        "scaling": adapter.scaling if isinstance(adapter.scaling, Tensor) else None,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _is_union(config: Any) -> bool:
+    return isinstance(config, Mapping) and config.get("architecture") == "union"

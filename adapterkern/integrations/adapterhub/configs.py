@@ -1,0 +1,172 @@
+"""Configurations as the library writes them, resolved without it to a dict of all fields."""
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
+from adapterkern.integrations.adapterhub.reasons import REASONS
+
+Config = dict[str, Any]
+
+# The fields of the library's BnConfig that have a default there.
+DEFAULTS: Config = {
+    "original_ln_before": False,
+    "original_ln_after": True,
+    "ln_before": False,
+    "ln_after": False,
+    "init_weights": "bert",
+    "init_weights_seed": None,
+    "is_parallel": False,
+    "scaling": 1.0,
+    "use_gating": False,
+    "residual_before_ln": True,
+    "adapter_residual_before_ln": False,
+    "inv_adapter": None,
+    "inv_adapter_reduction_factor": None,
+    "cross_adapter": False,
+    "leave_out": [],
+    "dropout": 0.0,
+    "phm_layer": False,
+    "stochastic_depth": 0.0,
+}
+_SEQ: Config = {
+    **DEFAULTS,
+    "original_ln_before": True,
+    "mh_adapter": False,
+    "output_adapter": True,
+    "non_linearity": "relu",
+    "reduction_factor": 16,
+}
+_DOUBLE: Config = {
+    **DEFAULTS,
+    "mh_adapter": True,
+    "output_adapter": True,
+    "non_linearity": "swish",
+    "reduction_factor": 16,
+}
+_PARALLEL: Config = {
+    **DEFAULTS,
+    "mh_adapter": False,
+    "output_adapter": True,
+    "non_linearity": "relu",
+    "reduction_factor": 2,
+    "init_weights": "mam_adapter",
+    "is_parallel": True,
+    "scaling": 4.0,
+}
+_NICE: Config = {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
+_PHM: Config = {"phm_layer": True, "reduction_factor": 32, "non_linearity": "gelu"}
+PRESETS: dict[str, Config] = {
+    "seq_bn": _SEQ,
+    "double_seq_bn": _DOUBLE,
+    "par_bn": _PARALLEL,
+    "scaled_par_bn": {**_PARALLEL, "scaling": "learned"},
+    "seq_bn_inv": {**_SEQ, **_NICE},
+    "double_seq_bn_inv": {**_DOUBLE, **_NICE},
+    "compacter++": {**_SEQ, **_PHM},
+    "compacter": {**_DOUBLE, **_PHM},
+}
+_ALIASES = {
+    "pfeiffer": "seq_bn",
+    "houlsby": "double_seq_bn",
+    "parallel": "par_bn",
+    "scaled_parallel": "scaled_par_bn",
+    "pfeiffer+inv": "seq_bn_inv",
+    "houlsby+inv": "double_seq_bn_inv",
+}
+# What files written before the library's versions were recorded call these activations.
+_RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+# The library's names of activations that are not aliases in `adapterkern.activations`.
+_ACTIVATIONS = {"linear": "identity", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def resolve(config: Any, versioned: bool) -> list[Config]:
+    """The bottleneck configurations that a saved one stands for, with all defaults.
+
+    Args:
+        config: a dict of fields, the name of a preset with or without [field=value, ...], several
+            of those joined by |, or a union of configurations.
+        versioned: whether the file names the library's version. Where it does not, "gelu" means
+            "gelu_new" and "gelu_orig" means "gelu".
+
+    Raises:
+        ValueError: it is none of these, or names no bottleneck adapter.
+        UnsupportedAdapterError: the adapters have no `BottleneckAdapter`; the message says why.
+    """
+    if isinstance(config, str):
+        parts = [_preset(part.strip()) for part in config.split("|")]
+    elif isinstance(config, Mapping) and config.get("architecture") == "union":
+        parts = [p for c in config.get("configs", ()) for p in _resolve_part(c)]
+    else:
+        parts = _resolve_part(config)
+    if not parts:
+        raise ValueError(
+            f"the configuration has no bottleneck adapter: {config!r}.\n"
+            "  hint: adapterkern reads bottleneck adapters alone, not LoRA, prefix tuning or others"
+        )
+    for part in parts:
+        if not versioned:
+            name = part["non_linearity"]
+            part["non_linearity"] = _RENAMED.get(name, name)
+        _refuse_unsupported(part)
+    return parts
+
+
+def _resolve_part(config: Any) -> list[Config]:
+    """One configuration of a union in a list; none where it is not a bottleneck adapter's."""
+    if isinstance(config, str):
+        return [_preset(config)]
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a configuration is a dict or the name of a preset, got {config!r}.")
+    if config.get("architecture") not in (None, "bottleneck"):
+        return []
+    config = {**DEFAULTS, **config}
+    invertible = config.pop("invertible_adapter", None)
+    if invertible:  # as the first versions wrote it
+        config["inv_adapter"] = invertible["block_type"]
+        config["inv_adapter_reduction_factor"] = invertible["reduction_factor"]
+    missing = [
+        name
+        for name in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
+        if name not in config
+    ]
+    if missing:
+        raise ValueError(
+            f"the configuration lacks {', '.join(missing)}: it is not one of a bottleneck adapter."
+        )
+    return [config]
+
+
+def _preset(text: str) -> Config:
+    match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text)
+    name = match and _ALIASES.get(match[1], match[1])
+    if not match or name not in PRESETS:
+        raise ValueError(
+            f"unknown configuration {text!r}.\n  hint: known presets are {', '.join(PRESETS)}."
+        )
+    pairs = re.sub(r"(\w+)=", r"'\1':", match[2] or "")
+    try:
+        return {**PRESETS[name], **ast.literal_eval("{" + pairs + "}")}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the fields of the configuration {text!r} cannot be read.") from error
+
+
+def _refuse_unsupported(config: Config) -> None:
+    found = {
+        "phm": config["phm_layer"],
+        "gating": config["use_gating"],
+        "ln_before": config["ln_before"],
+        "ln_after": config["ln_after"],
+    }
+    reasons = [reason for reason, present in found.items() if present]
+    if reasons:
+        listing = "".join(f"\n  - {reason}: {REASONS[reason]}" for reason in reasons)
+        raise UnsupportedAdapterError(f"the adapter has no BottleneckAdapter:{listing}")
+
+
+def activation_of(config: Config) -> str:
+    """The activation of a configuration, by a name that `BottleneckAdapter` knows."""
+    name = config["non_linearity"].lower()
+    return _ACTIVATIONS.get(name, name)

@@ -1,0 +1,196 @@
+"""Single modules of other libraries as `BottleneckAdapter`s that share their parameters.
+
+Recognised by their attributes, so none of the libraries is imported:
+
+    AdapterHub       Adapter, ParallelAdapter     adapter_down, adapter_up, non_linearity
+    OpenDelta        AdapterLayer                 modulelist.{down_proj, non_linear, up_proj}
+    SpeechBrain      HoulsbyAdapterLinear         adapter_down_proj, adapter_up_proj, activation
+    LLM-Adapters     bottleneck Linear            adapter_down, adapter_up, act_fn
+    NeMo             LinearAdapter                module, a Sequential, and norm_position
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterkern.integrations.adapterhub.activations import activation_name
+from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
+from adapterkern.integrations.adapterhub.reasons import REASONS
+from adapterkern.modules.bottleneck import BottleneckAdapter
+
+
+def from_module(module: nn.Module) -> BottleneckAdapter:
+    """An adapter of another library as a `BottleneckAdapter` over the same parameters.
+
+    What the module does around the adapter stays with the caller:
+
+    - AdapterHub: `adapter(x, residual=...)`, with None for a ParallelAdapter.
+    - OpenDelta: `adapter(hidden)` is what `post_forward` returns for float32 input.
+    - SpeechBrain: `adapter(module.pretrained_linear(x))` is the module's output.
+    - LLM-Adapters: `adapter(x)` before the linear layer (mh_adapter) or behind it
+      (output_adapter); `adapter(x, residual=linear(x))` beside it (parallel_adapter).
+    - NeMo: `adapter(x, residual=None)` is the module's output; its strategy adds x.
+
+    Raises:
+        UnsupportedAdapterError: the maths is not that of a `BottleneckAdapter`; the message says
+            why.
+        TypeError: not a module that is known.
+    """
+    for matches, convert in (
+        (_is_adapterhub, _from_adapterhub),
+        (_is_opendelta, _from_opendelta),
+        (_is_speechbrain, _from_speechbrain),
+        (_is_llm_adapters, _from_llm_adapters),
+        (_is_nemo, _from_nemo),
+    ):
+        if matches(module):
+            return convert(module)
+    raise TypeError(
+        f"{type(module).__name__} is no adapter that adapterkern knows.\n"
+        "  hint: AdapterHub's Adapter, OpenDelta's AdapterLayer, SpeechBrain's "
+        "HoulsbyAdapterLinear, LLM-Adapters' Linear and NeMo's LinearAdapter are"
+    )
+
+
+def adapter_from_tensors(
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    *,
+    activation: str,
+    scaling: float | str | Tensor = 1.0,
+    dropout: float = 0.0,
+) -> BottleneckAdapter:
+    """A `BottleneckAdapter` over these tensors; parameters among them are shared, not copied.
+
+    Shapes: down_weight [R, H], up_weight [H, R], down_bias [R], up_bias [H], scaling [1] or [H].
+    """
+    bottleneck_size, hidden_size = down_weight.shape
+    adapter = BottleneckAdapter(
+        hidden_size, bottleneck_size, activation=activation, dropout=dropout, device="meta"
+    )
+    for projection, weight, bias in (
+        (adapter.down_proj, down_weight, down_bias),
+        (adapter.up_proj, up_weight, up_bias),
+    ):
+        projection.weight = _parameter(weight)
+        projection.register_parameter("bias", None if bias is None else _parameter(bias))
+    if isinstance(scaling, Tensor):
+        del adapter.scaling
+        adapter.scaling = _parameter(scaling)
+    else:
+        adapter.scaling = float(scaling)
+    return adapter
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _is_adapterhub(module: nn.Module) -> bool:
+    return _has(module, "adapter_down", "adapter_up", "non_linearity", "residual_before_ln")
+
+
+def _is_opendelta(module: nn.Module) -> bool:
+    return _has(module, "bottleneck_dim", "instantiated", "post_forward")
+
+
+def _is_speechbrain(module: nn.Module) -> bool:
+    return _has(module, "pretrained_linear", "adapter_down_proj", "adapter_up_proj", "activation")
+
+
+def _is_llm_adapters(module: nn.Module) -> bool:
+    return _has(module, "adapter_down", "adapter_up", "act_fn", "adapter_scaling", "adapter_type")
+
+
+def _is_nemo(module: nn.Module) -> bool:
+    return _has(module, "module", "norm_position") and isinstance(module.module, nn.Sequential)
+
+
+def _from_adapterhub(module: Any) -> BottleneckAdapter:
+    if module.use_gating:
+        raise _unsupported(module, REASONS["gating"])
+    if module.add_layer_norm_before:
+        raise _unsupported(module, REASONS["ln_before"])
+    if module.add_layer_norm_after:
+        raise _unsupported(module, REASONS["ln_after"])
+    if hasattr(module, "DropPath") and module.DropPath.training:
+        raise _unsupported(module, REASONS["stochastic_depth"])
+    if any(type(projection).__name__ == "PHMLayer" for projection in module.modules()):
+        raise _unsupported(module, REASONS["phm"])
+    down, _ = module.adapter_down
+    return _convert(
+        module, down, module.non_linearity.f, module.adapter_up, module.scaling, module.dropout.p
+    )
+
+
+def _from_opendelta(module: Any) -> BottleneckAdapter:
+    if not module.instantiated:
+        raise _unsupported(module, "it has no parameters before it has seen its first input")
+    layers = module.modulelist
+    function = getattr(layers.non_linear, "f", layers.non_linear)
+    return _convert(module, layers.down_proj, function, layers.up_proj)
+
+
+def _from_speechbrain(module: Any) -> BottleneckAdapter:
+    return _convert(module, module.adapter_down_proj, module.activation, module.adapter_up_proj)
+
+
+def _from_llm_adapters(module: Any) -> BottleneckAdapter:
+    dropout = getattr(module, "adapter_dropout", None)
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
+        raise _unsupported(module, "it drops out of its input while training")
+    return _convert(
+        module, module.adapter_down, module.act_fn, module.adapter_up, module.adapter_scaling
+    )
+
+
+def _from_nemo(module: Any) -> BottleneckAdapter:
+    layers = list(module.module)
+    norms = [layer for layer in layers if not isinstance(layer, nn.Linear) and _is_norm(layer)]
+    if norms or len(layers) != 3:
+        where = "before" if norms and layers[0] is norms[0] else "after"
+        raise _unsupported(module, f"it has a LayerNorm of its own {where} its projections")
+    dropout = getattr(module, "dropout", None)
+    down, function, up = layers
+    return _convert(module, down, function, up, dropout=0.0 if dropout is None else dropout.p)
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return "Norm" in type(layer).__name__
+
+
+def _convert(
+    module: nn.Module,
+    down: Any,
+    function: Any,
+    up: Any,
+    scaling: float | Tensor = 1.0,
+    dropout: float = 0.0,
+) -> BottleneckAdapter:
+    for projection in (down, up):
+        if type(projection) is not nn.Linear:
+            raise _unsupported(
+                module, f"a projection is a {type(projection).__name__}, not a plain nn.Linear"
+            )
+    activation = activation_name(function)
+    if activation is None:
+        raise _unsupported(module, f"its activation, {function!r}, has no fused form")
+    if up.out_features != down.in_features:
+        raise _unsupported(
+            module,
+            f"it maps {down.in_features} features to {up.out_features}, so x cannot be added",
+        )
+    return adapter_from_tensors(
+        down.weight, up.weight, down.bias, up.bias,
+        activation=activation, scaling=scaling, dropout=dropout,
+    )  # fmt: skip
+
+
+def _unsupported(module: nn.Module, why: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(f"{type(module).__name__} has no BottleneckAdapter: {why}.")

@@ -1,0 +1,100 @@
+"""Whether an adapter runs fused, asked anew at every call: there is no cache to go stale."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from adapterkern.integrations.adapterhub.activations import activation_name
+from adapterkern.integrations.adapterhub.stock import Adapter, ParallelAdapter
+
+# down_weight, up_weight, down_bias, up_bias, activation. A plain tuple, as the cheapest there is.
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str]
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def parts_of(adapter: Any) -> Parts | str:
+    """What a fused call needs of an adapter, or the code in `REASONS` of what forbids the call."""
+    kind = type(adapter)
+    if kind is not Adapter and kind is not ParallelAdapter:
+        return "sharded" if "FullyShardedDataParallel" in kind.__name__ else "custom_class"
+    state = adapter.__dict__  # as everywhere below: half the time of an nn.Module's attributes
+    if state["use_gating"]:
+        return "gating"
+    if state["add_layer_norm_after"]:
+        return "ln_after"
+    if state["add_layer_norm_before"]:
+        return "ln_before"
+    modules = state["_modules"]
+    sequence, up, dropout = modules["adapter_down"], modules["adapter_up"], modules["dropout"]
+    layers = sequence.__dict__["_modules"]
+    if len(layers) != 2:
+        return "not_linear"
+    down, non_linearity = layers.values()
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return _linear_reason(down) or _linear_reason(up) or "not_linear"
+    function = non_linearity.__dict__["_modules"].get("f")
+    activation = activation_name(non_linearity.f if function is None else function)
+    if activation is None:
+        return "activation"
+    if dropout.training and dropout.p > 0:
+        return "dropout"
+    called: tuple[nn.Module, ...] = (adapter, sequence, down, non_linearity, up, dropout)
+    if function is not None:
+        called += (function,)
+    if "DropPath" in modules and kind is Adapter:  # ParallelAdapter has it and does not call it
+        if modules["DropPath"].training:
+            return "stochastic_depth"
+        called += (modules["DropPath"],)
+    if any_hooked(called):
+        return "hooks"
+    down_weight, down_bias = _weight_and_bias(down)
+    up_weight, up_bias = _weight_and_bias(up)
+    if type(down_weight) not in _PLAIN or type(up_weight) not in _PLAIN:
+        return "sharded"
+    if not (down_weight.is_cpu or down_weight.is_cuda):
+        return "sharded" if down_weight.is_meta else "device"
+    if down_weight.numel() == 0 or up_weight.numel() == 0:
+        return "sharded"
+    return down_weight, up_weight, down_bias, up_bias, activation
+
+
+def _weight_and_bias(linear: nn.Linear) -> tuple[Any, Any]:
+    parameters = linear.__dict__["_parameters"]
+    if "weight" in parameters:  # ten times as fast as the attributes
+        return parameters["weight"], parameters["bias"]
+    return linear.weight, linear.bias  # a replica of nn.DataParallel keeps them as attributes
+
+
+def _linear_reason(projection: nn.Module) -> str | None:
+    kind = type(projection)
+    if kind is nn.Linear:
+        return None
+    if kind.__name__ == "PHMLayer":
+        return "phm"
+    if "bitsandbytes" in kind.__module__ or "quant" in kind.__module__.lower():
+        return "quantized"
+    return "not_linear"
+
+
+def any_hooked(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether something happens where one of these is called that its own forward does not say."""
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return True
+    for module in modules:
+        state = module.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return True
+    return False

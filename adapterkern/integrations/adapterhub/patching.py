@@ -1,0 +1,231 @@
+"""patch, unpatch, patched and explain: which models of the library run fused."""
+
+import contextlib
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkern.integrations.adapterhub import fast_path
+from adapterkern.integrations.adapterhub.eligibility import parts_of
+from adapterkern.integrations.adapterhub.errors import FallbackWarning, UnsupportedAdapterError
+from adapterkern.integrations.adapterhub.fast_path import ADAPTER, FLAG, LAYER, OFF
+from adapterkern.integrations.adapterhub.reasons import REASONS
+from adapterkern.integrations.adapterhub.report import Report, Row, sizes_of
+from adapterkern.integrations.adapterhub.stock import (
+    AdapterCompositionBlock,
+    BottleneckLayer,
+    Fuse,
+    require_known_version,
+)
+
+_METHODS = {
+    name: (getattr(BottleneckLayer, name), getattr(fast_path, name))
+    for name in ("bottleneck_layer_forward", "compose_single", "compose_fuse")
+}
+_lock = threading.RLock()
+
+
+def patch(
+    model: nn.Module | None = None, *, strict: bool = False, layer_level: bool = True
+) -> Report:
+    """Let a model of the `adapters` library run its bottleneck adapters fused.
+
+    Nothing else of the model changes: classes, parameters, checkpoints and results stay, and
+    whatever is added, loaded, stacked or switched later is covered. What cannot run fused keeps the
+    library's path: `explain` lists it, and a `FallbackWarning` says so at most once a reason.
+
+    Args:
+        model: the model, or a wrapper around it; None: every model of this process, also those to
+            come.
+        strict: raise instead, where an adapter of the model cannot run fused.
+        layer_level: also fold the block's own residual into the adapter's pass where one adapter is
+            active; False leaves that to the library, for comparisons.
+
+    Returns:
+        What `explain(model)` returns; empty for None.
+
+    Raises:
+        ImportError: `adapters` is missing or of an unknown version.
+        ValueError: the model was never given to `adapters.init`.
+        UnsupportedAdapterError: `strict` and some adapter stays on the library's path; nothing was
+            patched.
+    """
+    return _patch(model, strict, layer_level, stacklevel=4)
+
+
+def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel: int) -> Report:
+    level = LAYER if layer_level else ADAPTER
+    configs = [] if model is None else configs_of(model)
+    with _lock:
+        if fast_path.token is None:
+            require_known_version()
+        report = Report(() if model is None else tuple(_rows(model)), patched=True)
+        if strict and report.fallbacks:
+            raise UnsupportedAdapterError(_refusal(report))
+        _install()
+        if model is None:
+            fast_path.default_level = level
+        for config in configs:
+            setattr(config, FLAG, (fast_path.token, level))
+    _warn(report, stacklevel)
+    return report
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Take `patch` back: for one model, or with None for every model of this process.
+
+    Raises:
+        ValueError: the model, or with None any model at all, is not patched.
+    """
+    with _lock:
+        if model is not None:
+            configs = configs_of(model)
+            if not any(fast_path.level_of(config) for config in configs):
+                raise ValueError(
+                    f"{type(model).__name__} is not patched.\n"
+                    "  hint: adapterhub.patch(model) comes first"
+                )
+            for config in configs:
+                setattr(config, FLAG, (fast_path.token, OFF))
+        elif fast_path.token is None:
+            raise ValueError("no model is patched.\n  hint: adapterhub.patch() comes first")
+        else:
+            _uninstall()
+
+
+@contextlib.contextmanager
+def patched(
+    model: nn.Module | None = None, *, strict: bool = False, layer_level: bool = True
+) -> Iterator[Report]:
+    """`patch` within the block; after it the model, or with None the default, is as before."""
+    configs = [] if model is None else configs_of(model)
+    default, flags = fast_path.default_level, [getattr(c, FLAG, None) for c in configs]
+    was_installed = fast_path.token is not None
+    try:
+        # Through contextlib, so that a warning points at the line of the `with`.
+        yield _patch(model, strict, layer_level, stacklevel=5)
+    finally:
+        with _lock:
+            if not was_installed:
+                _uninstall()
+            else:
+                fast_path.default_level = default
+                for config, flag in zip(configs, flags, strict=True):
+                    setattr(config, FLAG, flag)
+
+
+def explain(model: nn.Module) -> Report:
+    """Every adapter of a model and the path it takes in its present mode and setup, patched or not.
+
+    Raises:
+        ImportError: `adapters` is missing.
+        ValueError: the model was never given to `adapters.init`.
+    """
+    patched = any(fast_path.level_of(config) for config in configs_of(model))
+    return Report(tuple(_rows(model)), patched)
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The `ModelAdaptersConfig` objects of a model: one, as a rule.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("adapters_config")
+        if config is not None:
+            found[id(config)] = config
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters: it was never given to adapters.init.\n"
+            "  hint: import adapters; adapters.init(model)"
+        )
+    return list(found.values())
+
+
+def _install() -> None:
+    if fast_path.token is None:
+        for name, (_, ours) in _METHODS.items():
+            setattr(BottleneckLayer, name, ours)
+        fast_path.token = uuid.uuid4().hex
+
+
+def _uninstall() -> None:
+    if fast_path.token is not None:
+        for name, (stock, _) in _METHODS.items():
+            setattr(BottleneckLayer, name, stock)
+        fast_path.token, fast_path.default_level = None, OFF
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    base_dtype = _base_dtype(model)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BottleneckLayer) or not hasattr(layer, "adapters_config"):
+            continue
+        mixed = _under_fuse(layer.adapters_config.active_setup)
+        for adapter_name, adapter in layer.adapters.items():
+            parts = parts_of(adapter)
+            if isinstance(parts, str):
+                reason, activation = parts, "?"
+            else:
+                reason, activation = "", parts[4]
+                if adapter_name in mixed:
+                    reason = "fuse"
+                elif not _meets(base_dtype, parts[0]):
+                    reason = "dtype"
+            path = "fallback" if reason else "fused"
+            sizes = sizes_of(adapter)
+            yield Row(name, layer.location_key, adapter_name, *sizes, activation, path, reason)
+
+
+def _meets(base_dtype: torch.dtype | None, weight: torch.Tensor) -> bool:
+    """Whether the base model hands this weight its own dtype, or autocast sees to it."""
+    same = base_dtype is None or base_dtype == weight.dtype
+    return same or torch.is_autocast_enabled(weight.device.type)
+
+
+def _base_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the base model's matrices, if it is one; norms are often wider."""
+    dtypes = {
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and parameter.is_floating_point() and "adapter" not in name
+    }
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _under_fuse(setup: Any, inside: bool = False) -> set[str]:
+    """The adapters of a setup that an AdapterFusion mixes."""
+    if isinstance(setup, str):
+        return {setup} if inside else set()
+    if not isinstance(setup, AdapterCompositionBlock):
+        return set()
+    inside = inside or isinstance(setup, Fuse)
+    return set().union(*(_under_fuse(child, inside) for child in setup.children))
+
+
+def _refusal(report: Report) -> str:
+    listing = "".join(
+        f"\n  - {reason}, {REASONS[reason]}: "
+        + ", ".join(f"{row.layer} ({row.adapter})" for row in rows)
+        for reason, rows in report.by_reason().items()
+    )
+    return f"strict=True, and these adapters cannot run fused, so nothing was patched:{listing}"
+
+
+def _warn(report: Report, stacklevel: int) -> None:
+    for reason, rows in report.by_reason().items():
+        if reason not in fast_path.warned:
+            fast_path.warned.add(reason)
+            warnings.warn(
+                f"adapterkern: {len(rows)} of {len(report.rows)} adapter layers run on the PyTorch "
+                f"path (reason: {reason}, {REASONS[reason]}). See adapterhub.explain(model).",
+                FallbackWarning,
+                stacklevel=stacklevel,
+            )

@@ -1,0 +1,161 @@
+"""The differential oracle: every BottleneckLayer call of a model's run, replayed stock and patched.
+
+A replay hands the layer detached inputs that need a gradient, in the context that the call was
+made in, and a random upstream gradient. Outputs, dtypes, shapes and all gradients must agree.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer
+from torch import Tensor, nn
+
+from adapterkern.integrations import adapterhub
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class Call(NamedTuple):
+    layer: Any
+    hidden_states: Tensor
+    residual_input: Tensor | None
+    layer_norm: Any
+    context: Any  # as it was before the call
+    autocast: bool
+
+
+class Replay(NamedTuple):
+    output: Tensor
+    gradients: dict[str, Tensor | None]
+
+    def named(self) -> dict[str, Tensor | None]:
+        return {"output": self.output, **self.gradients}
+
+
+class OracleError(AssertionError):
+    """Stock and patched disagree."""
+
+
+def record(run: Callable[[], Any]) -> list[Call]:
+    """The calls of `run`, which must be of an unpatched model, in which an adapter is active."""
+    calls: list[Call] = []
+    stock = BottleneckLayer.bottleneck_layer_forward
+
+    def recording(self, hidden_states, residual_input, layer_norm):
+        if self.get_active_setup() is not None:
+            context = copy.copy(ForwardContext.get_context())
+            autocast = torch.is_autocast_enabled("cpu")
+            calls.append(Call(self, hidden_states, residual_input, layer_norm, context, autocast))
+        return stock(self, hidden_states, residual_input, layer_norm)
+
+    BottleneckLayer.bottleneck_layer_forward = recording
+    try:
+        run()
+    finally:
+        BottleneckLayer.bottleneck_layer_forward = stock
+    return calls
+
+
+@contextlib.contextmanager
+def _context(call: Call) -> Iterator[None]:
+    context = copy.copy(call.context)
+    ForwardContext.get_contexts().append(context)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
+            yield
+    finally:
+        ForwardContext.get_contexts().pop()
+
+
+def replay(call: Call) -> Replay:
+    """Output and gradients of one call, in whatever form the layer has now."""
+    inputs = {
+        name: tensor.detach().clone().requires_grad_()
+        for name, tensor in (("h", call.hidden_states), ("inp", call.residual_input))
+        if tensor is not None
+    }
+    wanted = dict(inputs)
+    wanted.update((n, p) for n, p in call.layer.named_parameters() if p.requires_grad)
+    if isinstance(call.layer_norm, nn.Module):
+        norm = call.layer_norm.named_parameters()
+        wanted.update((f"norm.{n}", p) for n, p in norm if p.requires_grad)
+    with _context(call):
+        output = call.layer.bottleneck_layer_forward(
+            inputs["h"], inputs.get("inp"), call.layer_norm
+        )
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.randn(output.shape, generator=generator).to(output.dtype)
+    grads = torch.autograd.grad(output, list(wanted.values()), upstream, allow_unused=True)
+    return Replay(output.detach(), dict(zip(wanted, grads, strict=True)))
+
+
+def infer(call: Call) -> Replay:
+    """The output of one call where no gradient is recorded, which may take a path of its own."""
+    with torch.no_grad(), _context(call):
+        inputs = call.hidden_states.detach(), call.residual_input
+        output = call.layer.bottleneck_layer_forward(
+            inputs[0], None if inputs[1] is None else inputs[1].detach(), call.layer_norm
+        )
+    return Replay(output, {})
+
+
+def compare(model: nn.Module, calls: list[Call], **options: Any) -> float:
+    """The largest error of the patched model over its tolerance; `options` are those of `patched`.
+
+    Raises:
+        OracleError: some error exceeds its tolerance, or dtypes or shapes differ.
+    """
+    assert calls, "no adapter was active"
+    worst = 0.0
+    for number, call in enumerate(calls):
+        for form in (replay, infer):
+            stock = form(call)
+            with adapterhub.patched(model, **options):
+                patched = form(call)
+            where = f"call {number} ({call.layer.location_key}), {form.__name__}"
+            half = call.autocast or stock.output.dtype != torch.float32
+            tolerance = TOLERANCE[torch.bfloat16 if half else torch.float32]
+            expected = stock.named()
+            for name, found in patched.named().items():
+                error = _error(found, expected[name], f"{where}: {name}") / tolerance
+                if half and error > 1:
+                    # A sum that cancels, as d(scaling), is little but rounding in stock too.
+                    truth = in_float32(call, form).named()[name]
+                    allowed = 3 * _error(expected[name].float(), truth, where)
+                    error = _error(found.float(), truth, where) / max(allowed, tolerance)
+                if not error <= 1:
+                    raise OracleError(f"{where}: {name} is off by {error:.3g} tolerances")
+                worst = max(worst, error)
+    return worst
+
+
+def in_float32(call: Call, form: Callable[[Call], Replay]) -> Replay:
+    """The stock call again, all of it in float32."""
+    layer, norm = copy.deepcopy((call.layer, call.layer_norm))
+    inputs = (call.hidden_states, call.residual_input)
+    h, inp = (None if t is None else t.detach().float() for t in inputs)
+    norm = norm.float() if isinstance(norm, nn.Module) else norm
+    return form(Call(layer.float(), h, inp, norm, call.context, False))
+
+
+def _error(found: Tensor | None, expected: Tensor | None, where: str) -> float:
+    """Largest difference over the largest expected value."""
+    if expected is None or found is None:
+        # A gradient that does not exist and one of zeros mean the same.
+        other = found if expected is None else expected
+        if other is not None and other.abs().max() > 0:
+            raise OracleError(f"{where}: only one of stock and patched has a gradient")
+        return 0.0
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        raise OracleError(
+            f"{where}: {found.dtype} {list(found.shape)}, "
+            f"expected {expected.dtype} {list(expected.shape)}"
+        )
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().item() or 1.0
+    return (found.double() - expected.double()).abs().max().item() / scale

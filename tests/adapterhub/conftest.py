@@ -1,0 +1,38 @@
+"""Every test starts and ends with nothing patched and nothing warned about."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean_slate():
+    def clean():
+        fast_path = sys.modules.get("adapterkern.integrations.adapterhub.fast_path")
+        if fast_path is not None:
+            from adapterkern.integrations import adapterhub
+
+            if fast_path.token is not None:
+                adapterhub.unpatch()
+            fast_path.warned.clear()
+
+    clean()
+    yield
+    clean()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The arguments of every adapter call that ran on this package's operation."""
+    from adapterkern.integrations.adapterhub import fast_path
+
+    calls = []
+    for name in ("run_call", "infer"):
+        real = getattr(fast_path, name)
+
+        def counting(*args, real=real):
+            calls.append(args)
+            return real(*args)
+
+        monkeypatch.setattr(fast_path, name, counting)
+    return calls

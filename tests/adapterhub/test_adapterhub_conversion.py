@@ -1,0 +1,205 @@
+"""Modules of other libraries become `BottleneckAdapter`s over the same parameters.
+
+The classes below are written here after the interfaces of those libraries: attributes and maths.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adapterkern.integrations import adapterhub
+
+H, R = 12, 5
+
+
+class OpenDeltaLayer(nn.Module):
+    """OpenDelta's AdapterLayer: parameters appear with the first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottleneck_dim = R
+        self.instantiated = False
+
+    def instantiate(self, hidden_dim: int) -> None:
+        activation = nn.Module()
+        activation.f = nn.GELU(approximate="tanh")
+        self.modulelist = nn.Sequential()
+        self.modulelist.add_module("down_proj", nn.Linear(hidden_dim, R))
+        self.modulelist.add_module("non_linear", activation)
+        self.modulelist.add_module("up_proj", nn.Linear(R, hidden_dim))
+        self.instantiated = True
+
+    def post_forward(self, output):
+        layers = self.modulelist
+        return output + layers.up_proj(layers.non_linear.f(layers.down_proj(output)))
+
+
+class SpeechBrainLinear(nn.Module):
+    """SpeechBrain's HoulsbyAdapterLinear."""
+
+    def __init__(self, bias: bool = True, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.pretrained_linear = nn.Linear(H, H)
+        self.adapter_down_proj = nn.Linear(H, R, bias=bias)
+        self.adapter_up_proj = nn.Linear(R, H, bias=bias)
+        self.activation = activation or nn.SiLU()
+
+    def forward(self, x):
+        x = self.pretrained_linear(x)
+        return self.adapter_up_proj(self.activation(self.adapter_down_proj(x))) + x
+
+
+class LlmAdaptersLinear(nn.Linear):
+    """The bottleneck Linear of LLM-Adapters, in its three places."""
+
+    def __init__(self, adapter_type: str, scaling: float | nn.Parameter = 1.0) -> None:
+        super().__init__(H, H)
+        self.adapter_type = adapter_type
+        self.adapter_dropout = nn.Dropout(0.2)
+        self.adapter_down = nn.Linear(H, R, bias=False)
+        self.adapter_up = nn.Linear(R, H, bias=False)
+        self.act_fn = nn.Tanh()
+        self.adapter_scaling = scaling
+
+    def adapt(self, x):
+        inner = self.act_fn(self.adapter_down(self.adapter_dropout(x)))
+        return self.adapter_up(inner) * self.adapter_scaling
+
+    def forward(self, x):
+        if self.adapter_type == "mh_adapter":
+            return F.linear(self.adapt(x) + x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.adapt(y if self.adapter_type == "output_adapter" else x)
+
+
+class NemoAdapter(nn.Module):
+    """NeMo's LinearAdapter; without a norm as users subclass it."""
+
+    def __init__(self, norm_position: str | None) -> None:
+        super().__init__()
+        layers = [nn.Linear(H, R, bias=False), nn.SiLU(inplace=True), nn.Linear(R, H, bias=False)]
+        if norm_position == "pre":
+            layers.insert(0, nn.LayerNorm(H))
+        elif norm_position == "post":
+            layers.append(nn.LayerNorm(H))
+        self.module = nn.Sequential(*layers)
+        self.norm_position = norm_position
+        self.dropout = None
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 3, H)
+
+
+def check(module, ours, theirs) -> None:
+    """Same output, and gradients that arrive in the other library's parameters."""
+    output, expected = ours(), theirs()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    parameters = list(module.parameters())
+    found = torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters, allow_unused=True)
+    for one, other in zip(found, wanted, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_opendelta_converts_once_it_has_parameters(x):
+    module = OpenDeltaLayer()
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="before it has seen"):
+        adapterhub.from_module(module)
+    module.instantiate(H)
+    adapter = adapterhub.from_module(module)
+    assert adapter.down_proj.weight is module.modulelist.down_proj.weight
+    check(module, lambda: adapter(x), lambda: module.post_forward(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_speechbrain_converts(x, bias):
+    module = SpeechBrainLinear(bias)
+    adapter = adapterhub.from_module(module)
+    assert (adapter.up_proj.bias is None) is not bias
+    check(module, lambda: adapter(module.pretrained_linear(x)), lambda: module(x))
+
+
+@pytest.mark.parametrize("place", ["mh_adapter", "output_adapter", "parallel_adapter"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_llm_adapters_convert_in_every_place(x, place, learned):
+    scaling = nn.Parameter(torch.tensor([0.7])) if learned else 0.5
+    module = LlmAdaptersLinear(place, scaling).eval()
+    adapter = adapterhub.from_module(module)
+    linear = nn.Linear(H, H)
+    linear.weight, linear.bias = module.weight, module.bias
+    ours = {
+        "mh_adapter": lambda: linear(adapter(x)),
+        "output_adapter": lambda: adapter(linear(x)),
+        "parallel_adapter": lambda: adapter(x, residual=linear(x)),
+    }
+    check(module, ours[place], lambda: module(x))
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="drops out of its input"):
+        adapterhub.from_module(module.train())
+
+
+def test_nemo_converts_without_a_norm_and_is_declined_with_one(x):
+    module = NemoAdapter(None)
+    adapter = adapterhub.from_module(module)
+    check(module, lambda: adapter(x, residual=None), lambda: module(x))
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="LayerNorm of its own before"):
+        adapterhub.from_module(NemoAdapter("pre"))
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="LayerNorm of its own after"):
+        adapterhub.from_module(NemoAdapter("post"))
+
+
+def test_unknown_activations_and_modules_are_refused():
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="Mish"):
+        adapterhub.from_module(SpeechBrainLinear(activation=nn.Mish()))
+    with pytest.raises(TypeError, match="Linear is no adapter"):
+        adapterhub.from_module(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["seq_bn", "double_seq_bn[non_linearity='gelu']", "scaled_par_bn", "seq_bn[scaling='channel']"],
+)
+def test_adapterhub_modules_convert(config):
+    pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
+    import adapterhub_models as models
+
+    model = models.build("bert")
+    model.add_adapter("a", config=config)
+    models.randomise_adapters(model)
+    module = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter = adapterhub.from_module(module)
+    x, residual = torch.randn(2, 3, models.HIDDEN), torch.randn(2, 3, models.HIDDEN)
+    parallel = type(module).__name__ == "ParallelAdapter"
+    check(
+        module,
+        lambda: adapter(x, residual=None if parallel else residual),
+        lambda: module(x, residual)[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("compacter++[reduction_factor=4]", "Kronecker"),
+        ("seq_bn[use_gating=True]", "gated"),
+        ("seq_bn[ln_before=True]", "before the down"),
+        ("seq_bn[ln_after=True]", "after the up"),
+        ("seq_bn[non_linearity='mish']", "no fused form"),
+    ],
+)
+def test_adapterhub_modules_of_other_maths_are_refused(config, why):
+    pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
+    import adapterhub_models as models
+
+    model = models.build("bert")
+    model.add_adapter("a", config=config)
+    module = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match=why):
+        adapterhub.from_module(module)
