@@ -100,11 +100,12 @@ def allow_tf32() -> bool:
     `fp32_precision`).
     """
     matmul = torch.backends.cuda.matmul
-    try:
-        precision = matmul.fp32_precision
-    except AttributeError:  # torch < 2.9
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:  # torch < 2.9
         return matmul.allow_tf32
-    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", "ieee")
+    return precision == "tf32"
 
 
 def _listed(names) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,8 @@ from adapterkern.backends.triton.launch_config import (
     RowBlock,
     Split,
     cdiv,
-    token_plan,
-    weight_gradient_plan,
 )
+from adapterkern.backends.triton.tuned import token_plan, weight_gradient_plan
 from adapterkern.spec import AdapterCall, AdapterSpec
 
 try:
@@ -126,8 +126,8 @@ class TritonBackend(Backend):
             **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
-        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
-        fwd.bottleneck_fwd_up_kernel[grid](
+        blocks = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
+        fwd.bottleneck_fwd_up_kernel[blocks](
             partial, z, x, _packed(call.up_weight), down_bias, _packed(call.up_bias),
             residual, skip, _packed(call.scaling), call.scale, y,
             num_tokens, hidden, bottleneck, plan.num_splits,
@@ -141,21 +141,8 @@ class TritonBackend(Backend):
     ) -> Gradients:
         x, dy = _rows(call.x), _rows(grad_output)
         num_tokens = x.shape[0]
-        outputs = (
-            call.x,
-            call.down_weight,
-            call.up_weight,
-            call.down_bias,
-            call.up_bias,
-            call.scaling,
-        )
         if num_tokens == 0:
-            return Gradients(
-                *(
-                    t.new_zeros(t.shape) if need else None
-                    for t, need in zip(outputs, needs, strict=True)
-                )
-            )
+            return _zeros(call, needs)
         dx = torch.empty(call.x.shape, dtype=x.dtype, device=x.device) if needs.x else None
         dz = None
         if needs.down_weight or needs.down_bias:
@@ -163,17 +150,23 @@ class TritonBackend(Backend):
         with _on(x.device):
             if dx is not None or dz is not None:
                 plan = token_plan(_problem(call, num_tokens), _device(x.device))
-                launch = self._dx_row_block if isinstance(plan, RowBlock) else self._dx_split
-                launch(call, z, dy, dx, dz, plan)
-            weights = (
-                self._weight_gradients(call, x, dy, z, dz, needs) if any(needs[1:]) else (None,) * 5
-            )
-        return Gradients(dx, *weights)
+                if isinstance(plan, RowBlock):
+                    self._dx_row_block(call, z, dy, dx, dz, plan.kernel)
+                else:
+                    self._dx_split(call, z, dy, dx, dz, plan)
+            if not any(needs[1:]):
+                return Gradients(dx)
+            return Gradients(dx, *self._weight_gradients(call, x, dy, z, dz, needs))
 
     def _dx_row_block(
-        self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: RowBlock
+        self,
+        call: AdapterCall,
+        z: Tensor,
+        dy: Tensor,
+        dx: Tensor | None,
+        dz: Tensor | None,
+        config: LaunchConfig,
     ) -> None:
-        config = plan.kernel
         bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
             dy, z, _packed(call.down_weight), _packed(call.up_weight),
             _packed(call.scaling), call.scale, dx, dz,
@@ -263,6 +256,16 @@ class TritonBackend(Backend):
         return (*out, d_scaling)
 
 
+def _zeros(call: AdapterCall, needs: Needs) -> Gradients:
+    tensors = (call.x, call.down_weight, call.up_weight, call.down_bias, call.up_bias, call.scaling)
+    return Gradients(
+        *(
+            t.new_zeros(t.shape) if t is not None and need else None
+            for t, need in zip(tensors, needs, strict=True)
+        )
+    )
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
     rows = tensor.reshape(-1, tensor.shape[-1])
@@ -296,7 +299,7 @@ def _problem(call: AdapterCall, num_tokens: int) -> Problem:
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return _INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the opt-in limit
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 

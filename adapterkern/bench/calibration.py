@@ -1,0 +1,110 @@
+"""What this GPU can do, measured in the same run: the roofline's numbers, in place of constants."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from adapterkern.bench.roofline import Machine
+from adapterkern.bench.timing import CudaTimer, Subject
+
+COPY_BYTES = 2 * 2**30  # read plus written; far beyond L2
+MATRIX_SIZE = 8192
+CALLS = 20
+STEADY = 0.03  # clocks that moved further than this between two copies spoil a run
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """SI units. None: not measured, as on a CPU or where only a part is wanted.
+
+    copy_bandwidth: bytes read plus written per second; matrix_rate: FLOP/s in bfloat16;
+    graph_kernel: seconds of a near-empty kernel in a CUDA graph; eager_launch: host seconds of one
+    eager elementwise call; l2_bandwidth: bytes per second read from L2; triton_launch: host seconds
+    of one Triton launch; copy_bandwidth_after: the same copy when all else was measured.
+    """
+
+    copy_bandwidth: float | None = None
+    matrix_rate: float | None = None
+    graph_kernel: float | None = None
+    eager_launch: float | None = None
+    l2_bandwidth: float | None = None
+    triton_launch: float | None = None
+    copy_bandwidth_after: float | None = None
+
+    def machine(self) -> Machine:
+        """The roofline's machine: what was measured, else an H200's constants."""
+        measured = {
+            "copy_bandwidth": self.copy_bandwidth,
+            "matrix_rate": self.matrix_rate,
+            "launch_seconds": self.graph_kernel,
+        }
+        return dataclasses.replace(
+            Machine(), **{name: value for name, value in measured.items() if value is not None}
+        )
+
+    @property
+    def steady(self) -> bool | None:
+        """Whether the copy ran as fast after as before; None if it was not measured twice."""
+        if self.copy_bandwidth is None or self.copy_bandwidth_after is None:
+            return None
+        return abs(self.copy_bandwidth_after / self.copy_bandwidth - 1) <= STEADY
+
+    def as_dict(self) -> dict[str, float]:
+        """What was measured, for a result's header."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def from_dict(values: dict[str, float]) -> Calibration:
+    """The calibration of a result's header; names that this version does not know are left out."""
+    known = {field.name for field in dataclasses.fields(Calibration)}
+    return Calibration(**{name: value for name, value in values.items() if name in known})
+
+
+def measure(timer: CudaTimer, seconds: float = 1.0) -> Calibration:
+    """Copy bandwidth, matrix rate, near-empty kernel in a graph and eager launch on this GPU."""
+    part = seconds / 3
+    return Calibration(
+        copy_bandwidth=copy_bandwidth(timer, part),
+        matrix_rate=matrix_rate(timer, part),
+        graph_kernel=graph_kernel(timer, part),
+        eager_launch=eager_launch(timer),
+    )
+
+
+def copy_bandwidth(timer: CudaTimer, seconds: float) -> float:
+    """Bytes read plus written per second by a device-to-device copy."""
+    source = torch.empty(COPY_BYTES // 2, dtype=torch.int8, device=timer.device)
+    target = torch.empty_like(source)
+    return COPY_BYTES / _seconds(timer, "cold", lambda: target.copy_(source), seconds)
+
+
+def matrix_rate(timer: CudaTimer, seconds: float, size: int = MATRIX_SIZE) -> float:
+    """FLOP/s of a square bfloat16 product."""
+    a = torch.randn(size, size, device=timer.device, dtype=torch.bfloat16)
+    b, c = torch.randn_like(a), torch.empty_like(a)
+    return 2 * size**3 / _seconds(timer, "hot", lambda: torch.mm(a, b, out=c), seconds)
+
+
+def graph_kernel(timer: CudaTimer, seconds: float) -> float:
+    """Seconds of a near-empty kernel among others in a CUDA graph."""
+    one = torch.zeros(1, device=timer.device)
+    return _seconds(timer, "graph", lambda: one.add_(1), seconds)
+
+
+def eager_launch(timer: CudaTimer) -> float:
+    """Host seconds of one eager elementwise call."""
+    one = torch.zeros(1, device=timer.device)
+    launch = timer.host_us(Subject([lambda: one.add_(1)]))
+    assert launch is not None  # a GPU's timer always has one
+    return launch * 1e-6
+
+
+def _seconds(timer: CudaTimer, kind: str, call: Callable, seconds: float) -> float:
+    subject = Subject([call])
+    timings = timer.measure(kind, {"call": subject}, seconds)
+    if subject.failure is not None:
+        raise subject.failure
+    return timings["call"].p50 * 1e-6

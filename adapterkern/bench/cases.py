@@ -1,0 +1,145 @@
+"""What is timed: one `BenchCase` a row of work, the presets, and the grids made of them."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkern.activations import canonical_name
+from adapterkern.parity import SHORT_NAMES
+
+MODES = ("forward", "backward", "step")
+DTYPES = {short: dtype for dtype, short in SHORT_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One workload. `str(case)` is its id, for example forward-bf16-gelu-T16384-H1024-R64.
+
+    mode: forward (no gradient recorded, nothing saved), backward (gradients of x and of every
+    parameter, from a saved forward) or step (a recording forward and its backward).
+    """
+
+    hidden_size: int
+    bottleneck_size: int
+    tokens: int
+    dtype: str = "bf16"
+    activation: str = "gelu"
+    mode: str = "forward"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a workload.
+
+        Raises:
+            ValueError: a size below 1, or an unknown dtype, mode or activation.
+        """
+        if min(self.hidden_size, self.bottleneck_size, self.tokens) < 1:
+            raise ValueError(
+                "hidden size, bottleneck size and tokens must be at least 1, "
+                f"got {self.hidden_size}, {self.bottleneck_size} and {self.tokens}."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}.\n  hint: {', '.join(DTYPES)}")
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}.\n  hint: {', '.join(MODES)}")
+        canonical_name(self.activation)
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.dtype}-{self.activation}-T{self.tokens}-{self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """The part of the id that a model fixes."""
+        return f"H{self.hidden_size}-R{self.bottleneck_size}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.torch_dtype.itemsize
+
+    def draw(self, device: torch.device | str, seed: int = 0) -> "Inputs":
+        """Random inputs on `device`, the same for every provider; z, u and x are of order 1."""
+        generator = torch.Generator(device).manual_seed(seed)
+        tokens, hidden, bottleneck = self.tokens, self.hidden_size, self.bottleneck_size
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+            return (values * scale).to(self.torch_dtype)
+
+        parameters = {
+            "down_weight": normal(bottleneck, hidden, scale=hidden**-0.5),
+            "up_weight": normal(hidden, bottleneck, scale=2 * bottleneck**-0.5),
+            "down_bias": normal(bottleneck, scale=0.5),
+            "up_bias": normal(hidden, scale=0.5),
+        }
+        return Inputs(normal(tokens, hidden), normal(tokens, hidden), parameters)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x [T, H], the gradient of y [T, H], and the parameters by their names in `AdapterCall`."""
+
+    x: Tensor
+    dy: Tensor
+    parameters: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The width of a published model and bottlenecks in use on it."""
+
+    hidden_size: int
+    bottleneck_sizes: tuple[int, ...]
+
+
+PRESETS = {
+    "bert-base": Preset(768, (48, 64)),
+    "roberta-large": Preset(1024, (64,)),
+    "gpt2-medium": Preset(1024, (64, 112)),
+    "llama-7b": Preset(4096, (64, 256)),
+    "llama-70b": Preset(8192, (128, 512)),
+}
+
+# A decode batch, a micro-batch or prompt, and a full training batch; on a CPU what takes seconds.
+TOKENS = {"cuda": (16, 2048, 16384), "cpu": (16, 128, 512)}
+SHAPES = ((768, 48), (1024, 64), (4096, 64))
+QUICK_TOKENS = {"cuda": (128, 16384), "cpu": (128,)}
+QUICK_SHAPES = {"cuda": ((1024, 64),), "cpu": ((768, 48),)}
+DTYPE = {"cuda": "bf16", "cpu": "fp32"}
+
+
+def preset_shapes(names: Iterable[str]) -> list[tuple[int, int]]:
+    """(hidden size, bottleneck size) of the presets, each once.
+
+    Raises:
+        ValueError: an unknown name; the message lists the names that are known.
+    """
+    shapes = []
+    for name in names:
+        if name not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ValueError(f"unknown preset {name!r}.\n  hint: known presets are {known}.")
+        preset = PRESETS[name]
+        shapes += [(preset.hidden_size, size) for size in preset.bottleneck_sizes]
+    return list(dict.fromkeys(shapes))
+
+
+def grid(
+    shapes: Iterable[tuple[int, int]],
+    tokens: Iterable[int],
+    modes: Iterable[str] = ("forward", "step"),
+    dtypes: Iterable[str] = ("bf16",),
+    activations: Iterable[str] = ("gelu",),
+) -> list[BenchCase]:
+    """Every combination, the largest number of tokens last."""
+    combinations = itertools.product(shapes, dtypes, activations, modes, sorted(tokens))
+    return [
+        BenchCase(hidden, bottleneck, count, dtype, canonical_name(activation), mode)
+        for (hidden, bottleneck), dtype, activation, mode, count in combinations
+    ]

@@ -1,0 +1,134 @@
+"""The header of a result: where, on what and by which versions it was measured."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkern import __version__, _env
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters", "nvmath-python")
+ROOT = Path(__file__).parents[2]  # of the source tree, where there is one
+SOURCES = ("adapterkern", "csrc", "benchmarks", "setup.py", "pyproject.toml")
+_GPU_FIELDS = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def header(device: torch.device, command: str) -> dict[str, Any]:
+    """All that identifies a run; `clocks_after` and the calibration are added as they are known."""
+    commit, dirty = git_state(ROOT)
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit,
+        "dirty": dirty,
+        "device": device_name(device),
+        "device_type": device.type,
+        **_gpu_facts(device),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "versions": versions(),
+        "cuda": torch.version.cuda,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "variables": _env.in_force(),
+        "clocks_before": clocks(device),
+        "calibration": {},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver gives it; "cpu" and its kind without one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"
+
+
+def folder_name(device: str) -> str:
+    """A device's name as a folder: nvidia-h200."""
+    words = "".join(letter if letter.isalnum() else " " for letter in device.lower()).split()
+    return "-".join(words)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions, None where absent."""
+    found: dict[str, str | None] = {
+        "adapterkern": __version__,
+        "python": platform.python_version(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """(commit, whether the sources differ from it); (None, None) outside a git work tree."""
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    if commit is None:
+        return None, None
+    # Results are written while the tree is measured and change nothing about it.
+    scope = ["--", *SOURCES, ":(exclude)benchmarks/results"]
+    return commit, bool(_output(["git", "-C", str(root), "status", "--porcelain", *scope]))
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """Clocks in MHz, power in W and temperature in degrees Celsius of a GPU, from nvidia-smi."""
+    if device.type != "cuda":
+        return None
+    values = _query_gpu(device, ",".join(_GPU_FIELDS.values()))
+    if values is None or len(values) != len(_GPU_FIELDS):
+        return None
+    numbers = {}
+    for name, value in zip(_GPU_FIELDS, values, strict=True):
+        try:
+            numbers[name] = float(value)
+        except ValueError:  # "[N/A]"
+            continue
+    return numbers
+
+
+def command_line(name: str) -> str:
+    """How the running command was called, under its public name."""
+    return " ".join([name, *sys.argv[1:]])
+
+
+def _gpu_facts(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {}
+    properties: Any = torch.cuda.get_device_properties(device)
+    driver = _query_gpu(device, "driver_version")
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "num_sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": driver[0] if driver else None,
+    }
+
+
+def _query_gpu(device: torch.device, fields: str) -> list[str] | None:
+    # By UUID: CUDA_VISIBLE_DEVICES renumbers the devices, nvidia-smi does not.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    text = _output(["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+    return None if text is None else [value.strip() for value in text.split(",")]
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints, None if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

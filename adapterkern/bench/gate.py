@@ -1,0 +1,103 @@
+"""The parity gate: a provider whose result is wrong gets no time.
+
+The rule is that of `adapterkern.parity`: error against float64, at most a multiple of what eager
+makes in the same dtype on the same device, at least one rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkern import parity, reference
+from adapterkern.bench.cases import BenchCase, Inputs
+from adapterkern.functional import make_call
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The tensor closest to its tolerance."""
+
+    tensor: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN never passes."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: error {self.error:.1e}, tolerance {self.tolerance:.1e}"
+
+
+class Gate:
+    """Compares providers on one case; oracle and eager are computed once for each formula."""
+
+    def __init__(self, case: BenchCase, inputs: Inputs) -> None:
+        self.case, self.inputs = case, inputs
+        self._truths: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def judge(
+        self, outputs: dict[str, Tensor], activation: str, parameters: tuple[str, ...]
+    ) -> Verdict:
+        """The verdict on the worst of `outputs`.
+
+        Args:
+            outputs: y, and in a mode with gradients dx and d_<parameter> for each parameter.
+            activation, parameters: of the provider's formula, which may be another than the case
+                asks for, and need not have biases; their values are the case's in any event.
+        """
+        oracle, eager = self._truth(activation, parameters)
+        missing = sorted(oracle.keys() - outputs.keys())
+        if missing:
+            return Verdict(f"{missing[0]} (missing)", float("inf"), 0.0)
+        verdicts = [
+            _compare(name, output, oracle.get(name), eager.get(name))
+            for name, output in outputs.items()
+        ]
+        return max(verdicts, key=_share)
+
+    def _truth(
+        self, activation: str, parameters: tuple[str, ...]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        key = activation, parameters
+        if key not in self._truths:
+            tensors = {name: self.inputs.parameters[name] for name in parameters}
+            tensors["x"] = self.inputs.x
+            widened = {name: tensor.double() for name, tensor in tensors.items()}
+            gradients = self.case.mode != "forward"
+            self._truths[key] = (
+                _reference(widened, self.inputs.dy.double(), activation, gradients),
+                _reference(tensors, self.inputs.dy, activation, gradients),
+            )
+        return self._truths[key]
+
+
+def _reference(
+    tensors: dict[str, Tensor], dy: Tensor, activation: str, gradients: bool
+) -> dict[str, Tensor]:
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in tensors.items()}
+    biases = {"down_bias": None, "up_bias": None}
+    options = {"residual": "input", "skip": None, "scaling": 1.0, "dropout": 0.0}
+    call = make_call(**{**biases, **leaves}, **options, activation=activation)  # type: ignore[arg-type]
+    y, _ = reference.forward(call)
+    if not gradients:
+        return {"y": y}
+    computed = torch.autograd.grad(y, list(leaves.values()), dy)
+    names = ["dx" if name == "x" else f"d_{name}" for name in leaves]
+    return {"y": y.detach(), **dict(zip(names, computed, strict=True))}
+
+
+def _compare(name: str, out: Tensor, oracle: Tensor | None, eager: Tensor | None) -> Verdict:
+    if oracle is None or eager is None or out.shape != oracle.shape or out.dtype != eager.dtype:
+        return Verdict(f"{name} ({out.dtype}, {list(out.shape)})", float("inf"), 0.0)
+    allowance = parity.FORWARD_ALLOWANCE if name == "y" else parity.GRADIENT_ALLOWANCE
+    tolerance = max(allowance * parity.metric(eager, oracle), parity.FLOORS[eager.dtype])
+    return Verdict(name, parity.metric(out.detach(), oracle), tolerance)
+
+
+def _share(verdict: Verdict) -> float:
+    """The part of its tolerance that an error uses up; infinite where it is not finite."""
+    share = verdict.error / verdict.tolerance if verdict.tolerance else float("inf")
+    return share if share == share else float("inf")

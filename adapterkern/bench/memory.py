@@ -1,0 +1,71 @@
+"""What a call holds: peak and transient memory, bytes saved for the backward, kernels launched."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes beyond what was allocated before a call, and beyond what is still alive after it."""
+
+    peak: int
+    transient: int
+
+
+def allocated(call: Callable[[], Any], device: torch.device) -> Memory | None:
+    """What torch's allocator hands out during one call, None on a CPU, where nothing counts it."""
+    if device.type != "cuda":
+        return None
+    call()  # one-time buffers, such as a matrix library's workspace
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    after = torch.cuda.memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del result
+    return Memory(peak - before, peak - after)
+
+
+def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `forward`, beside the storages of `known`."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # alive until counted, so that no address is handed out twice
+    total = sum(kept.values())
+    del result
+    return total
+
+
+def kernels_launched(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Kernels and copies that one call runs on the GPU, None where the profiler sees none."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    try:
+        call()
+        torch.cuda.synchronize(device)
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize(device)
+    except RuntimeError:  # the profiling interface may be reserved or absent
+        return None
+    on_gpu = torch.autograd.DeviceType.CUDA
+    count = sum(
+        event.device_type == on_gpu and not getattr(event, "is_user_annotation", False)
+        for event in profile.events()
+    )
+    return count or None

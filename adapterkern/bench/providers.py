@@ -1,0 +1,260 @@
+"""Who is timed: this package's backends, plain layers, what torch offers, and the limits.
+
+A provider builds one implementation from the case's own tensors. Other libraries' implementations
+are in `bench.external`, imported by name when they are asked for.
+"""
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends import NAMES, get
+from adapterkern.bench.cases import BenchCase, Inputs
+from adapterkern.functional import bottleneck_adapter
+
+
+class UnavailableError(RuntimeError):
+    """A provider that cannot run here; the message is what its row says."""
+
+
+@dataclass
+class Built:
+    """One implementation, ready to be called.
+
+    forward: x [T, H] to y [T, H]; parameters: its leaf tensors, by the name of the parameter whose
+    values each holds; activation: of the formula that it computes; checked: whether it computes an
+    adapter, so that the parity gate applies; alone: in place of the case's mode, for the limits.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    activation: str = "gelu"
+    checked: bool = True
+    note: str = ""
+    alone: Callable[[Tensor, Tensor], Callable[[], Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name on the command line and how it is built; ours: one of this package's backends."""
+
+    name: str
+    summary: str
+    build: Callable[[BenchCase, Inputs], Built]
+    ours: bool = False
+    compiled: bool = False  # takes seconds to minutes to build
+
+
+class _Layers(nn.Module):
+    """act(x W_down^T + b_down) W_up^T + b_up + x through nn.Sequential, as one writes it first."""
+
+    def __init__(self, case: BenchCase, inputs: Inputs) -> None:
+        super().__init__()
+        self.down = nn.Linear(case.hidden_size, case.bottleneck_size, device="meta")
+        self.up = nn.Linear(case.bottleneck_size, case.hidden_size, device="meta")
+        share(self.down, inputs, "down")
+        share(self.up, inputs, "up")
+        self.layers = nn.Sequential(self.down, _Activation(case.activation), self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + x
+
+
+class _Activation(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.value = ACTIVATIONS[name].value
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.value(z)
+
+
+def share(linear: nn.Linear, inputs: Inputs, projection: str) -> None:
+    """Give a linear layer the case's values of the projection "down" or "up"."""
+    linear.weight = nn.Parameter(inputs.parameters[f"{projection}_weight"].detach())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(inputs.parameters[f"{projection}_bias"].detach())
+
+
+def parameters_of(down: nn.Linear, up: nn.Linear) -> dict[str, Tensor]:
+    """The parameters of two linear layers under their names here."""
+    named = {"down_weight": down.weight, "up_weight": up.weight}
+    named |= {"down_bias": down.bias} if down.bias is not None else {}
+    return named | ({"up_bias": up.bias} if up.bias is not None else {})
+
+
+def _backend(name: str) -> Callable[[BenchCase, Inputs], Built]:
+    def build(case: BenchCase, inputs: Inputs) -> Built:
+        reason = get(name).unavailable_reason()
+        if reason is not None:
+            raise UnavailableError(reason)
+        leaves = _leaves(inputs)
+        weights = leaves["down_weight"], leaves["up_weight"]
+        biases = leaves["down_bias"], leaves["up_bias"]
+        activation = case.activation
+
+        def forward(x: Tensor) -> Tensor:
+            return bottleneck_adapter(x, *weights, *biases, activation=activation, backend=name)
+
+        return Built(forward, leaves, activation)
+
+    return build
+
+
+def _leaves(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t.detach().requires_grad_() for name, t in inputs.parameters.items()}
+
+
+def _plain(case: BenchCase, inputs: Inputs) -> Built:
+    module = _Layers(case, inputs)
+    return Built(module, parameters_of(module.down, module.up), case.activation)
+
+
+class _Addmm(torch.autograd.Function):
+    """The least that torch's own operators need: biases ride on the products, adds are in place."""
+
+    @staticmethod
+    def forward(ctx, x, down_weight, up_weight, down_bias, up_bias, activation):
+        z = torch.addmm(down_bias, x, down_weight.T)
+        a = ACTIVATIONS[activation].value(z)
+        ctx.save_for_backward(x, down_weight, up_weight, z)
+        ctx.activation = activation
+        return torch.addmm(up_bias, a, up_weight.T).add_(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, down_weight, up_weight, z = ctx.saved_tensors
+        with torch.enable_grad():
+            z_leaf = z.detach().requires_grad_()
+            a = ACTIVATIONS[ctx.activation].value(z_leaf)
+        (dz,) = torch.autograd.grad(a, z_leaf, dy @ up_weight)
+        dx = torch.addmm(dy, dz, down_weight)
+        return dx, dz.T @ x, dy.T @ a.detach(), dz.sum(0), dy.sum(0), None
+
+
+def _addmm(case: BenchCase, inputs: Inputs) -> Built:
+    leaves = _leaves(inputs)
+    order = ("down_weight", "up_weight", "down_bias", "up_bias")
+    parameters = [leaves[name] for name in order]
+    down_weight, up_weight, down_bias, up_bias = parameters
+    # The matrix library's fused GELU is the tanh form, which the erf form's row must not claim.
+    fused = inputs.x.is_cuda and case.activation in ("relu", "gelu", "gelu_tanh")
+    activation, note = case.activation, ""
+    if fused and case.mode == "forward" and activation == "gelu":
+        activation, note = "gelu_tanh", "tanh form of GELU"
+
+    def forward(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return _Addmm.apply(x, *parameters, activation)
+        if fused:
+            gelu = activation != "relu"
+            a = torch._addmm_activation(down_bias, x, down_weight.T, use_gelu=gelu)
+        else:
+            a = ACTIVATIONS[activation].value(torch.addmm(down_bias, x, down_weight.T))
+        return torch.addmm(up_bias, a, up_weight.T).add_(x)
+
+    return Built(forward, leaves, activation, note=note)
+
+
+def _compile(mode: str) -> Callable[[BenchCase, Inputs], Built]:
+    def build(case: BenchCase, inputs: Inputs) -> Built:
+        import torch._functorch.config as functorch_config
+
+        # Donated buffers forbid a second backward of one forward, which timing a backward needs.
+        functorch_config.donated_buffer = False
+        _silence_autotuning()
+        built = _plain(case, inputs)
+        compiled = torch.compile(built.forward, mode=mode, dynamic=False)
+        start = time.perf_counter()
+        if case.mode == "forward":
+            with torch.no_grad():
+                compiled(inputs.x)
+        else:
+            x = inputs.x.detach().requires_grad_()
+            torch.autograd.grad(compiled(x), [x, *built.parameters.values()], inputs.dy)
+        seconds = time.perf_counter() - start
+        return replace(built, forward=compiled, note=f"compiled in {seconds:.1f} s")
+
+    return build
+
+
+def _silence_autotuning() -> None:
+    """Keep Inductor's tables of tried kernels out of a benchmark's output."""
+    module = "torch._inductor.select_algorithm"
+    if importlib.util.find_spec(module) is not None:
+        importlib.import_module(module).PRINT_AUTOTUNE = False  # type: ignore[attr-defined]
+
+
+def _no_adapter(case: BenchCase, inputs: Inputs) -> Built:
+    return Built(nn.Identity(), checked=False, note="returns its input: no kernel runs")
+
+
+def _limit(case: BenchCase, inputs: Inputs) -> Built:
+    """Passes over memory that no implementation can do without: y = x, and dx = dy + x."""
+
+    def prepare(x: Tensor, dy: Tensor) -> Callable[[], Any]:
+        x, y, dx = x.detach(), torch.empty_like(x), torch.empty_like(x)
+
+        def both() -> tuple[Tensor, Tensor]:
+            return y.copy_(x), torch.add(dy, x, out=dx)
+
+        calls = {"forward": lambda: y.copy_(x), "backward": lambda: torch.add(dy, x, out=dx)}
+        return calls.get(case.mode, both)
+
+    passes = {"forward": "y = x", "backward": "dx = dy + x", "step": "y = x, then dx = dy + x"}
+    return Built(nn.Identity(), checked=False, note=passes[case.mode], alone=prepare)
+
+
+def external(name: str) -> Callable[[BenchCase, Inputs], Built]:
+    """The builder of that name in `bench.external`, imported when it is used."""
+
+    def build(case: BenchCase, inputs: Inputs) -> Built:
+        return getattr(importlib.import_module("adapterkern.bench.external"), name)(case, inputs)
+
+    return build
+
+
+BACKENDS = tuple(
+    Provider(name, f"this package on its {name} backend", _backend(name), ours=True)
+    for name in NAMES
+)
+BASELINES = (
+    Provider("plain", "nn.Sequential of two nn.Linear, plus x", _plain),
+    Provider("adapterhub", "Adapter of the adapters package", external("adapterhub")),
+    Provider("addmm", "torch.addmm and an add in place", _addmm),
+    Provider("compile", "torch.compile of plain", _compile("default"), compiled=True),
+    Provider(
+        "compile-max",
+        "torch.compile of plain, max-autotune without graphs",
+        _compile("max-autotune-no-cudagraphs"),
+        compiled=True,
+    ),
+    Provider("cublaslt", "cuBLASLt products with fused epilogues (nvmath)", external("cublaslt")),
+    Provider("lora", "PEFT's LoRA of equal rank without its base product", external("lora")),
+    Provider("no-adapter", "y is x", _no_adapter),
+    Provider("limit", "copy x to y; for the backward dx = dy + x", _limit),
+)
+PROVIDERS = {provider.name: provider for provider in (*BACKENDS, *BASELINES)}
+
+
+def providers(names: list[str]) -> list[Provider]:
+    """The providers of these names, each once.
+
+    Raises:
+        ValueError: an unknown name; the message lists the names that are known.
+    """
+    for name in names:
+        if name not in PROVIDERS:
+            baselines = ", ".join(provider.name for provider in BASELINES)
+            raise ValueError(
+                f"unknown baseline or backend {name!r}.\n  hint: known baselines are {baselines}; "
+                f"known backends are {', '.join(NAMES)}."
+            )
+    return [PROVIDERS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,133 @@
+"""The least time that a call can take: bytes over bandwidth, FLOPs over matrix rate, launches.
+
+Units: Ud = T H b, one activation of b-byte elements; Ur = T R b, one bottleneck tensor; R H b, one
+weight. An implementation is a list of kernels; each takes the longest of its bytes at the
+copy bandwidth, its FLOPs at the matrix rate, and the time of a near-empty kernel. Every
+implementation gets full bandwidth and full rate, so ratios are what fusion alone can buy. Reads
+that hit L2 count as reads from memory.
+"""
+
+from dataclasses import dataclass
+
+from adapterkern.bench.cases import BenchCase
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a kernel. The defaults are an H200's; `calibration` measures them.
+
+    Args:
+        copy_bandwidth: bytes read plus written per second by a device-to-device copy.
+        matrix_rate: FLOP/s of a dense bfloat16 matrix product.
+        launch_seconds: wall time of a near-empty kernel inside a CUDA graph.
+    """
+
+    copy_bandwidth: float = 4.3e12
+    matrix_rate: float = 790e12
+    launch_seconds: float = 2.2e-6
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Traffic of one kernel: `ud` activations, `ur` bottleneck tensors, `weights` times R H b bytes
+    (one weight is 1), and `products` matrix products of 2 T H R FLOPs each.
+    """
+
+    ud: float
+    ur: float = 0.0
+    weights: float = 0.0
+    products: float = 0.0
+
+    def bytes(self, case: BenchCase) -> float:
+        """Bytes to and from memory."""
+        row = self.ud * case.hidden_size + self.ur * case.bottleneck_size
+        weight = self.weights * case.hidden_size * case.bottleneck_size
+        return (case.tokens * row + weight) * case.element_size
+
+    def flops(self, case: BenchCase) -> float:
+        """FLOPs of the matrix products."""
+        return 2.0 * self.products * case.tokens * case.hidden_size * case.bottleneck_size
+
+    def seconds(self, case: BenchCase, machine: Machine) -> float:
+        """The longest of the three bounds."""
+        memory = self.bytes(case) / machine.copy_bandwidth
+        return max(memory, self.flops(case) / machine.matrix_rate, machine.launch_seconds)
+
+
+# One weight gradient is written once, in the parameters' dtype.
+_FORWARD = {  # of a call that saves nothing
+    "floor": [Kernel(2, 0, 2, 2)],
+    "adapterhub": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(2), Kernel(3)],
+    "plain": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(3)],
+    # A product that adds to a matrix copies that matrix first.
+    "addmm": [Kernel(1, 1, 1, 1), Kernel(2), Kernel(2, 1, 1, 1)],
+    "cublaslt": [Kernel(1, 1, 1, 1), Kernel(2, 1, 1, 1)],
+    "compile": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(3)],
+}
+_RECORDING = {**_FORWARD, "floor": [Kernel(2, 1, 2, 2)]}  # also writes z
+_BACKWARD = {
+    "floor": [Kernel(3, 1, 4, 4)],
+    "adapterhub": [
+        *(Kernel(2), Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(1), Kernel(0, 3)),
+        *(Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(0, 1), Kernel(3)),
+    ],
+    "plain": [
+        *(Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(1), Kernel(0, 3)),
+        *(Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(0, 1), Kernel(3)),
+    ],
+    "addmm": [
+        *(Kernel(1, 1, 1, 1), Kernel(0, 3), Kernel(1, 1, 1, 1), Kernel(1), Kernel(1, 1, 1, 1)),
+        *(Kernel(2), Kernel(2, 1, 1, 1)),
+    ],
+    "cublaslt": [
+        *(Kernel(1, 2, 1, 1), Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(2, 1, 1, 1)),
+    ],
+    "compile": [
+        *(Kernel(2), Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(0, 3)),
+        *(Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(3)),
+    ],
+}
+MODELS = tuple(_FORWARD)
+
+
+def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
+    """The kernels of one call in the case's mode.
+
+    Raises:
+        KeyError: the implementation is none of MODELS.
+    """
+    if case.mode == "forward":
+        return _FORWARD[implementation]
+    if case.mode == "backward":
+        return _BACKWARD[implementation]
+    return _RECORDING[implementation] + _BACKWARD[implementation]
+
+
+def moved_bytes(case: BenchCase, implementation: str = "floor") -> float:
+    """Bytes to and from memory of one call."""
+    return sum(kernel.bytes(case) for kernel in kernels(case, implementation))
+
+
+def seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
+    """The least time of one call."""
+    return sum(kernel.seconds(case, machine) for kernel in kernels(case, implementation))
+
+
+def copy_seconds(case: BenchCase, machine: Machine) -> float:
+    """The floor by bytes alone: what the fraction-of-floor column divides by the measured time.
+
+    Neither the matrix rate nor the launch time enters, so a fraction is of the copy bandwidth.
+    """
+    return moved_bytes(case) / machine.copy_bandwidth
+
+
+def bound(case: BenchCase, machine: Machine) -> str:
+    """What bounds the floor: launch, compute, weights or memory."""
+    least = kernels(case)
+    memory = moved_bytes(case) / machine.copy_bandwidth
+    compute = sum(kernel.flops(case) for kernel in least) / machine.matrix_rate
+    if max(memory, compute) < len(least) * machine.launch_seconds:
+        return "launch"
+    if compute > memory:
+        return "compute"
+    return "weights" if case.tokens < case.bottleneck_size else "memory"

@@ -1,0 +1,162 @@
+"""Times whole models: per cent that adapters add, and adapters against full fine-tuning."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkern.bench.measure import failure
+from adapterkern.bench.results import ModelRow, Timing
+from adapterkern.bench.timing import CudaTimer, Subject, WallTimer, interleave
+from benchmarks import models
+from benchmarks.models import MissingPackageError, Spec
+
+EXECUTIONS = ("eager", "compile", "graph")
+
+
+def measure_model(
+    spec: Spec,
+    mode: str,
+    execution: str,
+    timer: WallTimer | CudaTimer,
+    dtype: torch.dtype,
+    seconds: float,
+    variants: Sequence[str] | None = None,
+) -> list[ModelRow]:
+    """A row for each variant, all timed in turn; a variant that fails costs its own row alone.
+
+    forward: evaluation without gradients. step: forward, backward down to the embedded input, and
+    AdamW on the parameters that are trained; the plain model trains none, full fine-tuning all.
+    """
+    names = models.variants(spec) if variants is None else tuple(variants)
+    names = tuple(name for name in names if mode == "step" or name != "full")
+    rows = {name: ModelRow(spec.name, name, mode, execution) for name in names}
+    subjects: dict[str, Subject] = {}
+    device = timer.device if isinstance(timer, CudaTimer) else torch.device("cpu")
+    if execution == "compile":
+        torch.compiler.reset()  # what earlier models compiled would count against torch's limit
+    with timer.session():
+        for name, row in rows.items():
+            try:
+                subjects[name] = _subject(spec, name, row, timer, device, dtype)
+            except Exception as error:  # recorded in the row; the others are still measured
+                _record(row, error)
+        timings = interleave(subjects, lambda _name, subject: _wall(subject, device), seconds)
+    for name, subject in subjects.items():
+        if subject.failure is not None:
+            _record(rows[name], subject.failure)
+    for name, timing in timings.items():
+        rows[name].milliseconds = _in_milliseconds(timing)
+    if device.type == "cuda":  # a CPU tells nothing of what a GPU pays
+        _overheads(rows)
+    subjects.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return list(rows.values())
+
+
+def _subject(
+    spec: Spec,
+    name: str,
+    row: ModelRow,
+    timer: WallTimer | CudaTimer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Subject:
+    if row.execution == "graph" and not isinstance(timer, CudaTimer):
+        raise MissingPackageError("CUDA graphs need a GPU")
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    model = models.build(spec, name, device, dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    row.parameters = sum(p.numel() for p in model.parameters())
+    row.trained = sum(p.numel() for p in trained)
+    call = _call(spec, model, trained, row, device, dtype)
+    for _ in range(2):  # the optimizer's state is made in the first step
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    if row.execution == "graph" and isinstance(timer, CudaTimer):
+        graph, _ = timer.capture(Subject([call]), most_calls=1)
+        return Subject([graph.replay], produce=call)  # keeps what the graph reads alive
+    return Subject([call])
+
+
+def _call(
+    spec: Spec,
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    row: ModelRow,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[], Any]:
+    x = models.embedded_input(spec, device, dtype)
+    run: Callable[..., Any] = model
+    if row.execution == "compile":
+        run = torch.compile(model, dynamic=False)
+    if row.mode == "forward":
+        model.eval()
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return run(inputs_embeds=x)
+
+        return forward
+    model.train()
+    x.requires_grad_()
+    on_gpu = device.type == "cuda"
+    optimizer = None
+    if trained:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu, capturable=on_gpu)
+
+    def step() -> None:
+        x.grad = None
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        out = run(inputs_embeds=x)
+        out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
+        out.float().square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def _wall(subject: Subject, device: torch.device) -> float:
+    """Microseconds of one call up to its completion."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    subject.calls[0]()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e6
+
+
+def _in_milliseconds(timing: Timing) -> Timing:
+    return Timing(timing.p20 / 1e3, timing.p50 / 1e3, timing.p80 / 1e3, timing.samples)
+
+
+def _overheads(rows: dict[str, ModelRow]) -> None:
+    """Per cent over the plain model, which is frozen and passes gradients on."""
+    plain = rows.get("plain")
+    if plain is None or plain.milliseconds is None:
+        return
+    for name, row in rows.items():
+        if name != "plain" and row.milliseconds is not None:
+            row.overhead_percent = 100 * (row.milliseconds.p50 / plain.milliseconds.p50 - 1)
+
+
+def _record(row: ModelRow, error: Exception) -> None:
+    if isinstance(error, MissingPackageError):
+        row.status, row.note = "unavailable", str(error)
+    else:
+        row.status, row.note = failure(error)

@@ -1,0 +1,73 @@
+"""What a call costs the host beside its arithmetic: the tensors are so small that nothing else
+counts. No assertion on time: run it with --benchmark-json to keep numbers, or --benchmark-disable
+to see that every path runs.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import adapterkern as ak
+from adapterkern.functional import make_call
+from adapterkern.ops import run as run_op
+
+HIDDEN, BOTTLENECK, TOKENS = 64, 8, 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[False, True], ids=["inference", "training"])
+def x(request):
+    with torch.set_grad_enabled(request.param):
+        yield torch.randn(TOKENS, HIDDEN, device=DEVICE, requires_grad=request.param)
+
+
+@pytest.fixture
+def adapter():
+    return ak.BottleneckAdapter(HIDDEN, BOTTLENECK, init="bert", device=DEVICE)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = {"device": DEVICE}
+        down, up = nn.Linear(HIDDEN, BOTTLENECK, **sizes), nn.Linear(BOTTLENECK, HIDDEN, **sizes)
+        self.layers = nn.Sequential(down, nn.GELU(), up)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def test_eager_layers(benchmark, x):
+    y = benchmark(Plain(), x)
+    assert y.shape == x.shape
+
+
+def test_module(benchmark, x, adapter):
+    y = benchmark(adapter, x)
+    assert y.shape == x.shape
+
+
+def test_function(benchmark, x, adapter):
+    down, up = adapter.down_proj, adapter.up_proj
+    y = benchmark(ak.bottleneck_adapter, x, down.weight, up.weight, down.bias, up.bias)
+    assert y.shape == x.shape
+
+
+def test_op(benchmark, x, adapter):
+    down, up = adapter.down_proj, adapter.up_proj
+    biases = down.bias, up.bias
+    call = make_call(x, down.weight, up.weight, *biases, "input", None, "gelu", 1.0, 0.0)
+    backend = "reference" if DEVICE == "cpu" else ak.explain(adapter, x).backend
+    y = benchmark(run_op, call, backend)
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["eager", "module"])
+def test_backward(benchmark, adapter, kind):
+    module = adapter if kind == "module" else Plain()
+    x = torch.randn(TOKENS, HIDDEN, device=DEVICE, requires_grad=True)
+    y = module(x)
+    leaves = [x, *module.parameters()]
+    dy = torch.ones_like(y)
+    gradients = benchmark(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+    assert len(gradients) == len(leaves)

@@ -1,0 +1,98 @@
+"""What this GPU can do, on a timer of known answers, and what a header says of a machine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adapterkern.bench import calibration, environment
+from adapterkern.bench.calibration import Calibration
+from adapterkern.bench.results import Timing
+from adapterkern.bench.roofline import Machine
+
+
+class Known:
+    """Takes 1 ms for every call, 7 us of host time."""
+
+    device = "cpu"
+
+    def measure(self, kind, subjects, seconds):
+        self.kind = kind
+        for subject in subjects.values():
+            subject.calls[0]()
+        return {name: Timing(900.0, 1000.0, 1100.0, 9) for name in subjects}
+
+    def host_us(self, subject):
+        return 7.0
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 20)
+    timer = Known()
+    assert calibration.copy_bandwidth(timer, 0.1) == pytest.approx((1 << 20) / 1e-3)
+    assert timer.kind == "cold"
+    assert calibration.matrix_rate(timer, 0.1, size=16) == pytest.approx(2 * 16**3 / 1e-3)
+    assert calibration.graph_kernel(timer, 0.1) == pytest.approx(1e-3)
+    assert timer.kind == "graph"
+    assert calibration.eager_launch(timer) == pytest.approx(7e-6)
+
+
+def test_a_failure_is_not_taken_for_a_number():
+    class Broken(Known):
+        def measure(self, kind, subjects, seconds):
+            for subject in subjects.values():
+                subject.failure = RuntimeError("no graph here")
+            return {}
+
+    with pytest.raises(RuntimeError, match="no graph here"):
+        calibration.graph_kernel(Broken(), 0.1)
+
+
+def test_measured_numbers_take_the_place_of_the_constants():
+    assert Calibration().machine() == Machine()
+    machine = Calibration(copy_bandwidth=3e12, graph_kernel=1.5e-6).machine()
+    assert machine == Machine(3e12, Machine().matrix_rate, 1.5e-6)
+
+
+@pytest.mark.parametrize(
+    ("after", "steady"), [(4.0e12, True), (3.9e12, True), (3.8e12, False), (None, None)]
+)
+def test_a_run_is_steady_while_its_copy_keeps_its_bandwidth(after, steady):
+    assert Calibration(copy_bandwidth=4.0e12, copy_bandwidth_after=after).steady is steady
+
+
+def test_a_calibration_comes_back_from_a_header():
+    measured = Calibration(copy_bandwidth=4e12, l2_bandwidth=6e12)
+    assert calibration.from_dict(measured.as_dict()) == measured
+    assert calibration.from_dict({"copy_bandwidth": 4e12, "of a later version": 1}) == Calibration(
+        copy_bandwidth=4e12
+    )
+
+
+def test_clocks_and_driver_are_read_from_nvidia_smi(monkeypatch):
+    asked = []
+
+    def answer(command):
+        asked.append(command)
+        return "550.1" if "driver_version" in command[2] else "1980, 2619, 312.5, [N/A]"
+
+    properties = SimpleNamespace(
+        major=9, minor=0, uuid="ab-cd", multi_processor_count=132, total_memory=1, L2_cache_size=2
+    )
+    monkeypatch.setattr(environment, "_output", answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    gpu = torch.device("cuda")
+    assert environment.clocks(gpu) == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 312.5}
+    assert asked[0][:2] == ["nvidia-smi", "--id=GPU-ab-cd"]
+    facts = environment._gpu_facts(gpu)
+    assert (facts["capability"], facts["driver"], facts["num_sms"]) == ("9.0", "550.1", 132)
+    monkeypatch.setattr(environment, "_output", lambda _command: None)
+    assert environment.clocks(gpu) is None
+
+
+def test_a_header_of_a_cpu_has_no_clocks():
+    header = environment.header(torch.device("cpu"), "adapterkern bench")
+    assert header["device_type"] == "cpu"
+    assert header["clocks_before"] is None
+    assert header["versions"]["torch"] == torch.__version__
+    assert header["command"] == "adapterkern bench"

@@ -1,0 +1,137 @@
+"""`adapterkern bench` and `adapterkern tune`: what they print, write and refuse."""
+
+import json
+
+import pytest
+import torch
+
+from adapterkern.bench import results
+from adapterkern.cli.main import main
+
+TINY = ["bench", "--hidden-size", "32", "--bottleneck-size", "4", "--tokens", "8", "16"]
+TINY += ["--seconds", "0.001"]
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu
+def test_without_a_gpu_the_first_line_says_so_and_no_speed_up_is_claimed(capsys):
+    assert main(TINY) == 0
+    out, err = capsys.readouterr()
+    first = out.splitlines()[0]
+    assert first.startswith("no GPU here: the PyTorch reference against plain layers")
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert [name for name in names if name != "provider"] == ["reference", "plain"] * 4
+    for claim in ("x faster", "speed", "against ", "of floor", "%"):
+        assert claim not in out.split("layers", 1)[1].split("\n", 1)[1]
+    assert "[1/4] forward-fp32-gelu-T8-H32-R4" in err
+    assert "[4/4] step-fp32-gelu-T16-H32-R4" in err
+
+
+@no_gpu
+def test_json_holds_what_was_printed(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert main([*TINY, "--mode", "forward", "--json", str(path)]) == 0
+    result = results.load(path)
+    assert [row.key for row in result.rows] == [
+        f"forward-fp32-gelu-T{tokens}-H32-R4 {name}"
+        for tokens in (8, 16)
+        for name in ("reference", "plain")
+    ]
+    header = json.loads(path.read_text())["header"]
+    assert header["device_type"] == "cpu"
+    assert header["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert f"{result.rows[0].time.p50:.1f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--baseline", "eager"], "known baselines are plain, adapterhub, addmm, compile,"),
+        (["--preset", "bert"], "known presets are bert-base, roberta-large, gpt2-medium,"),
+        (["--backend", "opencl"], "known backends are cuda, triton, reference"),
+        (["--dtype", "fp8"], "fp32, fp16, bf16"),
+        (["--mode", "sideways"], "forward, backward, step"),
+        (["--activation", "mish"], "known activations are gelu"),
+        (["--hidden-size", "64"], "--hidden-size and --bottleneck-size go together"),
+        (["--tokens", "0"], "must be at least 1"),
+        (["--compare", "missing.json"], "cannot read missing.json"),
+    ],
+)
+def test_wrong_usage_is_refused_with_what_would_be_right(options, wanted, capsys):
+    assert main(["bench", *options]) == 2
+    out, err = capsys.readouterr()
+    assert wanted in err
+    assert out == ""
+
+
+def test_an_unwritable_file_is_refused_before_anything_is_measured(tmp_path, capsys):
+    blocker = tmp_path / "blocker"
+    blocker.write_text("")
+    for option in ("--json", "--plot"):
+        assert main(["bench", option, str(blocker / "x.json")]) == 2
+        out, err = capsys.readouterr()
+        assert "cannot write to" in err
+        assert out == ""
+    assert main(["bench", "--json", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@no_gpu
+def test_a_missing_package_shows_in_its_row(capsys, monkeypatch):
+    from adapterkern.bench import external
+    from adapterkern.bench.providers import UnavailableError
+
+    def missing(module, package):
+        raise UnavailableError(f"{package} cannot be imported (No module named {module!r})")
+
+    monkeypatch.setattr(external, "_import", missing)
+    options = ["--tokens", "8", "--mode", "forward", "--baseline", "adapterhub", "plain"]
+    assert main([*TINY[:5], "--seconds", "0.001", *options]) == 0
+    out = capsys.readouterr().out
+    assert "adapterhub: not available, adapters cannot be imported" in out
+    assert any(line.split()[:1] == ["plain"] for line in out.splitlines())
+
+
+@no_gpu
+def test_a_wrong_backend_is_an_exit_code(monkeypatch, capsys):
+    from adapterkern.backends.reference.backend import ReferenceBackend
+
+    forward = ReferenceBackend.forward
+
+    def wrong(self, call, save_z):
+        y, z = forward(self, call, save_z)
+        return y * 1.01, z
+
+    monkeypatch.setattr(ReferenceBackend, "forward", wrong)
+    assert main([*TINY, "--mode", "forward"]) == 1
+    out = capsys.readouterr().out
+    assert "reference: WRONG RESULT, not timed, y: error" in out
+
+
+def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
+    from adapterkern.bench.table import render
+
+    text = render(gpu_result)
+    assert text.splitlines()[0] == (
+        "Made-up GPU: adapterkern 0.1.0, torch 2.9.0, triton 3.5.0, commit 012345678"
+    )
+    assert "measured in this run: copy 4.00 TB/s, bf16 products 700 TFLOP/s" in text
+    assert "UNSTEADY" not in text
+    head = next(line for line in text.splitlines() if line.startswith("  provider"))
+    labels = ("cold p20/p50/p80", "hot", "against", "GB/s", "of floor", "host us", "transient")
+    for label in labels:
+        assert label in head
+    plain = next(line for line in text.splitlines() if line.startswith("  plain"))
+    assert "2.50x" in plain  # 0.8 of the floor against 0.32
+    gpu_result.header["calibration"]["copy_bandwidth_after"] = 3.8e12
+    assert "UNSTEADY" in render(gpu_result)
+
+
+@no_gpu
+def test_tune_needs_a_gpu_and_says_so(capsys):
+    assert main(["tune"]) == 2
+    assert "a search needs the triton backend on a GPU: no CUDA device" in capsys.readouterr().err
+    assert main(["tune", "--preset", "bert"]) == 2
+    assert "known presets are" in capsys.readouterr().err
