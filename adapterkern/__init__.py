@@ -1,10 +1,10 @@
-"""Fused bottleneck adapters for transformers: residual + scaling * up(act(down(x))), forward and backward."""
+"""Fused bottleneck adapters for transformers: residual + scaling * up(act(down(x)))."""
 
 __version__ = "0.1.0"
 
+from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.dispatch import Explanation, explain, use_backend
 from adapterkern.dispatch import available as backends
-from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.functional import bottleneck_adapter
 from adapterkern.modules.bottleneck import BottleneckAdapter
 

@@ -1,6 +1,6 @@
 """The one table of activations: name, aliases, value and derivative, in plain PyTorch.
 
-Every backend names the activations it implements; `tests/test_activations.py` compares each with this table.
+Every backend names the activations it implements; the tests compare each with this table.
 """
 
 import math
@@ -54,7 +54,7 @@ def _tanh_derivative(z: Tensor) -> Tensor:
 
 
 def _leaky_relu_derivative(z: Tensor) -> Tensor:
-    return torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype)
+    return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -62,9 +62,12 @@ ACTIVATIONS: dict[str, Activation] = {
     for a in (
         Activation("gelu", F.gelu, _gelu_derivative),
         Activation(
-            "gelu_tanh", lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_derivative, ("gelu_new",)
+            "gelu_tanh",
+            lambda z: F.gelu(z, approximate="tanh"),
+            _gelu_tanh_derivative,
+            ("gelu_new",),
         ),
-        Activation("relu", F.relu, lambda z: (z > 0).to(z.dtype)),
+        Activation("relu", F.relu, lambda z: (~(z <= 0)).to(z.dtype)),  # 1 at NaN, as in autograd
         Activation("silu", F.silu, _silu_derivative, ("swish",)),
         Activation("tanh", torch.tanh, _tanh_derivative),
         Activation("sigmoid", torch.sigmoid, _sigmoid_derivative),
@@ -85,7 +88,8 @@ def canonical_name(name: str) -> str:
     found = _CANONICAL.get(name)
     if found is None:
         known = ", ".join(
-            a.name + (f" (alias {', '.join(a.aliases)})" if a.aliases else "") for a in ACTIVATIONS.values()
+            a.name + (f" (alias {', '.join(a.aliases)})" if a.aliases else "")
+            for a in ACTIVATIONS.values()
         )
         raise ValueError(f"unknown activation {name!r}.\n  hint: known activations are {known}.")
     return found

@@ -1,23 +1,21 @@
-"""Chooses the backend of a call: capabilities declared, every refusal collected, each fallback logged once."""
+"""Chooses the backend of a call: every refusal collected, each distinct fallback logged once."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from adapterkern import _env
 from adapterkern.backends import NAMES, get
 from adapterkern.backends.base import BackendUnsupportedError
-from adapterkern.spec import AdapterCall, AdapterSpec
+from adapterkern.spec import PLAIN_FEATURES, AdapterCall, AdapterSpec
 
 logger = logging.getLogger("adapterkern")
-
-_forced: str | None = None  # set by use_backend; process-wide, like the flags under torch.backends
-_decisions: dict[tuple[AdapterSpec, str], str] = {}
-_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -35,63 +33,131 @@ class Explanation:
         return "\n".join(lines)
 
 
-def select(spec: AdapterSpec, requested: str = "auto") -> str:
-    """The name of the backend that runs `spec`.
+class Decision(NamedTuple):
+    """What was decided for a call. `plain`: plain PyTorch operations run, see `PLAIN_FEATURES`."""
 
-    `requested`, else `use_backend`, else ADAPTERKERN_BACKEND names it; under "auto" the first registered
-    backend without a reason against the call runs it, the reference at the latest.
+    spec: AdapterSpec
+    backend: str
+    plain: bool
+
+
+_forced: str | None = None  # set by use_backend; process-wide, like the flags under torch.backends
+_decisions: dict[tuple, Decision] = {}
+_logged: set[str] = set()
+
+
+def select(call: AdapterCall, requested: str = "auto") -> Decision:
+    """Validate a call and choose the backend that runs it.
+
+    `requested`, else `use_backend`, else ADAPTERKERN_BACKEND names it; under "auto" the first
+    registered backend without a reason against the call runs it, the reference at the latest.
 
     Raises:
-        BackendUnsupportedError: the named backend cannot run the call, or ADAPTERKERN_STRICT=1 and a call on a
-            GPU would fall back to the reference.
-        ValueError: unknown backend name.
+        TypeError, ValueError: the call is not valid, see `spec.validate`; unknown backend name.
+        BackendUnsupportedError: the named backend cannot run the call, or ADAPTERKERN_STRICT=1 and
+            a call on a GPU would fall back to the reference.
     """
-    wanted = requested if requested != "auto" else _forced or _env.BACKEND
-    if torch.compiler.is_compiling():  # traced once per graph: no cache, whose growth would be guarded on
-        return _decide(spec, wanted)
-    chosen = _decisions.get((spec, wanted))
-    if chosen is None:
-        chosen = _decisions[spec, wanted] = _decide(spec, wanted)
-    return chosen
+    wanted = _wanted(requested)
+    if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
+        return _decide(call.spec(), wanted)
+    try:
+        key = (wanted, *_key(call))
+        decision = _decisions.get(key)
+    except (AttributeError, TypeError):  # not all are tensors, or sizes are symbolic
+        return _decide(call.spec(), wanted)
+    if decision is None:
+        decision = _decisions[key] = _decide(call.spec(), wanted)
+    return decision
 
 
-def _decide(spec: AdapterSpec, wanted: str) -> str:
+def _wanted(requested: str) -> str:
+    return requested if requested != "auto" else _forced or _env.BACKEND
+
+
+def _key(call: AdapterCall) -> tuple:
+    """All that validation and choice read, so that a module's second call costs one lookup."""
+    x, down, up, down_bias, up_bias, residual, skip, scaling, scale, *options = call
+    shape = x.shape
+    return (
+        *(shape[-1:], x.dtype, x.device, type(x)),
+        *(_signature(down), _signature(up), _signature(down_bias), _signature(up_bias)),
+        *(_signature(scaling), _signature_beside(residual, shape), _signature_beside(skip, shape)),
+        *(scale == 1.0, *options),
+        *(forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()),
+    )
+
+
+def _signature(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, type(tensor))
+
+
+def _signature_beside(tensor: Tensor | None, shape: torch.Size) -> tuple | None:
+    """As `_signature`, of a tensor that must have the shape of x, whose number of tokens varies."""
+    if tensor is None:
+        return None
+    return tensor.shape == shape, tensor.dtype, tensor.device, type(tensor)
+
+
+def _decide(spec: AdapterSpec, wanted: str) -> Decision:
+    plain = not PLAIN_FEATURES.isdisjoint(spec.features)
     if wanted != "auto":
         reasons = get(wanted).unsupported_reasons(spec)
         if reasons:
-            raise BackendUnsupportedError(_refusal(wanted, spec, reasons))
-        return wanted
+            raise BackendUnsupportedError(_refusal(wanted, spec.describe(), reasons))
+        return Decision(spec, wanted, plain)
     refused: dict[str, list[str]] = {}
     for name in NAMES:
         refused[name] = get(name).unsupported_reasons(spec)
         if not refused[name]:
-            _report_fallback(name, spec, refused)
-            return name
+            if name == "reference":
+                _report_fallback(spec, refused)
+            return Decision(spec, name, plain)
     raise AssertionError("the reference runs every valid call")
 
 
-def _refusal(name: str, spec: AdapterSpec, reasons: list[str]) -> str:
+def _refusal(name: str, call: str, reasons: list[str]) -> str:
     listing = "\n".join(f"  - {reason}" for reason in reasons)
-    return f'backend "{name}" cannot run this call ({spec.describe()}):\n{listing}'
+    return f'backend "{name}" cannot run this call ({call}):\n{listing}'
 
 
-def _report_fallback(name: str, spec: AdapterSpec, refused: dict[str, list[str]]) -> None:
-    """One log line per distinct fallback: a call for a GPU kernel that the reference runs instead."""
-    if name != "reference" or (spec.device.type in ("cpu", "meta") and "dropout" not in spec.features):
+def _report_fallback(spec: AdapterSpec, refused: dict[str, list[str]]) -> None:
+    """For a call that the reference runs where a kernel was to be expected, or for dropout."""
+    if spec.device.type in ("cpu", "meta") and "dropout" not in spec.features:
         return
-    why = "; ".join(f"{other}: {', '.join(reasons)}" for other, reasons in refused.items() if reasons)
-    if _env.STRICT and spec.device.type != "cpu":
-        raise BackendUnsupportedError(f"ADAPTERKERN_STRICT=1 and no fused backend can run {spec.describe()}: {why}")
-    if why not in _logged and not torch.compiler.is_compiling():
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items() if reasons)
+    _report(spec.device, spec.describe(), why)
+
+
+def _report(device: torch.device, call: str, why: str) -> None:
+    """One log line per distinct reason; under ADAPTERKERN_STRICT=1 an error for a call on a GPU."""
+    if _env.STRICT and device.type not in ("cpu", "meta"):
+        raise BackendUnsupportedError(
+            f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
+        )
+    if not torch.compiler.is_compiling() and why not in _logged:
         _logged.add(why)
-        logger.warning("the PyTorch reference runs %s (%s)", spec.describe(), why)
+        logger.warning("the PyTorch reference runs %s (%s)", call, why)
+
+
+def report_unfused(device: torch.device, call: str, why: str, requested: str = "auto") -> None:
+    """For a call that must run in plain PyTorch whatever the backends have: log that once.
+
+    Raises:
+        BackendUnsupportedError: a backend other than the reference is named (see `select`), or
+            ADAPTERKERN_STRICT=1 and the call is on a GPU.
+    """
+    wanted = _wanted(requested)
+    if wanted not in ("auto", "reference"):
+        raise BackendUnsupportedError(_refusal(wanted, call, [why]))
+    _report(device, call, why)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, calls with backend="auto" run on `name` ("auto" restores the automatic choice).
+    """Within the block, calls with backend="auto" run on `name` ("auto": chosen automatically).
 
-    Process-wide, as the flags under `torch.backends` are. Backward runs on the backend its forward ran on.
+    Process-wide, as the flags under `torch.backends` are. Backward runs on the backend its forward
+    ran on.
 
     Raises:
         ValueError: unknown backend name.
@@ -111,23 +177,48 @@ def available() -> dict[str, str | None]:
     return {name: get(name).unavailable_reason() for name in NAMES}
 
 
-def explain(adapter: nn.Module | AdapterCall, x: Tensor | None = None, **options) -> Explanation:
+def explain(adapter: Any, x: Tensor | None = None, **options: Any) -> Explanation:
     """Which backend runs this call, and every reason why the others do not.
 
     Args:
-        adapter: a `BottleneckAdapter` (or any module with its `as_call`), called with `x` and `options`.
-        x: [..., H].
+        adapter: a `BottleneckAdapter` (or any module with its `as_call`); or any callable, such as
+            a whole model, which is then run without gradients and its first adapter call explained.
+        x: [..., H], what `adapter` is called with; `options` are further keyword arguments.
+
+    Raises:
+        TypeError, ValueError: the call is not valid.
+        LookupError: the callable called no adapter.
     """
-    call = adapter if isinstance(adapter, AdapterCall) else adapter.as_call(x, **options)
-    spec = call.spec()
-    requested = getattr(adapter, "backend", "auto")
-    wanted = requested if requested != "auto" else _forced or _env.BACKEND
-    reasons = {name: get(name).unsupported_reasons(spec) for name in NAMES}
-    if wanted != "auto":
-        chosen = f"{wanted} (named)" if not reasons[wanted] else f"none: {wanted} was named and raises"
-        reasons = {name: why if name == wanted else [*why, f"{wanted} was named"] for name, why in reasons.items()}
+    unfused = getattr(adapter, "unfused_reason", lambda: None)()
+    if unfused is not None:
+        return Explanation(str(adapter), "PyTorch modules", dict.fromkeys(NAMES, (unfused,)))
+    if isinstance(adapter, AdapterCall):
+        spec, wanted = adapter.spec(), _wanted("auto")
+    elif hasattr(adapter, "as_call"):
+        spec, wanted = adapter.as_call(x, **options).spec(), _wanted(adapter.backend)
     else:
+        spec, wanted = _first_decision(adapter, x, options)
+    reasons = {name: get(name).unsupported_reasons(spec) for name in NAMES}
+    if wanted == "auto":
         chosen = next(name for name in NAMES if not reasons[name])
         later = NAMES[NAMES.index(chosen) + 1 :]
         reasons |= {name: [f"{chosen} comes first"] for name in later if not reasons[name]}
-    return Explanation(spec.describe(), chosen, {name: tuple(why) for name, why in reasons.items() if why})
+    else:
+        chosen = f"none: {wanted} was named and raises" if reasons[wanted] else f"{wanted} (named)"
+        others = [name for name in NAMES if name != wanted]
+        reasons |= {name: [*reasons[name], f"{wanted} was named"] for name in others}
+    listed = {name: tuple(why) for name, why in reasons.items() if why}
+    return Explanation(spec.describe(), chosen, listed)
+
+
+def _first_decision(function: Callable, x: Tensor | None, options: dict) -> tuple[AdapterSpec, str]:
+    global _decisions
+    kept, _decisions = _decisions, {}
+    try:
+        with torch.no_grad():
+            function(x, **options)
+        for key, decision in _decisions.items():
+            return decision.spec, key[0]
+    finally:
+        _decisions = kept
+    raise LookupError(f"{function!r} called no adapter, so there is nothing to explain.")

@@ -1,22 +1,27 @@
-"""What one adapter call is: `AdapterCall` (the tensors and options) and `AdapterSpec` (all of it that is static).
+"""What one adapter call is: `AdapterCall`, tensors and options; `AdapterSpec`, all that is static.
 
-Validation happens here once, before any pointer is taken, and reports every problem of a call together.
+Validation happens here once, before any pointer is taken, and reports all problems of a call.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# What a registered op would answer with a wrong or no derivative, or would not understand: such a
+# call runs as plain PyTorch operations under plain autograd.
+PLAIN_FEATURES = frozenset({"dropout", "forward_ad", "functorch", "tensor_subclass"})
+
 
 class AdapterCall(NamedTuple):
-    """y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up), as tensors and options.
+    """y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up).
 
-    The residual is `x` itself (add_input), another tensor (residual), or nothing. The scaling is the tensor
-    `scaling` where given, else the float `scale`.
+    The residual is `x` itself (add_input), another tensor (residual), or nothing. The scaling is
+    the tensor `scaling` where given, else the float `scale`.
     """
 
     x: Tensor  # [..., H]
@@ -68,7 +73,7 @@ class AdapterCall(NamedTuple):
         )
 
     def features(self) -> frozenset[str]:
-        """What this call needs beyond `act(x W_down^T) W_up^T`; a backend declares which of these it has."""
+        """What this call needs beyond `act(x W_down^T) W_up^T`; a backend declares what it has."""
         wanted = {
             "bias": self.down_bias is not None or self.up_bias is not None,
             "input_residual": self.add_input,
@@ -78,6 +83,9 @@ class AdapterCall(NamedTuple):
             "learned_scaling": self.scaling is not None,
             "mixed_dtypes": any(t is not None and t.dtype != self.compute_dtype for t in self[:8]),
             "dropout": self.dropout > 0,
+            "forward_ad": forward_ad._current_level >= 0,
+            "functorch": torch._C._are_functorch_transforms_active(),
+            "tensor_subclass": any(_is_foreign(t) for t in self[:8] if t is not None),
         }
         return frozenset(name for name, present in wanted.items() if present)
 
@@ -105,7 +113,27 @@ class AdapterSpec:
         )
 
 
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def _is_foreign(tensor: Tensor) -> bool:
+    """Whether this is a subclass with semantics of its own: DTensor, NestedTensor.
+
+    The subclasses with which torch traces are ordinary.
+    """
+    if type(tensor) in _ORDINARY:
+        return False
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    tracing = isinstance(tensor, FakeTensor | FunctionalTensor)
+    return not tracing and (
+        type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+    )
+
+
 def name_of(dtype: torch.dtype) -> str:
+    """As in "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -114,12 +142,13 @@ def validate(call: AdapterCall) -> None:
 
     Raises:
         TypeError: something that must be a tensor is not.
-        ValueError: shapes, dtypes or devices disagree; the message lists every problem and the likely cure.
+        ValueError: shapes, dtypes or devices disagree; the message lists every problem and the
+            likely cure.
     """
     for name, tensor in call.tensors().items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    problems = _shape_problems(call) or _dtype_problems(call) + _device_problems(call)
+    problems = _shape_problems(call) + _dtype_problems(call) + _device_problems(call)
     if not 0.0 <= call.dropout < 1.0:
         problems.append(f"dropout must be in [0, 1), got {call.dropout}.")
     if problems:
@@ -132,76 +161,103 @@ def _shape_problems(call: AdapterCall) -> list[str]:
         return ["x must have shape [..., H], got a 0-dimensional tensor."]
     if down.dim() != 2 or up.dim() != 2:
         return [
-            f"down_weight must have shape [R, H] and up_weight [H, R], got {list(down.shape)} and {list(up.shape)}."
+            "down_weight must have shape [R, H] and up_weight [H, R], "
+            f"got {list(down.shape)} and {list(up.shape)}."
         ]
     hidden, bottleneck = x.shape[-1], down.shape[0]
     problems = []
     if bottleneck == 0 or hidden == 0:
         problems.append(
             f"hidden_size and bottleneck_size must be at least 1, got x {list(x.shape)} and "
-            f"down_weight {list(down.shape)}.\n  hint: an adapter of size 0 is no adapter; leave it out."
+            f"down_weight {list(down.shape)}.\n"
+            "  hint: an adapter of size 0 is no adapter; leave it out."
         )
     if down.shape[1] != hidden:
-        problem = f"down_weight must have shape [R, H] = [R, {hidden}] to match x {list(x.shape)}, got {list(down.shape)}."
+        problem = (
+            f"down_weight must have shape [R, H] = [R, {hidden}] to match x {list(x.shape)}, "
+            f"got {list(down.shape)}."
+        )
         if down.shape[0] == hidden:
             problem += _transpose_hint("down_weight")
             bottleneck = down.shape[1]
         problems.append(problem)
     if tuple(up.shape) != (hidden, bottleneck):
         problem = (
-            f"up_weight must have shape [H, R] = [{hidden}, {bottleneck}] to match x {list(x.shape)} and "
-            f"down_weight {list(down.shape)}, got {list(up.shape)}."
+            f"up_weight must have shape [H, R] = [{hidden}, {bottleneck}] to match x "
+            f"{list(x.shape)} and down_weight {list(down.shape)}, got {list(up.shape)}."
         )
         if tuple(up.shape) == (bottleneck, hidden):
             problem += _transpose_hint("up_weight")
         problems.append(problem)
-    for name, bias, size in (("down_bias", call.down_bias, bottleneck), ("up_bias", call.up_bias, hidden)):
+    return problems + _vector_problems(call, hidden, bottleneck)
+
+
+def _vector_problems(call: AdapterCall, hidden: int, bottleneck: int) -> list[str]:
+    problems = []
+    biases = (("down_bias", call.down_bias, bottleneck), ("up_bias", call.up_bias, hidden))
+    for name, bias, size in biases:
         if bias is not None and tuple(bias.shape) != (size,):
             problems.append(f"{name} must have shape [{size}], got {list(bias.shape)}.")
     for name, tensor in (("residual", call.residual), ("skip", call.skip)):
-        if tensor is not None and tensor.shape != x.shape:
-            problems.append(f"{name} must have the shape of x, {list(x.shape)}, got {list(tensor.shape)}.")
-    if call.scaling is not None and tuple(call.scaling.shape) not in ((1,), (hidden,)):
+        if tensor is not None and tensor.shape != call.x.shape:
+            problems.append(
+                f"{name} must have the shape of x, {list(call.x.shape)}, got {list(tensor.shape)}."
+            )
+    scaling = call.scaling
+    if scaling is not None and tuple(scaling.shape) not in ((1,), (hidden,)):
         problems.append(
-            f"scaling must be a float or a tensor of shape [1] or [{hidden}], got {list(call.scaling.shape)}."
-            + ("\n  hint: use scaling.reshape(1)." if call.scaling.numel() == 1 else "")
+            f"scaling must be a float or a tensor of shape [1] or [{hidden}], "
+            f"got {list(scaling.shape)}."
+            + ("\n  hint: use scaling.reshape(1)." if scaling.numel() == 1 else "")
         )
     return problems
 
 
 def _transpose_hint(name: str) -> str:
-    return f"\n  hint: {name} uses nn.Linear layout (out_features, in_features); this looks like its transpose."
+    return (
+        f"\n  hint: {name} uses nn.Linear layout (out_features, in_features); "
+        "this looks like its transpose."
+    )
 
 
 def _dtype_problems(call: AdapterCall) -> list[str]:
-    problems = []
-    for name, tensor in call.tensors().items():
-        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            allowed = ", ".join(map(name_of, FLOAT_DTYPES))
-            problems.append(f"{name} must be a floating-point tensor ({allowed}), got {name_of(tensor.dtype)}.")
+    allowed = ", ".join(map(name_of, FLOAT_DTYPES))
+    problems = [
+        f"{name} must be a floating-point tensor ({allowed}), got {name_of(tensor.dtype)}."
+        for name, tensor in call.tensors().items()
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES
+    ]
     if problems:
         return problems
     compute = call.compute_dtype
-    autocast = compute != call.x.dtype
     for name in ("down_weight", "up_weight", "down_bias", "up_bias"):
         parameter = getattr(call, name)
-        # Parameters equal the computation's dtype, or are float32 masters of a half-precision one.
-        # Under autocast any of the three smaller types is converted, as eager does.
-        fits = parameter is None or parameter.dtype == compute
-        masters = parameter is not None and torch.float64 not in (parameter.dtype, compute)
-        if not fits and not (masters and (autocast or parameter.dtype == torch.float32)):
+        if parameter is not None and not _is_convertible(parameter.dtype, call):
             problems.append(
-                f"{name} is {name_of(parameter.dtype)} but the computation runs in {name_of(compute)}.\n"
-                f"  hint: convert one side, e.g. adapter.to(torch.{name_of(call.x.dtype)}), or use torch.autocast."
+                f"{name} is {name_of(parameter.dtype)} but the computation runs in "
+                f"{name_of(compute)}.\n  hint: convert one side, e.g. "
+                f"adapter.to(torch.{name_of(call.x.dtype)}), or use torch.autocast."
             )
     for name in ("residual", "skip", "scaling"):
         tensor = getattr(call, name)
         if tensor is not None and (tensor.dtype == torch.float64) != (compute == torch.float64):
             problems.append(
-                f"{name} is {name_of(tensor.dtype)} but the computation runs in {name_of(compute)}; "
-                "float64 does not mix with other types.\n  hint: convert one side."
+                f"{name} is {name_of(tensor.dtype)} but the computation runs in "
+                f"{name_of(compute)}; float64 does not mix with other types.\n"
+                "  hint: convert one side."
             )
     return problems
+
+
+def _is_convertible(dtype: torch.dtype, call: AdapterCall) -> bool:
+    """Whether a parameter of this dtype takes part: in the compute dtype, or as its float32 master.
+
+    Under autocast any of the three smaller types is converted, as eager does.
+    """
+    if dtype == call.compute_dtype:
+        return True
+    autocast = call.compute_dtype != call.x.dtype
+    return torch.float64 not in (dtype, call.compute_dtype) and (autocast or dtype == torch.float32)
 
 
 def _device_problems(call: AdapterCall) -> list[str]:
@@ -209,4 +265,7 @@ def _device_problems(call: AdapterCall) -> list[str]:
     if len(set(devices.values())) == 1:
         return []
     listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
-    return [f"all tensors must be on one device, got {listing}.\n  hint: adapter.to({str(call.x.device)!r})."]
+    return [
+        f"all tensors must be on one device, got {listing}.\n"
+        f"  hint: adapter.to({str(call.x.device)!r})."
+    ]

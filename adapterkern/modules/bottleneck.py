@@ -1,16 +1,13 @@
 """`BottleneckAdapter`: the operation with its parameters."""
 
-import logging
-
 import torch
 from torch import Tensor, nn
 
+from adapterkern import dispatch
 from adapterkern.activations import ACTIVATIONS, canonical_name
 from adapterkern.backends import NAMES
 from adapterkern.functional import make_call, run_call
 from adapterkern.spec import AdapterCall
-
-logger = logging.getLogger("adapterkern")
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
@@ -25,24 +22,32 @@ class BottleneckAdapter(nn.Module):
         reduction_factor: H / R, used where `bottleneck_size` is None.
         activation: see `adapterkern.bottleneck_adapter`.
         bias: whether both projections have a bias.
-        scaling: a float, "learned" (a parameter of shape [1]) or "channel" (a parameter of shape [H]), both
-            starting at 1.
-        dropout: probability on the scaled up-projection while training; such a call runs on the PyTorch reference.
-        init: "identity" (Kaiming-uniform down, zero up: the adapter starts as the identity, bit for bit),
-            "houlsby" (both weights from a normal of sigma 0.01 truncated at two sigma, zero biases) or
-            "bert" (both weights from a normal of sigma 0.02, zero biases).
-        backend: "auto" | "cuda" | "triton" | "reference"; a named backend raises instead of falling back.
+        scaling: a float, "learned" (a parameter of shape [1]) or "channel" (a parameter of shape
+            [H]), both starting at 1.
+        dropout: probability on the scaled up-projection while training; such a call runs on the
+            PyTorch reference.
+        init: "identity" (Kaiming-uniform down, zero up: the adapter starts as the identity, bit for
+            bit), "houlsby" (both weights from a normal of sigma 0.01 truncated at two sigma, zero
+            biases) or "bert" (both weights from a normal of sigma 0.02, zero biases).
+        backend: "auto" | "cuda" | "triton" | "reference"; a named backend raises instead of falling
+            back.
         device, dtype: of the parameters.
 
-    Shapes: x [..., H] to y [..., H]; parameters down_proj.weight [R, H], down_proj.bias [R], up_proj.weight
-    [H, R], up_proj.bias [H], scaling [1] or [H] where it is learned.
+    Shapes: x [..., H] to y [..., H]; parameters down_proj.weight [R, H], down_proj.bias [R],
+    up_proj.weight [H, R], up_proj.bias [H], scaling [1] or [H] where it is learned.
 
     Raises:
+        TypeError: scaling is neither a number nor a name.
         ValueError: a size below 1, an unknown name, or a dropout outside [0, 1).
 
-    Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; learned scaling:
-    He et al. 2021, arXiv:2110.04366; channel scaling: Steitz and Roth 2024, arXiv:2406.06820.
+    Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; learned
+    scaling: He et al. 2021, arXiv:2110.04366; channel scaling: Steitz and Roth 2024,
+    arXiv:2406.06820.
     """
+
+    down_proj: nn.Linear
+    up_proj: nn.Linear
+    scaling: float | nn.Parameter
 
     def __init__(
         self,
@@ -66,15 +71,21 @@ class BottleneckAdapter(nn.Module):
             bottleneck_size = max(1, int(hidden_size // reduction_factor))
         if hidden_size < 1 or bottleneck_size < 1:
             raise ValueError(
-                f"hidden_size and bottleneck_size must be at least 1, got {hidden_size} and {bottleneck_size}.\n"
+                "hidden_size and bottleneck_size must be at least 1, "
+                f"got {hidden_size} and {bottleneck_size}.\n"
                 "  hint: an adapter of size 0 is no adapter; leave it out."
             )
         if init not in INITS:
             raise ValueError(f"unknown init {init!r}.\n  hint: known inits are {', '.join(INITS)}.")
         if backend not in ("auto", *NAMES):
-            raise ValueError(f"unknown backend {backend!r}.\n  hint: known backends are auto, {', '.join(NAMES)}.")
+            known = ", ".join(NAMES)
+            raise ValueError(
+                f"unknown backend {backend!r}.\n  hint: known backends are auto, {known}."
+            )
         if isinstance(scaling, str) and scaling not in SCALINGS:
             raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
+        if not isinstance(scaling, str | float | int):
+            raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         self.hidden_size = hidden_size
@@ -83,8 +94,12 @@ class BottleneckAdapter(nn.Module):
         self.dropout = dropout
         self.init = init
         self.backend = backend
-        self.down_proj = nn.Linear(hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(
+            hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype
+        )
+        self.up_proj = nn.Linear(
+            bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype
+        )
         if isinstance(scaling, str):
             size = 1 if scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
@@ -105,40 +120,53 @@ class BottleneckAdapter(nn.Module):
                 else:
                     nn.init.normal_(projection.weight, std=0.02)
         for projection in (self.down_proj, self.up_proj):
-            if projection.bias is not None and (projection is self.up_proj or self.init != "identity"):
+            if projection.bias is not None and (
+                projection is self.up_proj or self.init != "identity"
+            ):
                 nn.init.zeros_(projection.bias)
         if isinstance(self.scaling, nn.Parameter):
             nn.init.ones_(self.scaling)
 
-    def forward(self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
+    ) -> Tensor:
         """y [..., H]; `residual` and `skip` as in `adapterkern.bottleneck_adapter`."""
-        if not self._projections_are_plain():
+        unfused = self.unfused_reason()
+        if unfused is not None:
+            dispatch.report_unfused(
+                x.device, f"BottleneckAdapter({self.extra_repr()})", unfused, self.backend
+            )
             return self._forward_through_modules(x, residual, skip)
         return run_call(self.as_call(x, residual, skip), self.backend)
 
-    def as_call(self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None) -> AdapterCall:
+    def as_call(
+        self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
+    ) -> AdapterCall:
         """What `forward` runs for these arguments, as `adapterkern.explain` takes it."""
-        down, up = self._modules["down_proj"], self._modules["up_proj"]
+        down, up = self.down_proj, self.up_proj
+        dropout = self.dropout if self.training else 0.0
         return make_call(
-            x, down.weight, up.weight, down.bias, up.bias, residual, skip, self.activation, self.scaling,
-            self.dropout if self.training else 0.0,
-        )  # fmt: skip
+            *(x, down.weight, up.weight, down.bias, up.bias, residual, skip),
+            *(self.activation, self.scaling, dropout),
+        )
 
-    def _projections_are_plain(self) -> bool:
-        """False where a projection was wrapped, quantised or hooked: then it must be called, not read."""
-        for projection in (self._modules["down_proj"], self._modules["up_proj"]):
-            if type(projection).forward is not nn.Linear.forward or (
+    def unfused_reason(self) -> str | None:
+        """Why a projection must be called, not read: wrapped, quantised, hooked. Else None."""
+        for name, projection in (("down_proj", self.down_proj), ("up_proj", self.up_proj)):
+            if type(projection).forward is not nn.Linear.forward:
+                return f"{name} is a {type(projection).__name__}, which must be called to be itself"
+            if (
                 projection._forward_hooks
                 or projection._forward_pre_hooks
                 or projection._backward_hooks
                 or projection._backward_pre_hooks
             ):
-                return False
-        return True
+                return f"{name} has hooks, which run only where it is called"
+        return None
 
-    def _forward_through_modules(self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling():
-            _say_once("a projection is wrapped or hooked, so the adapter runs through its modules, not fused")
+    def _forward_through_modules(
+        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None
+    ) -> Tensor:
         u = self.up_proj(ACTIVATIONS[self.activation].value(self.down_proj(x))) * self.scaling
         if self.dropout and self.training:
             u = nn.functional.dropout(u, self.dropout)
@@ -147,20 +175,11 @@ class BottleneckAdapter(nn.Module):
         return u if skip is None else u + skip
 
     def extra_repr(self) -> str:
-        scaling = self.scaling
+        scaling: float | str | nn.Parameter = self.scaling
         if isinstance(scaling, nn.Parameter):
             scaling = "learned" if scaling.numel() == 1 else "channel"
         return (
-            f"hidden_size={self.hidden_size}, bottleneck_size={self.bottleneck_size}, activation={self.activation}, "
-            f"bias={self.down_proj.bias is not None}, scaling={scaling}, dropout={self.dropout}, init={self.init}, "
-            f"backend={self.backend}"
+            f"hidden_size={self.hidden_size}, bottleneck_size={self.bottleneck_size}, "
+            f"activation={self.activation}, bias={self.down_proj.bias is not None}, "
+            f"scaling={scaling}, dropout={self.dropout}, init={self.init}, backend={self.backend}"
         )
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)

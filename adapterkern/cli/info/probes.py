@@ -17,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 import adapterkern
+from adapterkern import _env
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters")
 NETWORK_FILESYSTEMS = {
@@ -119,7 +120,7 @@ def probe_gpus() -> dict:
 def probe_compiler() -> dict:
     """What Triton compiles its launcher with, at the first launch: a C compiler and Python.h."""
     # Triton's own order: the variable CC (read here to report it), then gcc, then clang.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = _env.of_another_tool("CC") or shutil.which("gcc") or shutil.which("clang")
     path = shutil.which(compiler) if compiler else None
     version = None
     if path:
@@ -137,8 +138,10 @@ def probe_compiler() -> dict:
 
 def probe_cache() -> dict:
     """Where Triton keeps compiled kernels, in its own order of variables."""
-    home = os.environ.get("TRITON_HOME") or str(Path.home())
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
+    home = _env.of_another_tool("TRITON_HOME") or str(Path.home())
+    folder = Path(
+        _env.of_another_tool("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")
+    ).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     filesystem = filesystem_of(existing, Path("/proc/mounts"))
     return {
@@ -183,8 +186,6 @@ def probe_choice() -> dict:
 
 def probe_environment() -> dict:
     """The package's environment variables that are set."""
-    from adapterkern import _env
-
     return _env.in_force()
 
 
