@@ -1,7 +1,9 @@
-"""The house holds together: import direction, where third parties enter, the public names, sizes."""
+"""The import direction of the package, its public names, and the limits of its files."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,119 +12,148 @@ import adapterkern
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adapterkern"
-CSRC = ROOT / "csrc"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Room by room, the lower floors first; a module imports from its own room and from floors below.
-FLOORS = (
-    ("_env", "_buildinfo"),
-    ("activations",),
-    ("spec",),
-    ("reference",),
-    ("backends",),
-    ("dispatch", "ops"),
-    ("functional",),
-    ("modules",),
-    ("parity", "testing"),
-    ("bench", "integrations"),
-    ("cli",),
-    ("__main__",),
+# A room imports from rooms further up in this list, and within itself.
+ROOMS = (
+    "_env",
+    "activations",
+    "spec",
+    "reference",
+    "backends",
+    "dispatch ops",  # one chooses a name, the other resolves it: neither knows the other
+    "functional",
+    "modules",
+    "parity testing",
+    "integrations bench",
+    "cli",
+    "__main__",
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
+BEHIND_KERNELS = {"backends.base", "spec", "activations", "_env"}
 
-MODULES = {
-    str(path.relative_to(PACKAGE).with_suffix("")).removesuffix("/__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py" and path.name != "_buildinfo.py"
+# Third parties, and the only places that import them.
+CONFINED = {
+    "triton": ("backends/triton/", "testing.py", "cli/info/"),
+    "adapterkern._cuda": ("backends/cuda/extension.py",),
+    "transformers": ("integrations/", "cli/demo/"),
+    "adapters": ("integrations/", "cli/demo/"),
+    "peft": ("integrations/", "cli/demo/"),
 }
 
-# Where a third party may be imported: modules by prefix. torch and numpy may be anywhere.
-ENTRANCES = {
-    "triton": ("backends/triton", "testing", "bench", "cli/info"),
-    "transformers": ("integrations", "cli/demo"),
-    "peft": ("integrations", "cli/demo"),
-    "adapters": ("integrations",),
-    "safetensors": ("integrations", "cli/demo"),
-    "matplotlib": ("bench", "cli/demo"),
-}
+FILE_LIMIT, FUNCTION_LIMIT = 400, 60
 
 
-def imports_of(path: Path) -> list[str]:
-    """Dotted names of all that a module imports, at any depth of it."""
-    found = []
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def module_of(path):
+    """backends/triton/forward.py -> backends.triton.forward; the package itself -> ''."""
+    return (
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix("__init__")
+        .rstrip(".")
+    )
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
+def imports_of(path):
+    """Every module that a file names in an import, at any depth, absolute."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                inner = full.removeprefix("adapterkern.")
+                yield full if inner in (*MODULES, "_cuda") else node.module
 
 
-def rooms_of(path: Path) -> set[str]:
-    """The rooms of this package that a module imports from."""
-    names = [name.split(".")[1:] for name in imports_of(path) if name.startswith("adapterkern.")]
-    return {parts[0] for parts in names if parts and parts[0] in FLOOR}
+def own_imports_of(path):
+    for name in imports_of(path):
+        if name == "adapterkern" or name.startswith("adapterkern."):
+            yield name.removeprefix("adapterkern").removeprefix(".")
 
 
-def room(module: str) -> str:
-    return module.split("/")[0]
+def is_within(name, package):
+    return name == package or name.startswith(package + ".")
 
 
-def test_every_module_has_its_floor():
-    assert {room(module) for module in MODULES} <= set(FLOOR)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_down(path):
+    module = module_of(path)
+    room = module.split(".")[0]
+    if room == "":
+        return  # the package re-exports its public names
+    for name in own_imports_of(path):
+        other = name.split(".")[0]
+        if other == "":
+            assert RANK[room] > RANK["modules"], f"{module} imports the package that it is part of"
+        elif other != room:
+            assert RANK[other] < RANK[room], f"{module} imports adapterkern.{name}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downwards(module):
-    own = room(module)
-    wrong = {r for r in rooms_of(MODULES[module]) if r != own and FLOOR[r] >= FLOOR[own]}
-    assert not wrong, f"{module} imports from {wrong}"
+def test_every_room_is_known():
+    assert {module.split(".")[0] for module in MODULES} <= {*RANK, ""}
 
 
-def test_import_check_sees_a_wrong_import(tmp_path):
-    """The check can fail."""
-    (tmp_path / "spec.py").write_text("from adapterkern.functional import bottleneck_adapter\n")
-    assert rooms_of(tmp_path / "spec.py") == {"functional"}
-    assert FLOOR["functional"] >= FLOOR["spec"]
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_kernel_backends_stand_alone(kernels):
+    own = f"backends.{kernels}"
+    for path in (PACKAGE / "backends" / kernels).rglob("*.py"):
+        strange = {n for n in own_imports_of(path) if not is_within(n, own)} - BEHIND_KERNELS
+        assert not strange, f"{name_of(path)} imports {strange}"
 
 
-@pytest.mark.parametrize("language", ["triton", "cuda"])
-def test_kernel_backends_know_only_the_contract(language):
-    """Never the reference, never each other."""
-    allowed = {"adapterkern.backends.base", "adapterkern.spec", "adapterkern.activations"}
-    for module, path in MODULES.items():
-        if not module.startswith(f"backends/{language}"):
-            continue
-        for name in imports_of(path):
-            if name.startswith("adapterkern."):
-                own = name.startswith(f"adapterkern.backends.{language}")
-                below = name.rpartition(".")[0] in allowed or "_env" in name or "_build" in name
-                below |= name.rpartition(".")[0] == "adapterkern._env"
-                extension = name == "adapterkern._cuda" and module == "backends/cuda/extension"
-                assert own or below or extension, f"{module} imports {name}"
+def test_the_registry_imports_no_backend():
+    """It names them; they load at first use."""
+    assert set(own_imports_of(PACKAGE / "backends/__init__.py")) == {"backends.base"}
+    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"spec"}
 
 
-@pytest.mark.parametrize("package", ENTRANCES)
-def test_third_parties_enter_by_their_doors(package):
-    for module, path in MODULES.items():
-        if any(name.split(".")[0] == package for name in imports_of(path)):
-            assert module.startswith(ENTRANCES[package]), f"{module} imports {package}"
+def test_testing_is_for_check_and_tests():
+    importers = {name_of(p) for p in SOURCES if "testing" in set(own_imports_of(p))}
+    assert all(re.match(r"cli/check(\.py|/)", name) for name in importers), importers
 
 
-def test_the_extension_is_imported_in_one_place():
-    users = [module for module, path in MODULES.items() if "adapterkern._cuda" in imports_of(path)]
-    assert set(users) <= {"backends/cuda/extension"}
+@pytest.mark.parametrize("package", CONFINED)
+def test_third_parties_are_confined(package):
+    for path in SOURCES:
+        if any(is_within(name, package) for name in imports_of(path)):
+            assert name_of(path).startswith(CONFINED[package]), f"{name_of(path)} imports {package}"
 
 
-def test_own_environment_variables_are_read_in_one_place():
-    """By name; setup.py reads those of the build before the package exists."""
-    pattern = re.compile(r"environ\S*\W+ADAPTERKERN_")
-    users = [module for module, path in MODULES.items() if pattern.search(path.read_text())]
-    assert set(users) <= {"_env"}
+def test_importing_the_package_loads_no_optional_part():
+    """Only what every call needs: no backend, no model library, no compiler."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import adapterkern\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    loaded = ran.stdout.split()
+    assert "adapterkern.functional" in loaded, ran.stderr
+    own = [name for name in loaded if is_within(name, "adapterkern.backends")]
+    assert set(own) == {"adapterkern.backends", "adapterkern.backends.base"}
+    for part in (
+        "adapterkern.integrations",
+        "adapterkern.cli",
+        "adapterkern._cuda",
+        "torch._dynamo",
+    ):
+        assert not [name for name in loaded if is_within(name, part)]
+    assert not {"transformers", "peft", "matplotlib", "numpy.testing"} & set(loaded)
 
 
-def test_public_names_are_these():
-    assert sorted(adapterkern.__all__) == [
+def test_public_names_are_frozen():
+    assert adapterkern.__all__ == [
         "BackendUnsupportedError",
         "BottleneckAdapter",
         "Explanation",
@@ -131,21 +162,53 @@ def test_public_names_are_these():
         "explain",
         "use_backend",
     ]
-    for name in adapterkern.__all__:
-        assert callable(getattr(adapterkern, name))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", adapterkern.__version__)
 
 
-def test_cuda_sources_include_no_torch_header():
-    for path in CSRC.iterdir():
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+def is_environ(node):
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == "environ"
+        and ast.unparse(node) == "os.environ"
+    )
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_and_functions_stay_readable(module):
-    source = MODULES[module].read_text()
-    assert source.count("\n") <= 420
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
-            most = 110 if kernel else 80  # a kernel's signature is a table of its own
-            assert node.end_lineno - node.lineno < most, node.name
+def test_environment_is_read_in_one_place():
+    """To hand all of it on to a child process, `{**os.environ, ...}`, is not to read it."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        handed_on = {
+            id(value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Dict)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if key is None
+        }
+        reads = [n for n in ast.walk(tree) if is_environ(n) and id(n) not in handed_on]
+        assert not reads or name_of(path) == "_env.py", f"{name_of(path)}:{reads[0].lineno}"
+        assert "getenv" not in path.read_text(), name_of(path)
+
+
+def body_length(function):
+    """Lines of a function without signature and docstring."""
+    first = function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]
+    return function.end_lineno - first.lineno + 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text().splitlines()) <= FILE_LIMIT
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = body_length(node)
+            assert length <= FUNCTION_LIMIT, f"{name_of(path)}:{node.name} has {length} lines"
+
+
+def test_no_torch_header_in_csrc():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    assert sources
+    for path in sources:
+        headers = re.findall(r'#include\s*[<"]([^">]+)', path.read_text())
+        assert not [h for h in headers if h.startswith(("torch/", "ATen/", "c10/", "caffe2/"))], (
+            path
+        )

@@ -1,0 +1,72 @@
+"""What all tests share: a fixed seed, a clean dispatcher, and the device where there is one."""
+
+import pytest
+import torch
+
+from adapterkern import dispatch
+from adapterkern.backends import _loaded
+from adapterkern.backends.base import Backend
+from adapterkern.backends.reference.backend import ReferenceBackend
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_dispatch(monkeypatch):
+    """Nothing decided and nothing logged yet."""
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+@pytest.fixture
+def recompiled():
+    """torch.compile starts from nothing, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class SpyBackend(ReferenceBackend):
+    """To autograd and dispatch a kernel backend: it computes out of their sight, and remembers."""
+
+    name = "triton"
+    devices = frozenset({"cpu", "meta"})
+    features = frozenset(
+        {"bias", "input_residual", "external_residual", "skip", "scaling", "learned_scaling"}
+        | {"mixed_dtypes"}
+    )
+    unsupported_reasons = Backend.unsupported_reasons
+
+    def __init__(self):
+        self.forwards = []  # save_z of each
+        self.backwards = []  # Needs of each
+
+    def forward(self, call, save_z):
+        self.forwards.append(save_z)
+        with torch.no_grad():
+            return super().forward(call, save_z)
+
+    def backward(self, call, z, grad_output, needs):
+        self.backwards.append(needs)
+        with torch.no_grad():
+            return super().backward(call, z, grad_output, needs)
+
+
+@pytest.fixture
+def spy(monkeypatch, clean_dispatch):
+    """A kernel backend for the CPU in the place of triton; it comes before the reference."""
+    backend = SpyBackend()
+    monkeypatch.setitem(_loaded, "triton", backend)
+    return backend

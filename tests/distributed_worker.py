@@ -1,0 +1,155 @@
+"""What each of two gloo processes does for test_distributed.py; rank 0 writes the results."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from eager import EagerAdapter
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import adapterkern as ak
+from adapterkern import dispatch
+
+HIDDEN, BOTTLENECK, BATCH, STEPS = 16, 4, 8, 3
+
+
+def model_of(eager=False):
+    """Frozen layer, adapter, frozen adapter, layer norm, adapter: gradients must pass it all."""
+    torch.manual_seed(0)
+
+    def adapter():
+        ours = ak.BottleneckAdapter(HIDDEN, BOTTLENECK, init="houlsby")
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.normal_(std=0.3)
+        if not eager:
+            return ours
+        plain = EagerAdapter(HIDDEN, BOTTLENECK)
+        plain.load_state_dict(ours.state_dict())
+        return plain
+
+    model = nn.Sequential(
+        nn.Linear(HIDDEN, HIDDEN), adapter(), adapter(), nn.LayerNorm(HIDDEN), adapter()
+    )
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    return model
+
+
+def data(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(2, BATCH, HIDDEN, generator=generator)
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model, rank):
+    """Weights and first gradients after a few steps; `rank` None: one process, whole batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    first = None
+    for step in range(STEPS):
+        x, target = data(step)
+        if rank is not None:
+            half = BATCH // dist.get_world_size()
+            x, target = (t[rank * half : (rank + 1) * half] for t in (x, target))
+        loss = (model(x).float() - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        first = first or [full(p.grad).clone() for p in trained]
+        optimizer.step()
+    return [full(p).detach().clone() for p in trained], first
+
+
+def largest_difference(some, others):
+    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
+
+
+def ddp(rank):
+    weights, gradients = train(DistributedDataParallel(model_of()), rank)
+    expected_weights, expected_gradients = train(model_of(), None)
+    return {
+        "weights": largest_difference(weights, expected_weights),
+        "gradients": largest_difference(gradients, expected_gradients),
+        "size": largest_difference(expected_gradients, [torch.zeros(())] * len(gradients)),
+    }
+
+
+def sharded(model, **options):
+    for module in model:
+        if isinstance(module, ak.BottleneckAdapter | EagerAdapter):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp(rank):
+    weights, gradients = train(sharded(model_of()), rank)
+    expected_weights, expected_gradients = train(model_of(), None)
+    return {
+        "weights": largest_difference(weights, expected_weights),
+        "gradients": largest_difference(gradients, expected_gradients),
+    }
+
+
+def fsdp_bf16(rank):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(model_of(), mp_policy=policy)
+    stored = {str(p.dtype) for p in model.parameters()}
+    _, gradients = train(model, rank)
+    _, of_eager = train(sharded(model_of(eager=True), mp_policy=policy), rank)
+    _, in_float32 = train(model_of(), None)
+    return {
+        "stored": stored,
+        "output": str(model(data(0)[0]).dtype),
+        "ours": largest_difference(gradients, in_float32),
+        "eager": largest_difference(of_eager, in_float32),
+    }
+
+
+def dtensor(rank):
+    """x split over its tokens, parameters replicated: not what a kernel could take."""
+    mesh = init_device_mesh("cpu", (2,))
+    adapter = model_of()[1]
+    x = torch.randn(BATCH, HIDDEN, generator=torch.Generator().manual_seed(3))
+    expected = adapter(x)
+    expected.square().sum().backward()
+    spread = copy.deepcopy(adapter)
+    for projection in (spread.down_proj, spread.up_proj):
+        for name, parameter in list(projection.named_parameters()):
+            placed = distribute_tensor(parameter.detach(), mesh, [Replicate()])
+            projection.register_parameter(name, nn.Parameter(placed))
+    call = spread.as_call(distribute_tensor(x, mesh, [Shard(0)]))
+    y = spread(call.x)
+    y.square().sum().backward()
+    wanted = [p.grad for p in adapter.parameters()]
+    found = [p.grad.full_tensor() for p in spread.parameters()]
+    return {
+        "plain": dispatch.select(call).plain,
+        "features": sorted(call.features()),
+        "placements": str(y.placements),
+        "y": largest_difference([y.full_tensor()], [expected]),
+        "gradients": largest_difference(found, wanted),
+    }
+
+
+def main(rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    results = {check.__name__: check(rank) for check in (ddp, fsdp, fsdp_bf16, dtensor)}
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

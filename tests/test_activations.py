@@ -1,0 +1,60 @@
+"""adapterkern.activations: values and derivatives against torch, names and aliases."""
+
+import pytest
+import torch
+from eager import ACTIVATIONS as TORCH_ACTIVATIONS
+
+from adapterkern.activations import ACTIVATIONS, canonical_name
+
+# Across the sign, the kinks, and far into both tails, where exp and products overflow first.
+POINTS = torch.tensor(
+    [-40.0, -9.5, -3.0, -1.0, -1e-3, -0.0, 0.0, 1e-3, 0.5, 1.0, 3.0, 9.5, 40.0], dtype=torch.float64
+)
+
+
+def test_table_holds_the_documented_activations():
+    assert set(ACTIVATIONS) == set(TORCH_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_value_is_torchs_own(name):
+    torch.testing.assert_close(
+        ACTIVATIONS[name].value(POINTS), TORCH_ACTIVATIONS[name](POINTS), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivative_is_autograds(name, dtype):
+    z = POINTS.to(dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(TORCH_ACTIVATIONS[name](z).sum(), z)
+    derivative = ACTIVATIONS[name].derivative(z.detach())
+    assert derivative.dtype == dtype
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(derivative, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_derivative_treats_nan_and_infinity_as_autograd_does(name):
+    z = torch.tensor(
+        [float("nan"), float("inf"), -float("inf")], dtype=torch.float64
+    ).requires_grad_()
+    (expected,) = torch.autograd.grad(TORCH_ACTIVATIONS[name](z).sum(), z)
+    torch.testing.assert_close(
+        ACTIVATIONS[name].derivative(z.detach()), expected, rtol=1e-12, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("gelu_new", "gelu_tanh"), ("swish", "silu"), ("leakyrelu", "leaky_relu"), ("gelu", "gelu")],
+)
+def test_canonical_name_knows_aliases(alias, name):
+    assert canonical_name(alias) == name
+
+
+def test_canonical_name_lists_every_known_name_for_an_unknown_one():
+    with pytest.raises(ValueError, match="unknown activation 'mish'") as caught:
+        canonical_name("mish")
+    for name in (*ACTIVATIONS, "gelu_new", "swish", "leakyrelu"):
+        assert name in str(caught.value)

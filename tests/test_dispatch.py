@@ -1,0 +1,308 @@
+"""adapterkern.dispatch: who runs a call, and what is said about it."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from eager import eager_adapter, tensors
+
+import adapterkern as ak
+from adapterkern import _env, dispatch
+from adapterkern.backends import NAMES, get
+from adapterkern.backends.base import Backend
+from adapterkern.functional import make_call
+from adapterkern.spec import AdapterCall, AdapterSpec
+
+REFERENCE_ONLY = ("dropout", "forward_ad", "functorch", "tensor_subclass")
+
+
+def call(**options):
+    return ak.bottleneck_adapter(**tensors((3,), dtype=torch.float32), **options)
+
+
+def spec_on(device, **changes):
+    fields = {
+        "device": torch.device(device), "hidden_size": 10, "bottleneck_size": 4,
+        "activation": "gelu", "compute_dtype": torch.float32,
+        "dtypes": (("x", torch.float32),), "features": frozenset({"bias", "input_residual"}),
+    }  # fmt: skip
+    return AdapterSpec(**fields | changes)
+
+
+def in_new_process(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_registered_backend_loads_and_keeps_the_contract():
+    assert NAMES == ("cuda", "triton", "reference")
+    for name in NAMES:
+        backend = get(name)
+        assert isinstance(backend, Backend)
+        assert backend.name == name
+        assert get(name) is backend
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
+def test_kernel_backends_leave_to_the_reference_what_only_it_can_do(name):
+    assert not get(name).features & set(REFERENCE_ONLY)
+
+
+def test_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown backend 'cublas'"):
+        call(backend="cublas")
+    with (
+        pytest.raises(ValueError, match="unknown backend 'cublas'"),
+        ak.use_backend("cublas"),
+    ):
+        pass
+
+
+def test_backends_gives_a_reason_for_every_one_that_cannot_run():
+    reasons = ak.backends()
+    assert tuple(reasons) == NAMES
+    assert reasons["reference"] is None
+    for name in NAMES:
+        assert reasons[name] == get(name).unavailable_reason()
+        assert reasons[name] is None or len(reasons[name]) > 10
+
+
+def test_named_backend_raises_with_every_reason(spy):
+    spy.activations, spy.features = frozenset({"relu"}), frozenset({"bias"})
+    with pytest.raises(ak.BackendUnsupportedError) as caught:
+        ak.bottleneck_adapter(**tensors((3,), scaling=1), backend="triton")
+    spy.dtypes = frozenset({torch.float32})
+    with pytest.raises(ak.BackendUnsupportedError) as caught:
+        ak.bottleneck_adapter(**tensors((3,), scaling=10), backend="triton")
+    text = str(caught.value)
+    assert text.startswith('backend "triton" cannot run this call (H=10 R=4 gelu float64 on cpu')
+    for reason in (
+        'activation "gelu" is not implemented (has: relu)',
+        "dtype float64 is not supported (has: float32)",
+        'feature "input_residual" is not implemented (has: bias)',
+        'feature "learned_scaling" is not implemented (has: bias)',
+        'feature "scaling" is not implemented (has: bias)',
+    ):
+        assert f"\n  - {reason}" in text
+    assert not spy.forwards
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_a_backend_on_another_device_says_so():
+    reasons = Backend.unsupported_reasons(get("triton"), spec_on("meta"))
+    assert any(reason.startswith("device meta is not supported (has: c") for reason in reasons)
+
+
+def test_auto_takes_the_first_backend_that_can(spy):
+    call()
+    assert len(spy.forwards) == 1
+    spy.activations = frozenset({"relu"})
+    call(activation="silu")
+    assert len(spy.forwards) == 1  # the reference ran it
+    call(activation="relu")
+    assert len(spy.forwards) == 2
+
+
+def test_named_reference_comes_before_kernels(spy):
+    call(backend="reference")
+    assert not spy.forwards
+
+
+def test_backward_runs_where_its_forward_ran(spy):
+    arguments = tensors((3,))
+    with ak.use_backend("triton"):
+        y = ak.bottleneck_adapter(**arguments)
+    with ak.use_backend("reference"):
+        y.sum().backward()
+    assert len(spy.backwards) == 1
+    with ak.use_backend("reference"):
+        y = ak.bottleneck_adapter(**arguments)
+    y.sum().backward()
+    assert len(spy.backwards) == 1
+
+
+def test_use_backend_nests_and_survives_exceptions(spy):
+    def ran_on_spy():
+        before = len(spy.forwards)
+        call()
+        return len(spy.forwards) > before
+
+    with ak.use_backend("reference"):
+        assert not ran_on_spy()
+        with ak.use_backend("triton"):
+            assert ran_on_spy()
+            with ak.use_backend("auto"):
+                assert ran_on_spy()
+        assert not ran_on_spy()
+        with pytest.raises(KeyError), ak.use_backend("triton"):
+            raise KeyError
+        assert not ran_on_spy()
+    assert ran_on_spy()
+
+
+def test_a_name_in_the_call_comes_before_use_backend(spy):
+    with ak.use_backend("reference"):
+        call(backend="triton")
+    assert len(spy.forwards) == 1
+
+
+def test_a_decision_is_made_once_and_not_for_another_scale_or_batch(spy):
+    for batch, scale in ((3, 0.5), (4, 0.25), (3, 2.0)):
+        arguments = tensors((batch,), seed=batch)
+        y = ak.bottleneck_adapter(**arguments, scaling=scale)
+        torch.testing.assert_close(y, eager_adapter(**arguments, scaling=scale))
+    assert len(dispatch._decisions) == 1
+    ak.bottleneck_adapter(**tensors((3,)), scaling=1.0)
+    assert len(dispatch._decisions) == 2
+
+
+def test_environment_names_the_backend():
+    code = (
+        "import torch, adapterkern as ak\n"
+        "adapter = ak.BottleneckAdapter(8, 2)\n"
+        "print(ak.explain(adapter, torch.zeros(1, 8)).backend)\n"
+        "adapter(torch.zeros(1, 8))"
+    )
+    ran = in_new_process(code, ADAPTERKERN_BACKEND="reference")
+    assert ran.stdout == "reference (named)\n", ran.stderr
+    ran = in_new_process(code, ADAPTERKERN_BACKEND=" CUDA ", TRITON_INTERPRET="0")
+    assert ran.stdout == "none: cuda was named and raises\n"
+    assert 'BackendUnsupportedError: backend "cuda" cannot run this call' in ran.stderr
+
+
+def test_environment_refuses_unknown_values():
+    ran = in_new_process("import adapterkern", ADAPTERKERN_BACKEND="cublas")
+    expected = "ADAPTERKERN_BACKEND must be one of auto, cuda, triton, reference, got 'cublas'."
+    assert expected in ran.stderr
+    ran = in_new_process("import adapterkern", ADAPTERKERN_STRICT="maybe")
+    assert "ADAPTERKERN_STRICT must be one of 0, 1, got 'maybe'." in ran.stderr
+
+
+def test_fallback_on_a_gpu_is_logged_once_per_reason(monkeypatch, clean_dispatch, caplog):
+    monkeypatch.setattr(_env, "STRICT", False)
+    caplog.set_level(logging.WARNING, "adapterkern")
+    float64 = {"compute_dtype": torch.float64, "dtypes": (("x", torch.float64),)}
+    for _ in range(3):
+        for hidden in (10, 20):
+            dispatch._decide(spec_on("cuda", hidden_size=hidden, **float64), "auto")
+    assert len(caplog.records) == 1
+    text = caplog.records[0].getMessage()
+    assert text.startswith("the PyTorch reference runs H=10 R=4 gelu float64 on cuda")
+    assert "triton: " in text
+    assert "dtype float64 is not supported (has: bfloat16, float16, float32)" in text
+    dispatch._decide(spec_on("cuda", features=frozenset({"functorch"})), "auto")
+    assert len(caplog.records) == 2
+    assert 'feature "functorch" is not implemented' in caplog.records[1].getMessage()
+
+
+def test_reference_on_the_cpu_is_no_fallback(monkeypatch, clean_dispatch, caplog):
+    monkeypatch.setattr(_env, "STRICT", True)
+    call()
+    torch.func.grad(lambda x: ak.bottleneck_adapter(x, torch.ones(2, 3), torch.ones(3, 2)).sum())(
+        torch.ones(3)
+    )
+    assert not caplog.records
+
+
+def test_dropout_says_once_that_the_reference_runs(clean_dispatch, caplog):
+    for probability in (0.1, 0.1, 0.2):
+        call(dropout=probability)
+    assert len(caplog.records) == 1
+    assert 'feature "dropout" is not implemented' in caplog.text
+
+
+def test_strict_raises_where_the_reference_would_stand_in(monkeypatch, clean_dispatch):
+    monkeypatch.setattr(_env, "STRICT", True)
+    with pytest.raises(
+        ak.BackendUnsupportedError, match="ADAPTERKERN_STRICT=1 and no fused backend"
+    ):
+        dispatch._decide(
+            spec_on("cuda", features=frozenset({"dropout"}), activation="gelu"), "auto"
+        )
+    decided = dispatch._decide(spec_on("cuda"), "reference")  # named, so no fallback
+    assert decided.backend == "reference"
+
+
+@pytest.mark.parametrize("feature", REFERENCE_ONLY)
+def test_what_only_autograd_can_do_runs_as_plain_operations(feature):
+    assert dispatch._decide(spec_on("cpu", features=frozenset({feature})), "auto").plain
+    assert not dispatch._decide(spec_on("cpu"), "auto").plain
+
+
+def test_a_named_kernel_under_functorch_raises(spy):
+    arguments = tensors((3,))
+
+    def loss(x):
+        return ak.bottleneck_adapter(**{**arguments, "x": x}, backend="triton").sum()
+
+    with pytest.raises(ak.BackendUnsupportedError, match='feature "functorch" is not implemented'):
+        torch.func.grad(loss)(arguments["x"])
+
+
+def test_explain_names_the_choice_and_every_reason(clean_dispatch):
+    adapter = ak.BottleneckAdapter(10, 4)
+    explanation = ak.explain(adapter, torch.zeros(3, 10))
+    assert explanation.call == "H=10 R=4 gelu float32 on cpu, features: bias, input_residual"
+    assert explanation.backend == "reference"
+    for name in ("cuda", "triton"):
+        assert explanation.reasons[name] == tuple(get(name).unsupported_reasons(spec_on("cpu")))
+        assert f"\n  {name}: {explanation.reasons[name][0]}" in str(explanation)
+    assert "\n  runs on: reference\n" in str(explanation)
+
+
+def test_explain_tells_what_was_passed_over(spy):
+    adapter = ak.BottleneckAdapter(10, 4)
+    assert ak.explain(adapter, torch.zeros(10)).backend == "triton"
+    assert ak.explain(adapter, torch.zeros(10)).reasons["reference"] == ("triton comes first",)
+    with ak.use_backend("reference"):
+        explanation = ak.explain(adapter, torch.zeros(10))
+    assert explanation.backend == "reference (named)"
+    assert explanation.reasons["triton"] == ("reference was named",)
+    adapter.backend = "cuda"
+    assert ak.explain(adapter, torch.zeros(10)).backend == "none: cuda was named and raises"
+    assert not spy.forwards
+
+
+def test_explain_sees_autocast_options_and_training(clean_dispatch):
+    adapter = ak.BottleneckAdapter(10, 4, dropout=0.5)
+    x = torch.zeros(3, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        explanation = ak.explain(adapter, x, residual=None, skip=x)
+    assert explanation.call == (
+        "H=10 R=4 gelu bfloat16 on cpu, features: bias, dropout, mixed_dtypes, skip"
+    )
+    assert "dropout" not in ak.explain(adapter.eval(), x).call
+
+
+def test_explain_takes_a_call_and_a_callable(spy):
+    x = torch.zeros(3, 10)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10), ak.BottleneckAdapter(10, 4))
+    assert ak.explain(model, x).backend == "triton"
+    assert ak.explain(lambda x: model(x), x) == ak.explain(model[1], x)
+    as_call = model[1].as_call(x)
+    assert ak.explain(as_call) == ak.explain(model[1], x)
+    with pytest.raises(LookupError, match="called no adapter"):
+        ak.explain(torch.nn.Identity(), x)
+
+
+def test_explain_refuses_what_the_call_would_refuse():
+    with pytest.raises(ValueError, match=r"down_weight must have shape \[R, H\] = \[R, 11\]"):
+        ak.explain(ak.BottleneckAdapter(10, 4), torch.zeros(3, 11))
+
+
+def test_make_call_keeps_what_it_is_given():
+    arguments = tensors((3,), residual=True)
+    call = make_call(
+        *(arguments[name] for name in AdapterCall._fields[:6]),
+        None, "swish", 2, 0.0,
+    )  # fmt: skip
+    assert (call.activation, call.scale, call.add_input) == ("silu", 2.0, False)
+    assert call.residual is arguments["residual"]

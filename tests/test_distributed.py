@@ -1,0 +1,97 @@
+"""Two gloo processes: DDP, FSDP2 and DTensor against one; the distributed example."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 120  # seconds, of about 15
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What tests/distributed_worker.py found. Its processes meet at a file: no port to be taken."""
+    folder = tmp_path_factory.mktemp("gloo")
+    worker = Path(__file__).with_name("distributed_worker.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(folder)],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return torch.load(folder / "results.pt")
+
+
+def test_ddp_gives_the_gradients_and_weights_of_one_process(results):
+    assert results["ddp"]["size"] > 0.01
+    assert results["ddp"]["gradients"] < 1e-6
+    assert results["ddp"]["weights"] < 1e-5
+
+
+def test_fsdp_gives_the_gradients_and_weights_of_one_process(results):
+    assert results["fsdp"]["gradients"] < 1e-6
+    assert results["fsdp"]["weights"] < 1e-5
+
+
+def test_fsdp_in_bfloat16_is_as_good_as_eager_there(results):
+    found = results["fsdp_bf16"]
+    assert found["output"] == "torch.bfloat16"
+    assert found["stored"] == {"torch.float32"}
+    assert 0 < found["ours"] < 2 * found["eager"] + 1e-4
+
+
+def test_dtensor_runs_as_plain_operations_and_is_right(results):
+    found = results["dtensor"]
+    assert found["plain"]
+    assert "tensor_subclass" in found["features"]
+    assert found["placements"] == "(Shard(dim=0),)"
+    assert found["y"] < 1e-6
+    assert found["gradients"] < 1e-5
+
+
+@pytest.mark.parametrize("method", ["DDP", "FSDP2"])
+def test_distributed_example_learns_its_task(method):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    options = ["--steps", "101"] + (["--fsdp"] if method == "FSDP2" else [])
+    process = subprocess.Popen(
+        [*command, str(ROOT / "examples/train_distributed.py"), *options],
+        env=environment() | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.terminate()  # a launcher that is killed leaves its workers behind
+    assert process.returncode == 0, said
+    assert f"{method} over 2 processes (gloo), training 4.1%" in said
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert len(losses) == 3
+    assert losses[-1] < 0.2 * losses[0]
+    assert float(re.search(r"held-out accuracy ([\d.]+)", said)[1]) > 0.95

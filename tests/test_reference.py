@@ -1,0 +1,125 @@
+"""adapterkern.reference: the hand-written backward against autograd and finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from eager import ACTIVATIONS, eager_adapter, gradients, tensors
+
+import adapterkern as ak
+from adapterkern import reference
+from adapterkern.backends.base import Gradients
+from adapterkern.functional import make_call
+from adapterkern.parity import Case, check_case
+from adapterkern.testing import nan_filled_memory
+
+OPTIONS = {
+    "plain": {"bias": False},
+    "biases": {},
+    "residual-skip": {"residual": True, "skip": True},
+    "learned-scaling": {"scaling": 1},
+    "channel-scaling": {"scaling": 10, "residual": True},
+}
+IN_FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def names(arguments):
+    return [name for name in Gradients._fields if name in arguments]
+
+
+def make(arguments, **options):
+    settings = {"residual": "input", "skip": None, "activation": "gelu", "scaling": 1.0}
+    settings |= {"down_bias": None, "up_bias": None, "dropout": 0.0}
+    return make_call(**settings | arguments | options)
+
+
+def hand_written(arguments, grad_output, needs, **options):
+    call = make({name: t.detach() for name, t in arguments.items()}, **options)
+    _, z = reference.forward(call)
+    z = z.reshape(-1, call.bottleneck_size)
+    found = reference.backward(call, z, grad_output, tuple(n in needs for n in Gradients._fields))
+    return {name: g for name, g in zip(Gradients._fields, found, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_is_autograd_of_plain_modules(activation, options):
+    arguments = tensors(**options)
+    grad_output = torch.randn(3, 5, 10, dtype=torch.float64)
+    y, expected = gradients(eager_adapter, arguments, grad_output, activation=activation)
+    call = make(arguments, activation=activation)
+    torch.testing.assert_close(reference.forward(call)[0], y, **IN_FLOAT64)
+    found = hand_written(arguments, grad_output, names(arguments), activation=activation)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], **IN_FLOAT64, msg=name)
+    assert list(found) == names(arguments)
+
+
+@pytest.mark.parametrize("residual", [None, "input"])
+@pytest.mark.parametrize("scaling", [0.3, -2.0, 0.0])
+def test_backward_handles_float_scaling(scaling, residual):
+    arguments = tensors()
+    grad_output = torch.randn(3, 5, 10, dtype=torch.float64)
+    options = {"scaling": scaling, "residual": residual}
+    _, expected = gradients(eager_adapter, arguments, grad_output, **options)
+    for name, gradient in hand_written(arguments, grad_output, names(arguments), **options).items():
+        torch.testing.assert_close(gradient, expected[name], **IN_FLOAT64, msg=name)
+
+
+def test_backward_computes_exactly_what_is_needed():
+    arguments = tensors(scaling=10)
+    grad_output = torch.randn(3, 5, 10, dtype=torch.float64)
+    everything = hand_written(arguments, grad_output, names(arguments))
+    for size in range(1, 6):
+        for needs in itertools.combinations(names(arguments), size):
+            some = hand_written(arguments, grad_output, needs)
+            assert tuple(some) == needs
+            assert all(torch.equal(some[name], everything[name]) for name in needs)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_function_passes_gradcheck_and_gradgradcheck(activation, options):
+    """First derivatives by the hand-written backward, second ones by autograd's."""
+    arguments = tensors(
+        (3,), 5, 3, **options | ({"scaling": 5} if options.get("scaling") == 10 else {})
+    )
+
+    def function(*values):
+        return ak.bottleneck_adapter(
+            **dict(zip(arguments, values, strict=True)), activation=activation
+        )
+
+    assert torch.autograd.gradcheck(function, tuple(arguments.values()), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, tuple(arguments.values()))
+
+
+def test_backward_of_half_precision_stays_in_range():
+    """z^3 overflows float16 where gelu_tanh's derivative is simply 1."""
+    arguments = tensors((4,), dtype=torch.float16)
+    arguments["down_bias"] = torch.full((4,), 60.0, dtype=torch.float16)
+    found = hand_written(
+        arguments, torch.ones(4, 10, dtype=torch.float16), ["x"], activation="gelu_tanh"
+    )
+    weights = arguments["up_weight"].double().sum(0) @ arguments["down_weight"].double()
+    torch.testing.assert_close(found["x"].double(), 1 + weights.expand(4, 10), rtol=3e-3, atol=3e-3)
+
+
+# Beyond the grid of the parity rule: many tokens, and sizes without a common factor.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "hidden", "bottleneck"),
+    [((4097,), 48, 3), ((2, 3, 7), 129, 65), ((5,), 1, 1), ((1,), 7, 13)],
+)
+def test_reference_matches_float64_at_odd_sizes(dtype, shape, hidden, bottleneck):
+    case = Case(
+        dtype,
+        shape=shape,
+        hidden_size=hidden,
+        bottleneck_size=bottleneck,
+        scaling="channel",
+        skip=True,
+    )
+    with nan_filled_memory():
+        rows = check_case(case, "reference")
+    assert not [str(row) for row in rows if not row.passed]

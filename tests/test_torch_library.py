@@ -1,0 +1,212 @@
+"""The registered ops as torch sees them: opcheck, fake tensors, counters, exported graphs."""
+
+import pytest
+import torch
+from eager import eager_adapter, gradients, tensors
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import adapterkern as ak
+from adapterkern.ops import _CALL_SIZE
+from adapterkern.spec import AdapterCall
+
+FORWARD = torch.ops.adapterkern.forward.default
+BACKWARD = torch.ops.adapterkern.backward.default
+
+
+def op_arguments(
+    bias=True, permuted=False, dtype=torch.float32, add_input=True, learned=False, **more
+):
+    given = tensors((4, 6), dtype=dtype, bias=bias, scaling=10 if learned else None, **more)
+    if permuted:
+        for name in ("x", "residual", "skip"):
+            if name in given:
+                given[name] = given[name].detach().transpose(0, 1).requires_grad_()
+        given["up_weight"] = given["up_weight"].detach().T.contiguous().T.requires_grad_()
+    call = AdapterCall(
+        *(given.get(name) for name in AdapterCall._fields[:8]),
+        1.0 if learned else 0.5, add_input, "gelu", dtype,
+    )  # fmt: skip
+    return call[:_CALL_SIZE]
+
+
+OP_CASES = {
+    "plain": {},
+    "no-biases": {"bias": False},
+    "permuted": {"permuted": True, "residual": True, "skip": True, "add_input": False},
+    "bf16": {"dtype": torch.bfloat16},
+    "learned": {"learned": True, "add_input": False},
+}
+
+
+@pytest.mark.parametrize("save_z", [True, False])
+@pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
+def test_forward_op_passes_opcheck(options, save_z):
+    """Schema, autograd registration, fake outputs, and AOTAutograd's tracing of gradients."""
+    torch.library.opcheck(FORWARD, (*op_arguments(**options), "reference", save_z))
+
+
+@pytest.mark.parametrize("needs", [(True,) * 6, (True,) + (False,) * 5, (False, True, True) * 2])
+@pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
+def test_backward_op_passes_opcheck(options, needs):
+    call = [t.detach() if isinstance(t, torch.Tensor) else t for t in op_arguments(**options)]
+    y, z = FORWARD(*call, "reference", True)
+    grad_output = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1)
+    needs = [need and t is not None for need, t in zip(needs, (*call[:5], call[7]), strict=True)]
+    torch.library.opcheck(BACKWARD, (*call, "reference", z, grad_output, needs))
+
+
+def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
+    """The op's own autograd kernel: a graph replays the op, not the function around it."""
+    given = op_arguments(residual=True, add_input=False)
+    y, z = FORWARD(*given, "triton", True)
+    wanted = [t for t in given[:8] if t is not None]
+    found = torch.autograd.grad(y.sum(), wanted)
+    call = AdapterCall(*given)
+    eager = eager_adapter(*call[:5], residual=call.residual, scaling=call.scale)
+    expected = torch.autograd.grad(eager.sum(), wanted)
+    for gradient, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
+    assert not z.requires_grad
+    assert z.shape == (24, 4)
+    assert len(spy.backwards) == 1
+
+
+def test_ops_appear_by_name_in_the_profiler():
+    adapter, x = ak.BottleneckAdapter(8, 4), torch.randn(3, 8)
+    with torch.profiler.profile() as profile:
+        adapter(x).sum().backward()
+        with torch.no_grad():
+            adapter(x)
+    names = [event.name for event in profile.events()]
+    assert names.count("adapterkern::forward") == 2
+    assert names.count("adapterkern::backward") == 1
+
+
+@pytest.mark.parametrize(
+    ("frozen", "products"),
+    [
+        ((), 6),
+        (("x",), 5),
+        (("down_weight", "up_weight", "down_bias", "up_bias"), 4),
+        (("x", "down_weight", "down_bias"), 3),
+    ],
+)
+def test_flop_counter_counts_the_products_that_run(frozen, products):
+    given = tensors((3, 5), 10, 4)
+    for name in frozen:
+        given[name].requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        ak.bottleneck_adapter(**given).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 15 * 10 * 4
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0,), ()], ids=str)
+def test_meta_tensors_give_the_shapes_and_dtypes_of_a_real_call(shape):
+    real = tensors(shape, dtype=torch.bfloat16, residual=True, scaling=10)
+    real["residual"] = real["residual"].float()
+    y, found = gradients(ak.bottleneck_adapter, real)
+    meta = {name: t.detach().to("meta") for name, t in real.items()}
+    meta_y, meta_found = gradients(ak.bottleneck_adapter, meta)
+    for a, b in [(meta_y, y)] + [(meta_found[name], found[name]) for name in found]:
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert a.device.type == "meta"
+
+
+def test_fake_tensors_run_forward_and_backward():
+    with FakeTensorMode():
+        adapter = ak.BottleneckAdapter(16, 4, dtype=torch.bfloat16)
+        x = torch.randn(2, 3, 16, dtype=torch.bfloat16, requires_grad=True)
+        y = adapter(x)
+        y.sum().backward()
+    assert (y.shape, y.dtype) == ((2, 3, 16), torch.bfloat16)
+    assert x.grad.shape == x.shape
+    assert adapter.up_proj.weight.grad.shape == (16, 4)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_one_op(mode):
+    given = {name: t.detach() for name, t in tensors((3,)).items()}
+    names = list(given)
+
+    def function(*values):
+        return ak.bottleneck_adapter(**dict(zip(names, values, strict=True)))
+
+    graph = make_fx(function, tracing_mode=mode)(*given.values())
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets.count(FORWARD) == 1
+    other = {name: t.detach() for name, t in tensors((3,), seed=1).items()}
+    torch.testing.assert_close(graph(*other.values()), eager_adapter(**other))
+
+
+def test_inference_mode_gives_the_same_bits(spy):
+    given = tensors((3,))
+    expected = ak.bottleneck_adapter(**given)
+    with torch.inference_mode():
+        y = ak.bottleneck_adapter(**given)
+    assert y.is_inference()
+    assert torch.equal(y, expected)
+    assert spy.forwards == [True, False]
+
+
+def test_a_tensor_subclass_without_semantics_goes_through_the_kernel(spy):
+    class Named(torch.Tensor):
+        pass
+
+    given = tensors((3,))
+    y = ak.bottleneck_adapter(**{**given, "x": given["x"].as_subclass(Named)})
+    assert spy.forwards == [True]
+    torch.testing.assert_close(torch.Tensor(y), eager_adapter(**given))
+
+
+def test_nested_tensors_run_as_plain_operations(spy):
+    given = tensors((6,), dtype=torch.float32)
+    rows = given["x"].detach()
+    nested = torch.nested.nested_tensor([rows[:2], rows[2:]], layout=torch.jagged)
+    y = ak.bottleneck_adapter(**{**given, "x": nested})
+    torch.testing.assert_close(y.values(), eager_adapter(**given))
+    assert not spy.forwards
+
+
+def exported(module, x, **options):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(module, (x,), dynamic_shapes=({0: batch},), **options)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_export_keeps_one_op_and_a_dynamic_batch(strict):
+    adapter = ak.BottleneckAdapter(8, 4, init="bert", scaling="learned").eval()
+    program = exported(adapter, torch.randn(3, 8), strict=strict)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(FORWARD) == 1
+    lowered = [
+        n.target for n in program.run_decompositions().graph.nodes if n.op == "call_function"
+    ]
+    assert lowered.count(FORWARD) == 1
+    for batch in (1, 7):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(program.module()(x), adapter(x), rtol=0, atol=0)
+
+
+def test_an_exported_program_survives_a_file_and_still_trains(tmp_path, spy):
+    adapter = ak.BottleneckAdapter(8, 4, init="bert")
+    torch.export.save(exported(adapter, torch.randn(3, 8)), tmp_path / "adapter.pt2")
+    module = torch.export.load(tmp_path / "adapter.pt2").module()
+    x = torch.randn(5, 8)
+    module(x).square().sum().backward()
+    adapter(x).square().sum().backward()
+    expected = dict(adapter.named_parameters())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=0)
+
+
+def test_an_exported_program_keeps_forward_mode_tangents():
+    adapter = ak.BottleneckAdapter(8, 4, init="bert").requires_grad_(False)
+    x, tangent = torch.randn(2, 3, 8)
+    module = exported(adapter, torch.randn(3, 8)).module()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+    _, expected = torch.func.jvp(adapter, (x,), (tangent,))
+    torch.testing.assert_close(found, expected)
