@@ -1,0 +1,198 @@
+"""What a run found: as data, as JSON and as a table to read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1  # of the JSON; raised when a field changes its meaning
+MIB = 2**20
+
+
+@dataclass
+class TaskResult:
+    """One task under one method. Accuracies are shares of the held-out texts."""
+
+    task: str
+    num_classes: int
+    head: int  # parameters of its head, trained as well
+    before: float  # untrained: the base model with a random head
+    after: float
+    seconds: float  # of all training steps
+    losses: list[float] = field(repr=False)  # one per step
+
+
+@dataclass
+class MethodResult:
+    """One way of training, over all tasks. Counts are of one task."""
+
+    method: str
+    label: str
+    trained: int  # parameters, without the head
+    total: int  # of the model with one adapter, without heads
+    learning_rate: float
+    settings: dict[str, Any]
+    peak_bytes: int | None
+    tasks: list[TaskResult]
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all parameters of the model."""
+        return self.trained / self.total
+
+
+@dataclass
+class Check:
+    """A promise and whether it held."""
+
+    name: str
+    passed: bool
+    detail: str
+    numbers: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class StepTime:
+    """Median milliseconds of a training step; a claim about speed only where `is_speed_claim`."""
+
+    dtype: str
+    tokens: list[int]  # [B, L]
+    backend: str
+    fused_ms: float
+    eager_ms: float
+    repeats: int
+    is_speed_claim: bool
+
+
+@dataclass
+class Report:
+    """All of a run."""
+
+    command: dict[str, Any]  # options, among them the seed
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    model: dict[str, Any]
+    corpus: dict[str, Any]
+    majority: dict[str, float]  # by task, on the held-out texts
+    methods: list[MethodResult]
+    checks: list[Check]
+    step_times: list[StepTime]
+    saved: dict[str, Any]  # folders and bytes
+    peak_is_per_method: bool
+    seconds: float
+    format: int = FORMAT
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """The report as JSON text; `from_json` reads it back to an equal report."""
+        return json.dumps(asdict(self), indent=2, allow_nan=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: another format.
+        """
+        data = json.loads(text)
+        if data.get("format") != FORMAT:
+            raise ValueError(f"the report must have format {FORMAT}, got {data.get('format')!r}.")
+        data["methods"] = [
+            MethodResult(**{**m, "tasks": [TaskResult(**t) for t in m["tasks"]]})
+            for m in data["methods"]
+        ]
+        data["checks"] = [Check(**check) for check in data["checks"]]
+        data["step_times"] = [StepTime(**step) for step in data["step_times"]]
+        return cls(**data)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` gets a scratch path of the same suffix, which then replaces `path` in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        unfinished = Path(scratch) / path.name
+        write(unfinished)
+        os.replace(unfinished, path)
+
+
+def as_text(report: Report) -> str:
+    """The report to read on a terminal or in a log; no colours, no cursor movements."""
+    model, corpus = report.model, report.corpus
+    lines = [
+        f"model    {model['name']}: {model['type']}, hidden size {model['hidden_size']}, "
+        f"{model['num_adapters']} adapters of width {model['bottleneck_size']}",
+        f"text     {corpus['texts']:,} docstrings from {corpus['modules']} modules of Python's "
+        f"standard library: {corpus['train']:,} to train on, {corpus['held_out']:,} held out",
+        f"training {report.command['steps']} steps of {report.command['batch_size']} texts for "
+        f"each task and method, seed {report.command['seed']}, on {report.machine['device']}",
+        "",
+        *_table(_method_rows(report)),
+        "",
+        *(
+            f"{'ok    ' if c.passed else 'FAILED'}  {c.name}\n        {c.detail}"
+            for c in report.checks
+        ),
+        "",
+        f"saved adapter   {report.saved['adapter_bytes'] / MIB:.2f} MiB a task with its head; "
+        f"a full model {report.saved['model_bytes'] / MIB:.1f} MiB",
+        *(_step_line(step) for step in report.step_times),
+        f"peak memory     {_peak_meaning(report)}",
+        f"whole run       {report.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _method_rows(report: Report) -> list[list[str]]:
+    tasks = [task.task for task in report.methods[0].tasks]
+    header = ["", "trained", "share", *(f"{task}: before, after" for task in tasks)]
+    rows = [[*header, "training", "peak memory"]]
+    majority = [f"{report.majority[task]:.1%}" for task in tasks]
+    rows.append(["majority class", "", "", *majority, "", ""])
+    for method in report.methods:
+        rows.append(
+            [
+                method.label,
+                f"{method.trained:,}",
+                f"{method.share:.2%}",
+                *(f"{task.before:.1%}  {task.after:.1%}" for task in method.tasks),
+                f"{sum(task.seconds for task in method.tasks):.0f} s",
+                "unknown" if method.peak_bytes is None else f"{method.peak_bytes / MIB:,.0f} MiB",
+            ]
+        )
+    return rows
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns padded to their widest cell; the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _step_line(step: StepTime) -> str:
+    line = (
+        f"step time       fused {step.fused_ms:.0f} ms ({step.backend} backend), "
+        f"eager {step.eager_ms:.0f} ms; {step.tokens[0]} x {step.tokens[1]} tokens, {step.dtype}, "
+        f"median of {step.repeats}"
+    )
+    if step.is_speed_claim:
+        return f"{line}: {step.eager_ms / step.fused_ms:.2f} times as fast"
+    return f"{line}\n                no claim about speed: that takes a GPU and a fused kernel"
+
+
+def _peak_meaning(report: Report) -> str:
+    what = "torch's allocator" if report.machine["device"].startswith("cuda") else "the process"
+    span = "while that method ran" if report.peak_is_per_method else "up to the end of that method"
+    return f"of {what}, {span}"
