@@ -61,7 +61,7 @@ SPECS = (
     Spec("block-1024", "block", 1024, 1, 16, 32, 512, 64, ()),
     Spec("block-4096", "block", 4096, 1, 32, 32, 512, 64, ()),
     # Table 1 of the LoRA paper (arXiv:2106.09685): one adapter a layer (L) or two (H).
-    Spec("gpt2-medium-32x512-H", "gpt2", 1024, 24, 16, 32, 512, 5, _TWO, ("forward",)),
+    Spec("gpt2-medium-32x512-H", "gpt2", 1024, 24, 16, 32, 512, 5, _TWO),
     Spec("gpt2-medium-32x512-L", "gpt2", 1024, 24, 16, 32, 512, 10, ("mlp.c_proj",), ("forward",)),
     Spec("gpt2-medium-16x256-H", "gpt2", 1024, 24, 16, 16, 256, 112, _TWO, ("forward",)),
     Spec("gpt2-medium-16x256-L", "gpt2", 1024, 24, 16, 16, 256, 224, ("mlp.c_proj",), ("forward",)),

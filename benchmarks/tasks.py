@@ -120,8 +120,9 @@ def _gpu_tasks() -> list[Task]:
         ),
         *(_model(blocks[0], mode, "compile", 60) for mode in blocks[0].modes),
         Task("host", 20, _host),
+        *(_model(gpt2[0], "step", how, 20) for how in ("eager", "graph")),
         *(_model(spec, mode, "graph", 10) for spec in rest for mode in spec.modes),
-        *(_model(spec, mode, "compile", 90) for spec in rest for mode in spec.modes),
+        *(_model(spec, mode, "compile", 90) for spec in (*rest, gpt2[0]) for mode in spec.modes),
     ]
 
 
