@@ -76,7 +76,7 @@ def _render_case(rows: list[Row], on_gpu: bool) -> list[str]:
     kinds.sort(key=lambda kind: kind != rows[0].headline)
     columns = [
         "provider",
-        *(f"{kind} p20/p50/p80" if i == 0 else kind for i, kind in enumerate(kinds)),
+        *(f"{kind} us p20/p50/p80" if i == 0 else f"{kind} us" for i, kind in enumerate(kinds)),
     ]
     if on_gpu:
         columns += ["against", "GB/s", "of floor", "host us", "kernels", "peak", "transient"]

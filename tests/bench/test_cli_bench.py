@@ -120,7 +120,15 @@ def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
     assert "measured in this run: copy 4.00 TB/s, bf16 products 700 TFLOP/s" in text
     assert "UNSTEADY" not in text
     head = next(line for line in text.splitlines() if line.startswith("  provider"))
-    labels = ("cold p20/p50/p80", "hot", "against", "GB/s", "of floor", "host us", "transient")
+    labels = (
+        "cold us p20/p50/p80",
+        "hot us",
+        "against",
+        "GB/s",
+        "of floor",
+        "host us",
+        "transient",
+    )
     for label in labels:
         assert label in head
     plain = next(line for line in text.splitlines() if line.startswith("  plain"))
