@@ -7,9 +7,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
+#include "backward.h"
+#include "forward.h"
 #include "probe.h"
 #include "registry.h"
 
@@ -78,6 +82,41 @@ void probe(uintptr_t out, int device, uintptr_t stream) {
         "probe_kernel");
 }
 
+// The struct whose bytes Python packed; see adapterkern/backends/cuda/params.py.
+template <typename Params>
+Params unpack(const py::bytes& packed) {
+  const std::string_view bytes = packed;
+  if (bytes.size() != sizeof(Params)) {
+    throw std::invalid_argument("expected the " + std::to_string(sizeof(Params)) +
+                                " bytes of the struct in csrc/params.h, got " +
+                                std::to_string(bytes.size()));
+  }
+  Params params;
+  std::memcpy(&params, bytes.data(), sizeof(Params));
+  return params;
+}
+
+template <typename Params>
+void run(cudaError_t (*launch)(const Params&, cudaStream_t), const char* name,
+         const py::bytes& packed, int device, uintptr_t stream) {
+  const Params params = unpack<Params>(packed);
+  const py::gil_scoped_release no_gil;
+  const DeviceGuard guard(device);
+  const cudaError_t error = launch(params, reinterpret_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return;
+  check(error, std::string(name) + " for T = " + std::to_string(params.num_tokens) +
+                   ", H = " + std::to_string(params.hidden_size) +
+                   ", R = " + std::to_string(params.bottleneck_size));
+}
+
+void forward(const py::bytes& packed, int device, uintptr_t stream) {
+  run(launch_forward, "bottleneck_fwd", packed, device, stream);
+}
+
+void backward(const py::bytes& packed, int device, uintptr_t stream) {
+  run(launch_backward, "bottleneck_bwd", packed, device, stream);
+}
+
 }  // namespace
 }  // namespace adapterkern
 
@@ -92,4 +131,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("probe", &probe, py::arg("out"), py::arg("device"), py::arg("stream"),
         "Run the probe kernel: int32[2] at the address `out` becomes (__CUDA_ARCH__, is it \"a\" "
         "code).");
+  m.def("forward", &forward, py::arg("packed"), py::arg("device"), py::arg("stream"),
+        "Launch the forward kernels; `packed` holds the bytes of ForwardParams.");
+  m.def("backward", &backward, py::arg("packed"), py::arg("device"), py::arg("stream"),
+        "Launch the backward kernels; `packed` holds the bytes of BackwardParams.");
 }

@@ -43,7 +43,7 @@ def in_new_process(code, **environment):
 
 
 def test_every_registered_backend_loads_and_keeps_the_contract():
-    assert NAMES == ("cuda", "triton", "reference")
+    assert NAMES == ("triton", "cuda", "reference")
     for name in NAMES:
         backend = get(name)
         assert isinstance(backend, Backend)

@@ -123,7 +123,7 @@ def test_device_and_dtype_reach_every_parameter():
         ((12,), {"reduction_factor": 0}, "reduction_factor must be positive, got 0."),
         ((12,), {"init": "zero"}, "known inits are identity, houlsby, bert"),
         ((12,), {"activation": "mish"}, "known activations are gelu"),
-        ((12,), {"backend": "cublas"}, "known backends are auto, cuda, triton, reference"),
+        ((12,), {"backend": "cublas"}, "known backends are auto, triton, cuda, reference"),
         (
             (12,),
             {"scaling": "both"},

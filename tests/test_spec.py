@@ -180,7 +180,7 @@ def test_unknown_activation_lists_the_known_ones():
 def test_unknown_backend_lists_the_known_ones():
     text = message(backend="cublas")
     assert text == (
-        "unknown backend 'cublas'.\n  hint: known backends are auto, cuda, triton, reference."
+        "unknown backend 'cublas'.\n  hint: known backends are auto, triton, cuda, reference."
     )
 
 

@@ -6,9 +6,10 @@ import torch
 
 from adapterkern.backends.base import Backend
 
+# Triton before CUDA until both are measured on a GPU.
 _PATHS = {
-    "cuda": "adapterkern.backends.cuda.backend:CudaBackend",
     "triton": "adapterkern.backends.triton.backend:TritonBackend",
+    "cuda": "adapterkern.backends.cuda.backend:CudaBackend",
     "reference": "adapterkern.backends.reference.backend:ReferenceBackend",
 }
 

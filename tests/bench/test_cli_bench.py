@@ -50,7 +50,7 @@ def test_json_holds_what_was_printed(tmp_path, capsys):
     [
         (["--baseline", "eager"], "known baselines are plain, adapterhub, addmm, compile,"),
         (["--preset", "bert"], "known presets are bert-base, roberta-large, gpt2-medium,"),
-        (["--backend", "opencl"], "known backends are cuda, triton, reference"),
+        (["--backend", "opencl"], "known backends are triton, cuda, reference"),
         (["--dtype", "fp8"], "fp32, fp16, bf16"),
         (["--mode", "sideways"], "forward, backward, step"),
         (["--activation", "mish"], "known activations are gelu"),

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -91,6 +92,16 @@ def device_problem() -> str | None:
 def version_text(version: int) -> str:
     """13020 as "13.2"."""
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def runs_clusters(major: int, minor: int) -> bool:
+    """Whether a device of this compute capability runs the kernels with thread-block clusters.
+
+    They need code for 9.0 or later. Compute capability 12.x has clusters too, but not the shared
+    memory that makes them worth it.
+    """
+    numbers = (int(re.sub(r"\D", "", arch)) for arch in build_record().archs)
+    return major in (9, 10) and any(90 <= number <= 10 * major + minor for number in numbers)
 
 
 def code_on(device: torch.device) -> str:

@@ -1,0 +1,148 @@
+"""Launch configurations: a pure function of (problem, device). No number here has been tuned on a
+GPU yet; the tile sizes themselves are those of csrc/row_block.cuh, csrc/cluster.cuh and
+csrc/weight_gradients.cu.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MAX_BOTTLENECK_SIZE = 256  # the widest tile whose sums fit the registers of one block
+SLICE_FEATURES = 256  # below it, a slice of H would cost more in partial sums than it wins
+SLICE_TOKENS = 256  # likewise of the tokens, for the weight gradients
+TOKEN_STEP = 32  # of one step over the tokens, in the weight gradients
+
+PANEL = 64  # features; slices of H are multiples of it
+CLUSTER_SIZES = (2, 4, 8)
+CLUSTER_BOTTLENECK_SIZE = 128  # the widest with a cluster form
+CLUSTER_FEATURES = 128  # below it, the blocks of a cluster would wait more than they work
+# Bytes through distributed shared memory per byte of x and y, at most: it is slower than the
+# caches, and the cluster form wins by not reading x and the weights a second time.
+CLUSTER_EXCHANGE = 0.5
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration may depend on."""
+
+    num_sms: int
+    cluster_memory: int = 0  # bytes of shared memory of a block in a cluster; 0: no clusters
+
+
+class Problem(NamedTuple):
+    """One call, as far as its launch depends on it."""
+
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
+    half: bool  # products in float16 or bfloat16
+
+
+class Slices(NamedTuple):
+    """`number` slices, all of `length` but for the last."""
+
+    number: int
+    length: int
+
+
+class TokenPlan(NamedTuple):
+    """How y in the forward, and dz and dx in the backward are computed.
+
+    No slices of H: the row-block form. Slices alone: the split form, of two kernels. Slices and
+    clusters: the cluster form, a block of each cluster a slice.
+    """
+
+    slices: Slices
+    num_clusters: int = 0
+    cluster_tokens: int = 0
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def block_tokens(bottleneck_size: int, half: bool) -> int:
+    """Tokens of one block, as in RowBlockShape of csrc/row_block.cuh."""
+    if half:
+        return 128 if 32 < bottleneck_size <= 128 else 64
+    return 32 if bottleneck_size > 128 else 64
+
+
+def block_width(bottleneck_size: int) -> int:
+    """Units of one block, as in switch_block_r of csrc/static_switch.h."""
+    return next(width for width in (16, 32, 64, 128, 256) if bottleneck_size <= width)
+
+
+def cluster_bytes(features: int, tokens: int, width: int) -> int:
+    """Shared memory of one block, as in ClusterShape of csrc/cluster.cuh: two tiles of x and both
+    weights in panels, the bottleneck, and the sums or what is on its way out.
+    """
+    panel = (2 * tokens * (PANEL + 8) + width * (PANEL + 8) + PANEL * (width + 8)) * 2
+    warps_over_units = min(8 * 16 // tokens, width // 16)
+    warps_over_features = 8 * 16 // tokens // warps_over_units
+    sums = max(warps_over_features * tokens * width * 4, 8 * 16 * (32 + 4) * 4)
+    return features // PANEL * panel + tokens * (width + 8) * 2 + sums
+
+
+@functools.lru_cache(maxsize=4096)
+def token_plan(problem: Problem, device: Device) -> TokenPlan:
+    """Clusters of 64 tokens where they fill half the GPU; else row blocks where they make most of
+    one wave; else clusters of 16 tokens where one round of them does; else two kernels, over as
+    many slices of H as make two blocks an SM.
+    """
+    tokens, hidden, bottleneck, half = problem
+    blocks = cdiv(tokens, block_tokens(bottleneck, half))
+    sizes = _cluster_sizes(problem, device, 64)
+    filling = [size for size in sizes if 2 * size * cdiv(tokens, 64) >= device.num_sms]
+    cheap = [s for s in filling if 1.5 * bottleneck * (s - 1) <= CLUSTER_EXCHANGE * hidden]
+    if cheap:
+        return _clusters(problem, device, cheap[0], 64)
+    if 4 * blocks >= 3 * device.num_sms:
+        return TokenPlan(Slices(0, 0))
+    sizes = _cluster_sizes(problem, device, 16)
+    single = [size for size in sizes if size * cdiv(tokens, 16) <= device.num_sms]
+    if single:
+        return _clusters(problem, device, single[-1], 16)
+    return TokenPlan(_slices(hidden, 2 * device.num_sms // blocks, SLICE_FEATURES, PANEL))
+
+
+def _cluster_sizes(problem: Problem, device: Device, tokens: int) -> list[int]:
+    """The sizes of clusters whose tiles fit the shared memory."""
+    _, hidden, bottleneck, half = problem
+    if not half or bottleneck > CLUSTER_BOTTLENECK_SIZE:
+        return []
+    width = block_width(bottleneck)
+    return [
+        size
+        for size in CLUSTER_SIZES
+        if size * CLUSTER_FEATURES <= hidden
+        and cluster_bytes(_length(hidden, size), tokens, width) <= device.cluster_memory
+    ]
+
+
+def _clusters(problem: Problem, device: Device, size: int, tokens: int) -> TokenPlan:
+    number = min(cdiv(problem.num_tokens, tokens), max(1, device.num_sms // size))
+    return TokenPlan(Slices(size, _length(problem.hidden_size, size)), number, tokens)
+
+
+def _length(size: int, number: int, multiple: int = PANEL) -> int:
+    return cdiv(cdiv(size, number), multiple) * multiple
+
+
+@functools.lru_cache(maxsize=4096)
+def token_slices(problem: Problem, device: Device) -> Slices:
+    """Over what both weight gradients are summed in parts: as many slices of the tokens as fill the
+    GPU once.
+    """
+    narrow = problem.bottleneck_size <= 16
+    tiles = cdiv(problem.hidden_size, 128 if narrow else 64)
+    tiles *= 1 if narrow else cdiv(problem.bottleneck_size, 64)
+    blocks = 2 * tiles  # one product each
+    return _slices(problem.num_tokens, 2 * device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
+
+
+def _slices(size: int, wanted: int, shortest: int, multiple: int) -> Slices:
+    number = max(1, min(wanted, size // shortest))
+    length = _length(size, number, multiple)
+    return Slices(cdiv(size, length), length)

@@ -1,0 +1,117 @@
+"""The structs of csrc/params.h: what a launch gets, packed into bytes, every field 8 wide."""
+
+import struct
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+View = tuple[int, int, int]  # address, dtype, elements from one row to the next
+
+NOTHING: View = (0, 0, 0)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TFLOAT32 = 3  # of products alone
+ACTIVATIONS = {
+    "gelu": 0,
+    "gelu_tanh": 1,
+    "relu": 2,
+    "silu": 3,
+    "tanh": 4,
+    "sigmoid": 5,
+    "leaky_relu": 6,
+    "identity": 7,
+}
+
+
+def view(tensor: Tensor | None) -> View:
+    """Of rows [T, H], of a contiguous tensor [..., H], or of a contiguous vector.
+
+    An address does not keep its tensor alive: the caller does, until the launch.
+    """
+    if tensor is None:
+        return NOTHING
+    stride = tensor.stride(-2) if tensor.dim() > 1 else 0
+    return tensor.data_ptr(), DTYPES[tensor.dtype], stride
+
+
+class ForwardParams(NamedTuple):
+    """One forward launch."""
+
+    x: View
+    down_weight: View
+    up_weight: View
+    down_bias: View
+    up_bias: View
+    residual: View
+    skip: View
+    scaling: View
+    y: View
+    z: View
+    partial: View
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
+    num_splits: int
+    features_per_split: int
+    num_clusters: int
+    cluster_tokens: int
+    activation: int
+    compute_dtype: int
+    add_input: int
+    channel_scaling: int
+    scale: float
+
+    def pack(self) -> bytes:
+        """The bytes of the struct."""
+        return _FORWARD.pack(*chain(*self[:11]), *self[11:])
+
+
+class BackwardParams(NamedTuple):
+    """One backward launch."""
+
+    x: View
+    dy: View
+    z: View
+    down_weight: View
+    up_weight: View
+    up_bias: View
+    scaling: View
+    dx: View
+    dz: View
+    partial: View
+    sum_down: View
+    sum_up: View
+    sum_down_bias: View
+    sum_up_bias: View
+    d_down_weight: View
+    d_up_weight: View
+    d_down_bias: View
+    d_up_bias: View
+    d_scaling: View
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
+    num_splits: int
+    features_per_split: int
+    num_clusters: int
+    cluster_tokens: int
+    token_splits: int
+    tokens_per_split: int
+    activation: int
+    compute_dtype: int
+    add_input: int
+    channel_scaling: int
+    scale: float
+
+    def pack(self) -> bytes:
+        """The bytes of the struct."""
+        return _BACKWARD.pack(*chain(*self[:19]), *self[19:])
+
+
+def _layout(views: int, integers: int) -> struct.Struct:
+    return struct.Struct(f"={3 * views + integers}qd")
+
+
+_FORWARD = _layout(11, 11)
+_BACKWARD = _layout(19, 13)

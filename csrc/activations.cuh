@@ -1,0 +1,118 @@
+// The activations and their derivatives in float32; formulas as in adapterkern/activations.py.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace adapterkern {
+
+__device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+
+struct Gelu {
+  static constexpr float kInvSqrt2 = 0.70710678f, kInvSqrt2Pi = 0.39894228f;
+  static __device__ __forceinline__ float value(float z) {
+    return 0.5f * z * (1.0f + erff(z * kInvSqrt2));
+  }
+  static __device__ __forceinline__ float derivative(float z) {
+    return 0.5f * (1.0f + erff(z * kInvSqrt2)) + z * expf(-0.5f * z * z) * kInvSqrt2Pi;
+  }
+};
+
+// 0.5 z (1 + tanh c) = z sigmoid(2 c), without the cancellation for negative z.
+struct GeluTanh {
+  static constexpr float kTwoSqrt2OverPi = 1.59576912f, kCubic = 0.044715f;
+  static __device__ __forceinline__ float gate(float z) {
+    return sigmoid(kTwoSqrt2OverPi * (z + kCubic * z * z * z));
+  }
+  static __device__ __forceinline__ float value(float z) { return z * gate(z); }
+  static __device__ __forceinline__ float derivative(float z) {
+    const float s = gate(z);
+    return s + z * s * (1.0f - s) * kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * z * z);
+  }
+};
+
+struct Relu {  // NaN passes, and has derivative 1, as in eager
+  static __device__ __forceinline__ float value(float z) { return z < 0.0f ? 0.0f : z; }
+  static __device__ __forceinline__ float derivative(float z) { return z <= 0.0f ? 0.0f : 1.0f; }
+};
+
+struct Silu {
+  static __device__ __forceinline__ float value(float z) { return z * sigmoid(z); }
+  static __device__ __forceinline__ float derivative(float z) {
+    const float s = sigmoid(z);
+    return s * (1.0f + z * (1.0f - s));
+  }
+};
+
+struct Tanh {
+  static __device__ __forceinline__ float value(float z) { return tanhf(z); }
+  static __device__ __forceinline__ float derivative(float z) {
+    // 1 / cosh^2, which does not cancel as 1 - tanh^2 does.
+    const float decay = expf(-2.0f * fabsf(z));
+    return 4.0f * decay / ((1.0f + decay) * (1.0f + decay));
+  }
+};
+
+struct Sigmoid {
+  static __device__ __forceinline__ float value(float z) { return sigmoid(z); }
+  static __device__ __forceinline__ float derivative(float z) {
+    const float s = sigmoid(z);
+    return s * (1.0f - s);
+  }
+};
+
+struct LeakyRelu {
+  static constexpr float kSlope = 0.01f;
+  static __device__ __forceinline__ float value(float z) { return z > 0.0f ? z : kSlope * z; }
+  static __device__ __forceinline__ float derivative(float z) { return z > 0.0f ? 1.0f : kSlope; }
+};
+
+struct Identity {
+  static __device__ __forceinline__ float value(float z) { return z; }
+  static __device__ __forceinline__ float derivative(float) { return 1.0f; }
+};
+
+// Calls `body` with the formula of an activation. A switch at run time, once a vector: one more
+// template dimension would multiply the kernels by eight to save a uniform branch.
+template <typename Body>
+__device__ __forceinline__ void with_activation(int64_t activation, Body body) {
+  switch (activation) {
+    case kGelu:
+      return body(Gelu());
+    case kGeluTanh:
+      return body(GeluTanh());
+    case kRelu:
+      return body(Relu());
+    case kSilu:
+      return body(Silu());
+    case kTanh:
+      return body(Tanh());
+    case kSigmoid:
+      return body(Sigmoid());
+    case kLeakyRelu:
+      return body(LeakyRelu());
+    default:
+      return body(Identity());
+  }
+}
+
+// v = act(v)
+template <int n>
+__device__ __forceinline__ void apply_activation(float (&v)[n], int64_t activation) {
+  with_activation(activation, [&](auto formula) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] = formula.value(v[i]);
+  });
+}
+
+// v *= act'(z)
+template <int n>
+__device__ __forceinline__ void apply_derivative(float (&v)[n], const float (&z)[n],
+                                                 int64_t activation) {
+  with_activation(activation, [&](auto formula) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] *= formula.derivative(z[i]);
+  });
+}
+
+}  // namespace adapterkern

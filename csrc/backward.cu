@@ -1,0 +1,201 @@
+// Backward kernels of dz and dx, equations (5), (9) and (12) of docs/math.md, in the forms of
+// the forward; then the launcher of the whole backward.
+#include "backward.h"
+
+#include "activations.cuh"
+#include "cluster.cuh"
+#include "launch.cuh"
+#include "row_block.cuh"
+#include "static_switch.h"
+#include "weight_gradients.h"
+
+namespace adapterkern {
+namespace {
+
+// du = scaling * dy, equation (5), rounded to the products' dtype as eager rounds it.
+struct Scale {
+  Scaling scaling;
+
+  __device__ __forceinline__ bool is_active() const { return !scaling.is_one(); }
+  template <int n>
+  __device__ __forceinline__ void operator()(float (&v)[n], int64_t feature) const {
+    scaling.multiply(v, feature);
+  }
+};
+
+// The sums of da = du W_up over the features first ... last.
+template <typename Shape>
+__device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
+                                                       const BackwardParams& params,
+                                                       int64_t first_token, int64_t first,
+                                                       int64_t last) {
+  return multiply_into_bottleneck<Shape, true>(shared, {params.dy, params.num_tokens, last},
+                                               {params.up_weight, last, params.bottleneck_size},
+                                               first_token, first, last, Scale{scaling_of(params)});
+}
+
+// dz = da act'(z), equation (9), and to memory for the weight gradients.
+template <typename Scalar>
+__device__ __forceinline__ void finish_unit(const BackwardParams& params, float (&da)[kVector],
+                                            int64_t token, int64_t unit, bool keep_dz) {
+  float z[kVector];
+  load_vector(z, {params.z, params.num_tokens, params.bottleneck_size}, token, unit);
+  apply_derivative(da, z, params.activation);
+  round_to<Scalar>(da);
+  if (keep_dz) {
+    store_vector({params.dz, params.num_tokens, params.bottleneck_size}, token, unit, da);
+  }
+}
+
+// dx at (token, feature) from v = dz W_down, equation (12). `dy` points at the same elements in
+// shared memory, or is null where they come from global memory.
+template <typename Scalar>
+__device__ __forceinline__ void store_input_gradient(const BackwardParams& params,
+                                                     float (&v)[kVector], int64_t token,
+                                                     int64_t feature, const Scalar* dy) {
+  if (params.add_input && dy != nullptr) {
+    add_elements(v, dy);
+  } else if (params.add_input) {
+    add_vector(v, {params.dy, params.num_tokens, params.hidden_size}, token, feature);
+  }
+  store_vector({params.dx, params.num_tokens, params.hidden_size}, token, feature, v);
+}
+
+// dx over the features first ... last from the tile of dz; dy comes from L2.
+template <typename Shape>
+__device__ __forceinline__ void write_input_gradient(unsigned char* shared,
+                                                     const BackwardParams& params,
+                                                     int64_t first_token, int64_t first,
+                                                     int64_t last) {
+  using Scalar = typename Shape::Scalar;
+  multiply_out_of_bottleneck<Shape, true>(
+      shared, {params.down_weight, params.bottleneck_size, params.hidden_size}, first, last,
+      [&](int row, int64_t feature, float (&v)[kVector]) {
+        store_input_gradient<Scalar>(params, v, first_token + row, feature, nullptr);
+      });
+}
+
+// The row-block form; grid: token blocks. Global memory per token: read dy (H) and z (R), write dx
+// (H) and dz (R); dy a second time from L2, as both weights.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_bwd_dx_kernel(const __grid_constant__ BackwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const float* sums =
+      read_output_gradient<Shape>(shared, params, first_token, 0, params.hidden_size);
+  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
+      threadIdx.x, [&](int row, int unit) {
+        float da[kVector];
+        load_elements(da, sums + row * Shape::kBlockR + unit, kVector);
+        finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, true);
+        store_bottleneck<Shape>(shared, row, unit, da);
+      });
+  if (params.dx.data != nullptr) {
+    write_input_gradient<Shape>(shared, params, first_token, 0, params.hidden_size);
+  }
+}
+
+// Split form, first half: the sum of da over one slice of H. Grid: token blocks, slices.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_bwd_split_dz_kernel(const __grid_constant__ BackwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const int64_t first = blockIdx.y * params.features_per_split;
+  const int64_t last = min(first + params.features_per_split, params.hidden_size);
+  const float* sums = read_output_gradient<Shape>(shared, params, first_token, first, last);
+  store_partial<Shape>(params.partial, blockIdx.y, params.num_tokens, params.bottleneck_size,
+                       first_token, sums);
+}
+
+// Split form, second half: dz, which the first feature block keeps, and dx. Grid: token blocks,
+// feature blocks (one where only dz is asked for).
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_bwd_split_dx_kernel(const __grid_constant__ BackwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * Shape::kBlockH;
+  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
+      threadIdx.x, [&](int row, int unit) {
+        float da[kVector];
+        sum_partials(da, params.partial, params.num_splits, params.num_tokens,
+                     params.bottleneck_size, first_token + row, unit);
+        finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, blockIdx.y == 0);
+        store_bottleneck<Shape>(shared, row, unit, da);
+      });
+  if (params.dx.data != nullptr) {
+    write_input_gradient<Shape>(shared, params, first_token, first,
+                                min(first + Shape::kBlockH, params.hidden_size));
+  }
+}
+
+// The cluster form; grid: the blocks of one cluster after another. Global memory per token as in
+// the row-block form, and nothing a second time unless a scaling keeps dy itself out of the tile.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    bottleneck_bwd_cluster_dx_kernel(const __grid_constant__ BackwardParams params) {
+  using Scalar = typename Shape::Scalar;
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  if constexpr (kHasClusters) {
+    const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
+    const Scale scale{scaling_of(params)};
+    const bool dy_in_tile = params.dy.dtype == kDTypeOf<Scalar> && !scale.is_active();
+    const View down_weight = params.dx.data != nullptr ? params.down_weight : View{};
+    run_cluster<Shape, true>(
+        shared,
+        {{params.dy, params.num_tokens, hidden_size},
+         {params.up_weight, hidden_size, bottleneck_size},
+         {down_weight, bottleneck_size, hidden_size},
+         params.features_per_split},
+        scale,
+        [&](float (&da)[kVector], int64_t token, int unit) {
+          finish_unit<Scalar>(params, da, token, unit, true);
+        },
+        [&](float (&v)[kVector], int64_t token, int64_t feature, const Scalar* dy) {
+          store_input_gradient(params, v, token, feature, dy_in_tile ? dy : nullptr);
+        });
+  }
+}
+
+template <typename Shape>
+cudaError_t launch_dx(const BackwardParams& params, cudaStream_t stream) {
+  if (params.num_clusters > 0) {
+    return switch_cluster_shape<Shape>(params.cluster_tokens, [&](auto shape) {
+      using Cluster = typename decltype(shape)::type;
+      return launch_cluster<Cluster>(bottleneck_bwd_cluster_dx_kernel<Cluster>, params, stream);
+    });
+  }
+  const auto token_blocks = static_cast<unsigned>(ceil_div(params.num_tokens, Shape::kBlockT));
+  if (params.num_splits == 0) {
+    return launch(bottleneck_bwd_dx_kernel<Shape>, dim3(token_blocks), Shape::kThreads,
+                  Shape::kSharedBytes, params, stream);
+  }
+  const dim3 dz_grid(token_blocks, static_cast<unsigned>(params.num_splits));
+  const cudaError_t error = launch(bottleneck_bwd_split_dz_kernel<Shape>, dz_grid, Shape::kThreads,
+                                   Shape::kSharedBytes, params, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t feature_blocks =
+      params.dx.data == nullptr ? 1 : ceil_div(params.hidden_size, Shape::kBlockH);
+  return launch(bottleneck_bwd_split_dx_kernel<Shape>,
+                dim3(token_blocks, static_cast<unsigned>(feature_blocks)), Shape::kThreads,
+                Shape::kSharedBytes, params, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  if (params.dx.data != nullptr || params.dz.data != nullptr) {
+    const cudaError_t error = switch_dtype(params.compute_dtype, [&](auto type) {
+      return switch_block_r(params.bottleneck_size, [&](auto block_r) {
+        using Scalar = typename decltype(type)::type;
+        return launch_dx<RowBlockShape<Scalar, decltype(block_r)::value>>(params, stream);
+      });
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return params.token_splits == 0 ? cudaSuccess : launch_weight_gradients(params, stream);
+}
+
+}  // namespace adapterkern

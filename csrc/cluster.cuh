@@ -1,0 +1,277 @@
+// The cluster form of forward and backward, from compute capability 9.0 on.
+//
+// A cluster of blocks owns kBlockT tokens at a time, each block one slice of H: its columns of x,
+// and its part of both weights, which stay in shared memory while the cluster walks over the
+// tokens. Partial sums into the bottleneck meet in distributed shared memory: each block finishes
+// some of the rows and gives them to all. So x comes from global memory once, and no weight twice.
+#pragma once
+
+#include "launch.cuh"
+#include "static_switch.h"
+#include "tiles.cuh"
+
+namespace adapterkern {
+
+constexpr int kMaxClusterSize = 8;  // what every device with clusters can place
+constexpr int kMaxClusterBottleneck = 128;
+constexpr int kPanel = 64;  // tiles over a slice are cut into panels of as many features
+
+template <typename ScalarT, int kBlockRT, int kBlockTT>
+struct ClusterShape {
+  using Scalar = ScalarT;
+  static constexpr int kBlockR = kBlockRT, kBlockT = kBlockTT;
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+
+  // Into the bottleneck the warps share the tokens, then the units, then the features.
+  static constexpr int kWarpsT = kBlockT / 16;
+  static constexpr int kWarpsR = smaller(kWarps / kWarpsT, kBlockR / 16);
+  static constexpr int kWarpsH = kWarps / kWarpsT / kWarpsR;
+  static constexpr int kUnitsPerWarp = kBlockR / kWarpsR;
+  // Out of it, the tokens and the features.
+  static constexpr int kWarpsOut = kWarps / kWarpsT;
+  static constexpr int kFeaturesPerStep = 32;
+
+  static constexpr int kStrideR = kBlockR + kPadding<Scalar>;
+  static constexpr int kStridePanel = kPanel + kPadding<Scalar>;
+  static constexpr int kStrideOut = kFeaturesPerStep + 4;
+  static constexpr int kRowsPanelBytes = tile_bytes<Scalar>(kBlockT, kPanel);
+  static constexpr int kWidePanelBytes = tile_bytes<Scalar>(kBlockR, kPanel);  // of [R, H]
+  static constexpr int kTallPanelBytes = tile_bytes<Scalar>(kPanel, kBlockR);  // of [H, R]
+  static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
+  static constexpr int kOutBytes = 16 * kStrideOut * 4;  // of one warp
+  // The sums into the bottleneck, and later the products out of it.
+  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kBlockR * 4, kWarps* kOutBytes);
+
+  __host__ __device__ static constexpr int shared_bytes(int64_t features) {
+    const int panels = static_cast<int>(features / kPanel);
+    return panels * (2 * kRowsPanelBytes + kWidePanelBytes + kTallPanelBytes) + kBottleneckBytes +
+           kSumBytes;
+  }
+};
+
+// `rows` [T, H] times `into` gives the bottleneck, that times `out` what is stored; without `out`
+// nothing is. The weights are [R, H] and [H, R], or the other way round if transposed.
+struct ClusterProblem {
+  Matrix rows, into, out;
+  int64_t features;  // of one block, a multiple of kPanel
+};
+
+// Where the tiles of one block lie.
+template <typename Shape, bool kTransposed>
+struct ClusterTiles {
+  using Scalar = typename Shape::Scalar;
+  static constexpr int kIntoBytes = kTransposed ? Shape::kTallPanelBytes : Shape::kWidePanelBytes;
+  static constexpr int kOutBytes = kTransposed ? Shape::kWidePanelBytes : Shape::kTallPanelBytes;
+  unsigned char* shared;
+  int panels;
+
+  __device__ __forceinline__ Scalar* into(int panel) const {
+    return reinterpret_cast<Scalar*>(shared + panel * kIntoBytes);
+  }
+  __device__ __forceinline__ Scalar* out(int panel) const {
+    return reinterpret_cast<Scalar*>(shared + panels * kIntoBytes + panel * kOutBytes);
+  }
+  __device__ __forceinline__ Scalar* rows(int slot, int panel) const {
+    return reinterpret_cast<Scalar*>(shared + panels * (kIntoBytes + kOutBytes) +
+                                     (slot * panels + panel) * Shape::kRowsPanelBytes);
+  }
+  __device__ __forceinline__ Scalar* bottleneck() const { return rows(2, 0); }
+  __device__ __forceinline__ float* sums() const {
+    return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(bottleneck()) +
+                                    Shape::kBottleneckBytes);
+  }
+};
+
+// sums [kBlockT, kBlockR] = the block's columns of the rows times its part of `into`.
+template <typename Shape, bool kTransposed>
+__device__ __forceinline__ void sum_slice(const ClusterTiles<Shape, kTransposed>& tiles, int slot) {
+  const int warp = threadIdx.x / kWarpSize, row = warp % Shape::kWarpsT * 16;
+  const int part = warp / Shape::kWarpsT / Shape::kWarpsR;
+  const int unit = warp / Shape::kWarpsT % Shape::kWarpsR * Shape::kUnitsPerWarp;
+  float acc[Shape::kUnitsPerWarp / 8][4];
+  clear(acc);
+  for (int step = part; step < tiles.panels * (kPanel / 16); step += Shape::kWarpsH) {
+    const int panel = step / (kPanel / 16), feature = step % (kPanel / 16) * 16;
+    const auto* a = tiles.rows(slot, panel) + row * Shape::kStridePanel + feature;
+    if (kTransposed) {
+      multiply<16, false, false>(acc, a, Shape::kStridePanel,
+                                 tiles.into(panel) + feature * Shape::kStrideR + unit,
+                                 Shape::kStrideR);
+    } else {
+      multiply<16, false, true>(acc, a, Shape::kStridePanel,
+                                tiles.into(panel) + unit * Shape::kStridePanel + feature,
+                                Shape::kStridePanel);
+    }
+  }
+  constexpr int kPartSize = Shape::kBlockT * Shape::kBlockR;
+  float* const sums = tiles.sums();
+  store_product(sums + part * kPartSize + row * Shape::kBlockR + unit, Shape::kBlockR, acc);
+  if (Shape::kWarpsH == 1) return;
+  __syncthreads();  // the parts of all warps are there
+  for (int index = threadIdx.x; index < kPartSize; index += Shape::kThreads) {
+    float sum = sums[index];
+#pragma unroll
+    for (int other = 1; other < Shape::kWarpsH; ++other) sum += sums[other * kPartSize + index];
+    sums[index] = sum;
+  }
+}
+
+// This block's share of the bottleneck's rows: sums over the blocks in their order, finished by
+// finish(v, row, unit), put into the bottleneck tile of every block.
+template <typename Shape, bool kTransposed, typename Finish>
+__device__ __forceinline__ void exchange(const ClusterTiles<Shape, kTransposed>& tiles,
+                                         Finish finish) {
+  using Scalar = typename Shape::Scalar;
+  constexpr int kAcross = Shape::kBlockR / kVector;
+  const int size = cluster_size(), rows = Shape::kBlockT / size, first = cluster_rank() * rows;
+  for (int index = threadIdx.x; index < rows * kAcross; index += Shape::kThreads) {
+    const int row = first + index / kAcross, unit = index % kAcross * kVector;
+    const float* from = tiles.sums() + row * Shape::kBlockR + unit;
+    float parts[kMaxClusterSize][2][4];
+#pragma unroll
+    for (int block = 0; block < kMaxClusterSize; ++block) {  // all under way before one is used
+      if (block >= size) break;
+      load_remote_16(parts[block][0], from, block);
+      load_remote_16(parts[block][1], from + 4, block);
+    }
+    float v[kVector] = {};
+#pragma unroll
+    for (int block = 0; block < kMaxClusterSize; ++block) {
+      if (block >= size) break;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] += parts[block][i / 4][i % 4];
+    }
+    finish(v, row, unit);
+    Pack<Scalar, kVector> pack;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) pack.values[i] = from_float<Scalar>(v[i]);
+    uint32_t words[4];
+    memcpy(words, &pack, sizeof(words));
+    Scalar* to = tiles.bottleneck() + row * Shape::kStrideR + unit;
+    for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
+  }
+}
+
+// Calls store(u, row, feature, in) for every vector of u, the bottleneck times the block's part of
+// `out`; `feature` counts within the slice, and `in` points at the same elements of the rows.
+template <typename Shape, bool kTransposed, typename Store>
+__device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTransposed>& tiles,
+                                             int slot, Store store) {
+  constexpr int kFeatures = Shape::kFeaturesPerStep, kSteps = kPanel / kFeatures;
+  const int warp = threadIdx.x / kWarpSize, first_row = warp % Shape::kWarpsT * 16;
+  const auto* a = tiles.bottleneck() + first_row * Shape::kStrideR;
+  float* const out = tiles.sums() + warp * (Shape::kOutBytes / 4);
+  for (int step = warp / Shape::kWarpsT; step < tiles.panels * kSteps; step += Shape::kWarpsOut) {
+    const int panel = step / kSteps, in_panel = step % kSteps * kFeatures;
+    float acc[kFeatures / 8][4];
+    clear(acc);
+    if (kTransposed) {
+      multiply<Shape::kBlockR, false, false>(acc, a, Shape::kStrideR, tiles.out(panel) + in_panel,
+                                             Shape::kStridePanel);
+    } else {
+      multiply<Shape::kBlockR, false, true>(
+          acc, a, Shape::kStrideR, tiles.out(panel) + in_panel * Shape::kStrideR, Shape::kStrideR);
+    }
+    store_product(out, Shape::kStrideOut, acc);
+    __syncwarp();
+    for_each_vector<16, kFeatures, kWarpSize>(threadIdx.x % kWarpSize, [&](int row, int column) {
+      float u[kVector];
+      load_elements(u, out + row * Shape::kStrideOut + column, kVector);
+      store(u, first_row + row, panel * kPanel + in_panel + column,
+            tiles.rows(slot, panel) + (first_row + row) * Shape::kStridePanel + in_panel + column);
+    });
+    __syncwarp();  // before the next step overwrites what other lanes read here
+  }
+}
+
+// Walks over the tokens: finish(v, token, unit) makes sums into elements of the bottleneck, and
+// store(u, token, feature, in) gets what comes out of it; `in` as in multiply_out.
+//
+// A barrier of the cluster stands on either side of the exchange, the only time when blocks touch
+// one another's shared memory: after it a block may overwrite its sums, or end.
+template <typename Shape, bool kTransposed, typename Transform, typename Finish, typename Store>
+__device__ __forceinline__ void run_cluster(unsigned char* shared, const ClusterProblem& problem,
+                                            Transform transform, Finish finish, Store store) {
+  using Scalar = typename Shape::Scalar;
+  constexpr int kThreads = Shape::kThreads, kBlockT = Shape::kBlockT, kBlockR = Shape::kBlockR;
+  const ClusterTiles<Shape, kTransposed> tiles{shared, static_cast<int>(problem.features / kPanel)};
+  const int64_t first_feature = cluster_rank() * problem.features;
+  const int64_t token_blocks = ceil_div(problem.rows.rows, kBlockT);
+  const int64_t clusters = gridDim.x / cluster_size();
+  const bool stores = problem.out.view.data != nullptr;
+
+  const auto load_wide = [&](Scalar* tile, const Matrix& weight, int64_t feature) {
+    load_tile<kBlockR, kPanel, kThreads>(tile, weight, 0, feature, Unchanged());
+  };
+  const auto load_tall = [&](Scalar* tile, const Matrix& weight, int64_t feature) {
+    load_tile<kPanel, kBlockR, kThreads>(tile, weight, feature, 0, Unchanged());
+  };
+  const auto load_rows = [&](int64_t block, int slot) {
+    for (int panel = 0; panel < tiles.panels; ++panel) {
+      load_tile<kBlockT, kPanel, kThreads>(tiles.rows(slot, panel), problem.rows, block * kBlockT,
+                                           first_feature + panel * kPanel, transform);
+    }
+  };
+
+  int64_t block = blockIdx.x / cluster_size();
+  load_rows(block, 0);
+  for (int panel = 0; panel < tiles.panels; ++panel) {
+    const int64_t feature = first_feature + panel * kPanel;
+    if (kTransposed) {
+      load_tall(tiles.into(panel), problem.into, feature);
+    } else {
+      load_wide(tiles.into(panel), problem.into, feature);
+    }
+  }
+  copy_async_commit();
+  for (int panel = 0; stores && panel < tiles.panels; ++panel) {
+    const int64_t feature = first_feature + panel * kPanel;
+    if (kTransposed) {
+      load_wide(tiles.out(panel), problem.out, feature);
+    } else {
+      load_tall(tiles.out(panel), problem.out, feature);
+    }
+  }
+  copy_async_commit();
+  for (int slot = 0; block < token_blocks; block += clusters, slot ^= 1) {
+    copy_async_wait<1>();  // for these rows
+    __syncthreads();       // and the sums and the other slot are no longer read
+    if (block + clusters < token_blocks) load_rows(block + clusters, slot ^ 1);
+    copy_async_commit();
+    sum_slice(tiles, slot);
+    copy_async_wait<1>();  // for the weight out, the first time
+    cluster_barrier();     // the sums of every block are there
+    exchange(tiles, [&](float (&v)[kVector], int row, int unit) {
+      finish(v, block * kBlockT + row, unit);
+    });
+    cluster_barrier();  // the bottleneck is complete
+    if (stores) {
+      multiply_out(tiles, slot, [&](float (&u)[kVector], int row, int feature, const auto* in) {
+        store(u, block * kBlockT + row, first_feature + feature, in);
+      });
+    }
+    copy_async_commit();  // an empty group keeps the count of pending groups
+  }
+}
+
+// body(Type<the cluster form's shape of this row-block shape's tiles>()), where there is one: in
+// half precision, for the bottlenecks whose sums cost less to exchange than x to read again.
+template <typename Shape, typename Body>
+cudaError_t switch_cluster_shape(int64_t cluster_tokens, Body body) {
+  using Scalar = typename Shape::Scalar;
+  if constexpr (Shape::kHalf && Shape::kBlockR <= kMaxClusterBottleneck) {
+    if (cluster_tokens == 16) return body(Type<ClusterShape<Scalar, Shape::kBlockR, 16>>());
+    if (cluster_tokens == 64) return body(Type<ClusterShape<Scalar, Shape::kBlockR, 64>>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Launches `kernel` of this shape; Params of either direction.
+template <typename Shape, typename Params>
+cudaError_t launch_cluster(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
+  const auto size = static_cast<unsigned>(params.num_splits);
+  return launch(kernel, dim3(static_cast<unsigned>(params.num_clusters) * size), Shape::kThreads,
+                Shape::shared_bytes(params.features_per_split), params, stream, size);
+}
+
+}  // namespace adapterkern

@@ -1,0 +1,190 @@
+// Forward kernels, equations (1) to (4) of docs/math.md.
+//
+// Three forms of y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up):
+// - row block: a block owns kBlockT tokens and all of R; a = act(z) never leaves the chip.
+// - split, for few tokens: two kernels, partial sums of z over slices of H, then y over blocks of
+//   features.
+// - cluster, from compute capability 9.0 on: a block a slice of H, and the sums of z exchanged on
+//   the chip; both weights and x are read once.
+#include "forward.h"
+
+#include "activations.cuh"
+#include "cluster.cuh"
+#include "launch.cuh"
+#include "row_block.cuh"
+#include "static_switch.h"
+
+namespace adapterkern {
+namespace {
+
+// z of (token, unit) is finished: rounded, kept for backward, and turned into a = act(z). Both are
+// rounded where eager rounds, for backward recomputes a from the stored z. Padded units vanish
+// because their W_up columns load as zero, not because act(0) = 0 (false for sigmoid).
+template <typename Scalar>
+__device__ __forceinline__ void finish_unit(const ForwardParams& params, float (&z)[kVector],
+                                            int64_t token, int64_t unit, bool keep_z) {
+  add_vector(z, as_matrix(params.down_bias, params.bottleneck_size), 0, unit);
+  round_to<Scalar>(z);
+  if (keep_z) {
+    store_vector({params.z, params.num_tokens, params.bottleneck_size}, token, unit, z);
+  }
+  apply_activation(z, params.activation);
+}
+
+// y at (token, feature) from u = a W_up^T, equation (4), in float32 until the one store. `x` points
+// at the same elements in shared memory, or is null where they come from global memory.
+template <typename Scalar>
+__device__ __forceinline__ void store_output(const ForwardParams& params, const Scaling& scaling,
+                                             float (&u)[kVector], int64_t token, int64_t feature,
+                                             const Scalar* x) {
+  const auto of = [&](const View& view) {
+    return Matrix{view, params.num_tokens, params.hidden_size};
+  };
+  add_vector(u, as_matrix(params.up_bias, params.hidden_size), 0, feature);
+  scaling.multiply(u, feature);
+  if (params.add_input && x != nullptr) {
+    add_elements(u, x);
+  } else if (params.add_input) {
+    add_vector(u, of(params.x), token, feature);
+  }
+  add_vector(u, of(params.residual), token, feature);
+  add_vector(u, of(params.skip), token, feature);
+  store_vector(of(params.y), token, feature, u);
+}
+
+// y over the features first ... last from the bottleneck tile; x was read by the down-projection a
+// moment ago, so it comes from L2.
+template <typename Shape>
+__device__ __forceinline__ void write_output(unsigned char* shared, const ForwardParams& params,
+                                             int64_t first_token, int64_t first, int64_t last) {
+  using Scalar = typename Shape::Scalar;
+  const Scaling scaling = scaling_of(params);
+  multiply_out_of_bottleneck<Shape, false>(
+      shared, {params.up_weight, params.hidden_size, params.bottleneck_size}, first, last,
+      [&](int row, int64_t feature, float (&u)[kVector]) {
+        store_output<Scalar>(params, scaling, u, first_token + row, feature, nullptr);
+      });
+}
+
+// The sums of z over the features first ... last.
+template <typename Shape>
+__device__ __forceinline__ float* read_input(unsigned char* shared, const ForwardParams& params,
+                                             int64_t first_token, int64_t first, int64_t last) {
+  return multiply_into_bottleneck<Shape, false>(shared, {params.x, params.num_tokens, last},
+                                                {params.down_weight, params.bottleneck_size, last},
+                                                first_token, first, last, Unchanged());
+}
+
+// The row-block form; grid: token blocks. Global memory per token: read x (H), residual and skip
+// where given (H each), write y (H) and z (R); x a second time from L2, as both weights.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_fwd_kernel(const __grid_constant__ ForwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const float* sums = read_input<Shape>(shared, params, first_token, 0, params.hidden_size);
+  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
+      threadIdx.x, [&](int row, int unit) {
+        float z[kVector];
+        load_elements(z, sums + row * Shape::kBlockR + unit, kVector);
+        finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, true);
+        store_bottleneck<Shape>(shared, row, unit, z);
+      });
+  write_output<Shape>(shared, params, first_token, 0, params.hidden_size);
+}
+
+// Split form, first half: the sum of z over one slice of H. Grid: token blocks, slices.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_fwd_down_kernel(const __grid_constant__ ForwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const int64_t first = blockIdx.y * params.features_per_split;
+  const int64_t last = min(first + params.features_per_split, params.hidden_size);
+  const float* sums = read_input<Shape>(shared, params, first_token, first, last);
+  store_partial<Shape>(params.partial, blockIdx.y, params.num_tokens, params.bottleneck_size,
+                       first_token, sums);
+}
+
+// Split form, second half: y from the partial sums of z, which sit in L2. Grid: token blocks,
+// feature blocks, of which the first keeps z.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    bottleneck_fwd_up_kernel(const __grid_constant__ ForwardParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * Shape::kBlockH;
+  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
+      threadIdx.x, [&](int row, int unit) {
+        float z[kVector];
+        sum_partials(z, params.partial, params.num_splits, params.num_tokens,
+                     params.bottleneck_size, first_token + row, unit);
+        finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, blockIdx.y == 0);
+        store_bottleneck<Shape>(shared, row, unit, z);
+      });
+  write_output<Shape>(shared, params, first_token, first,
+                      min(first + Shape::kBlockH, params.hidden_size));
+}
+
+// The cluster form; grid: the blocks of one cluster after another. Global memory per token as in
+// the row-block form, and nothing a second time.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    bottleneck_fwd_cluster_kernel(const __grid_constant__ ForwardParams params) {
+  using Scalar = typename Shape::Scalar;
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  if constexpr (kHasClusters) {
+    const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
+    const Scaling scaling = scaling_of(params);
+    const bool x_in_tile = params.x.dtype == kDTypeOf<Scalar>;
+    run_cluster<Shape, false>(
+        shared,
+        {{params.x, params.num_tokens, hidden_size},
+         {params.down_weight, bottleneck_size, hidden_size},
+         {params.up_weight, hidden_size, bottleneck_size},
+         params.features_per_split},
+        Unchanged(),
+        [&](float (&z)[kVector], int64_t token, int unit) {
+          finish_unit<Scalar>(params, z, token, unit, true);
+        },
+        [&](float (&u)[kVector], int64_t token, int64_t feature, const Scalar* x) {
+          store_output(params, scaling, u, token, feature, x_in_tile ? x : nullptr);
+        });
+  }
+}
+
+template <typename Shape>
+cudaError_t launch_shape(const ForwardParams& params, cudaStream_t stream) {
+  if (params.num_clusters > 0) {
+    return switch_cluster_shape<Shape>(params.cluster_tokens, [&](auto shape) {
+      using Cluster = typename decltype(shape)::type;
+      return launch_cluster<Cluster>(bottleneck_fwd_cluster_kernel<Cluster>, params, stream);
+    });
+  }
+  const auto token_blocks = static_cast<unsigned>(ceil_div(params.num_tokens, Shape::kBlockT));
+  if (params.num_splits == 0) {
+    return launch(bottleneck_fwd_kernel<Shape>, dim3(token_blocks), Shape::kThreads,
+                  Shape::kSharedBytes, params, stream);
+  }
+  const dim3 down_grid(token_blocks, static_cast<unsigned>(params.num_splits));
+  const cudaError_t error = launch(bottleneck_fwd_down_kernel<Shape>, down_grid, Shape::kThreads,
+                                   Shape::kSharedBytes, params, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 up_grid(token_blocks,
+                     static_cast<unsigned>(ceil_div(params.hidden_size, Shape::kBlockH)));
+  return launch(bottleneck_fwd_up_kernel<Shape>, up_grid, Shape::kThreads, Shape::kSharedBytes,
+                params, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  return switch_dtype(params.compute_dtype, [&](auto type) {
+    return switch_block_r(params.bottleneck_size, [&](auto block_r) {
+      using Scalar = typename decltype(type)::type;
+      return launch_shape<RowBlockShape<Scalar, decltype(block_r)::value>>(params, stream);
+    });
+  });
+}
+
+}  // namespace adapterkern

@@ -1,0 +1,71 @@
+// What crosses from Python to the launchers: plain structs, every field 8 bytes wide, in the order
+// of adapterkern/backends/cuda/params.py. Python owns every check and every allocation.
+#pragma once
+
+#include <cstdint>
+
+namespace adapterkern {
+
+// TF32 is a precision of products: no tensor lies in memory as such.
+enum DType : int64_t { kFloat32, kFloat16, kBFloat16, kTFloat32 };
+
+enum Activation : int64_t {
+  kGelu,
+  kGeluTanh,
+  kRelu,
+  kSilu,
+  kTanh,
+  kSigmoid,
+  kLeakyRelu,
+  kIdentity,
+};
+
+// Rows of unit stride across, or a contiguous vector; `data` is null where there is none.
+struct View {
+  void* data;
+  int64_t dtype;   // DType
+  int64_t stride;  // elements from one row to the next
+};
+
+// Equations (1) to (4) of docs/math.md.
+struct ForwardParams {
+  View x, down_weight, up_weight;  // in: [T, H], [R, H], [H, R]
+  View down_bias, up_bias;         // in or none: [R], [H]
+  View residual, skip;             // in or none: [T, H]
+  View scaling;                    // in or none: [1] or [H]
+  View y, z;                       // out: [T, H]; [T, R] or none
+  View partial;                    // work space of the split form: [S, T, R] float32
+  int64_t num_tokens, hidden_size, bottleneck_size;
+  int64_t num_splits;  // slices of H; 0 asks for the row-block form
+  int64_t features_per_split;
+  int64_t num_clusters;     // of num_splits blocks each; 0 asks for one of the other forms
+  int64_t cluster_tokens;   // that a cluster works on at a time
+  int64_t activation;       // Activation
+  int64_t compute_dtype;    // DType of both products' operands
+  int64_t add_input;        // whether x is the residual
+  int64_t channel_scaling;  // whether scaling is [H]
+  double scale;             // where there is no scaling tensor
+};
+
+// Equations (5) to (13) of docs/math.md.
+struct BackwardParams {
+  View x, dy, z;                         // in: [T, H], [T, H], [T, R]
+  View down_weight, up_weight, up_bias;  // in: [R, H], [H, R], [H] or none
+  View scaling;                          // in or none: [1] or [H]
+  View dx, dz;                           // out or none: [T, H], [T, R]
+  View partial;                          // work space of the split form: [S, T, R] float32
+  View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each
+  View sum_down_bias, sum_up_bias;       // work space or none, float32: [S', R], [S', H]
+  View d_down_weight, d_up_weight;       // out or none: [R, H], [H, R]
+  View d_down_bias, d_up_bias;           // out or none: [R], [H]
+  View d_scaling;                        // out or none: [H] float32
+  int64_t num_tokens, hidden_size, bottleneck_size;
+  int64_t num_splits, features_per_split;  // of H, for dz and dx; these four as in the forward
+  int64_t num_clusters, cluster_tokens;
+  int64_t token_splits;  // slices of the tokens, S'; 0 asks for no sums
+  int64_t tokens_per_split;
+  int64_t activation, compute_dtype, add_input, channel_scaling;
+  double scale;
+};
+
+}  // namespace adapterkern

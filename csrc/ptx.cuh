@@ -1,0 +1,160 @@
+// Every PTX instruction of the kernels, wrapped once, the type of TF32 operands, and the
+// declaration of dynamic shared memory.
+//
+// tests/emulator holds a twin of this file and of launch.cuh for the host compiler. So no kernel
+// may use inline assembly, `extern __shared__` or `<<<>>>` itself.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+// Dynamic shared memory as bytes; 16 bytes is what cp.async and ldmatrix need.
+#define ADAPTERKERN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace adapterkern {
+
+// Thread-block clusters came with compute capability 9.0. Where this is false their wrappers must
+// not be called: a kernel asks `if constexpr`.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
+// An element of float32 whose products run in TF32, rounded to its 10 bits at the product.
+struct TFloat32 {
+  float value;
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// cp.async: 16 bytes from global to shared memory, both 16-byte aligned; those from `bytes` on are
+// zeros and are not read. Lands at the copy_async_wait of its group. Passes L1 by.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's latest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix: four 8 x 8 matrices of 16-bit elements. Lane 8 i + j gives the address of row j of
+// matrix i; every lane gets elements [lane / 4][2 (lane % 4) + {0, 1}] of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices: elements [2 (lane % 4) + {0, 1}][lane / 4].
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// mma.sync m16n8k16, d += a b with float32 sums. With g = lane / 4 and t = lane % 4 a lane holds
+//   a: rows g, g + 8, g, g + 8 at columns 2t + {0, 1}, the latter two 8 columns on;
+//   b: rows 2t + {0, 1}, and 8 rows on, of column g;
+//   d: columns 2t, 2t + 1 of row g, then of row g + 8.
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1, __nv_bfloat16 /* element type */) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1, __half /* element type */) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// cvt: the bits of `value` rounded to TF32, ties away from zero; mma.sync itself would cut them
+// off.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// mma.sync m16n8k8, d += a b with float32 sums. With g = lane / 4 and t = lane % 4 a lane holds
+//   a: rows g, g + 8, g, g + 8 at column t, the latter two 4 columns on;
+//   b: row t, and 4 rows on, of column g;
+//   d: as above.
+__device__ __forceinline__ void mma_16x8x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                           uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+  return size;
+}
+
+// Waits for every thread of every block of the cluster. What they wrote to shared memory before is
+// there to read after; a block whose shared memory others still use must not end before it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
+// The place that `shared` has in this block, in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(const void* shared, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
+               : "=r"(address)
+               : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+
+// v = what lies at `shared`, aligned to 16 bytes, in block `rank`.
+__device__ __forceinline__ void load_remote_16(float (&v)[4], const float* shared, int rank) {
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(remote_address(shared, rank))
+               : "memory");
+}
+
+// Puts `v` there.
+__device__ __forceinline__ void store_remote_16(void* shared, const uint32_t (&v)[4], int rank) {
+  asm volatile(
+      "st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(remote_address(shared, rank)),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+
+}  // namespace adapterkern

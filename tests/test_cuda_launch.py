@@ -1,0 +1,208 @@
+"""What the CUDA backend hands to its extension: addresses, strides, work space; no copy of x."""
+
+import struct
+
+import pytest
+import torch
+
+from adapterkern.backends import get
+from adapterkern.backends.base import Needs
+from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
+from adapterkern.spec import AdapterCall
+
+HIDDEN, BOTTLENECK = 256, 48
+ALL = Needs(True, True, True, True, True, True)
+
+
+class Recorder:
+    """Stands in for the extension: keeps what each launch got."""
+
+    def __init__(self) -> None:
+        self.launches: list = []
+
+    def forward(self, packed: bytes, device: int, stream: int) -> None:
+        self.launches.append((unpack(ForwardParams, packed), device, stream))
+
+    def backward(self, packed: bytes, device: int, stream: int) -> None:
+        self.launches.append((unpack(BackwardParams, packed), device, stream))
+
+
+def unpack(kind, packed: bytes):
+    views = sum(annotation not in (int, float) for annotation in kind.__annotations__.values())
+    *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qd", packed)
+    triples = [tuple(numbers[3 * i : 3 * i + 3]) for i in range(views)]
+    return kind(*triples, *numbers[3 * views :], scale)
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    recorder, cuda = Recorder(), get("cuda")
+    monkeypatch.setattr(cuda, "_unavailable", None)
+    monkeypatch.setattr(cuda, "_kernels", recorder)
+    monkeypatch.setattr(cuda_backend, "_device", lambda device: Device(num_sms=132))
+    monkeypatch.setattr(cuda_backend, "_queue", lambda device: (3, 77))
+    return recorder
+
+
+def make_call(tokens, dtype=torch.bfloat16, channel=True, **changes) -> AdapterCall:
+    parts = {
+        "x": torch.zeros(tokens, HIDDEN, dtype=dtype),
+        "down_weight": torch.zeros(BOTTLENECK, HIDDEN, dtype=dtype),
+        "up_weight": torch.zeros(HIDDEN, BOTTLENECK, dtype=dtype),
+        "down_bias": torch.zeros(BOTTLENECK, dtype=dtype),
+        "up_bias": torch.zeros(HIDDEN, dtype=dtype),
+        "residual": None,
+        "skip": torch.zeros(tokens, HIDDEN, dtype=dtype),
+        "scaling": torch.zeros(HIDDEN if channel else 1, dtype=dtype),
+        "scale": 0.5,
+        "add_input": True,
+        "activation": "silu",
+        "compute_dtype": dtype,
+    }
+    return AdapterCall(**{**parts, **changes})
+
+
+def test_forward_passes_every_tensor_by_its_name(recorder):
+    call = make_call(128 * 132)
+    y, z = get("cuda").forward(call, save_z=True)
+    ((params, device, stream),) = recorder.launches
+    assert (device, stream) == (3, 77)
+    for name in ("x", "down_weight", "up_weight", "down_bias", "up_bias", "skip", "scaling"):
+        assert getattr(params, name) == view(getattr(call, name)), name
+    assert (params.y, params.z, params.residual, params.partial) == (
+        view(y), view(z), view(None), view(None),
+    )  # fmt: skip
+    sizes = params.num_tokens, params.hidden_size, params.bottleneck_size
+    assert sizes == (128 * 132, HIDDEN, BOTTLENECK)
+    options = params.num_splits, params.activation, params.compute_dtype, params.add_input
+    assert options == (0, 3, 2, 1)
+    assert (params.channel_scaling, params.scale) == (1, 0.5)
+
+
+@pytest.mark.parametrize(("allowed", "code"), [(False, 0), (True, 3)], ids=["ieee", "tf32"])
+def test_float32_products_follow_the_precision_that_torch_allows(
+    recorder, monkeypatch, allowed, code
+):
+    monkeypatch.setattr(cuda_backend, "allow_tf32", lambda: allowed)
+    call = make_call(300, dtype=torch.float32)
+    y, z = get("cuda").forward(call, save_z=True)
+    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    assert [launch[0].compute_dtype for launch in recorder.launches] == [code, code]
+    assert y.dtype == z.dtype == torch.float32
+
+
+def test_clusters_need_no_work_space(recorder, monkeypatch):
+    device = Device(num_sms=132, cluster_memory=227 * 1024)
+    monkeypatch.setattr(cuda_backend, "_device", lambda _: device)
+    call = make_call(16384)
+    y, z = get("cuda").forward(call, save_z=True)
+    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    for params, *_ in recorder.launches:
+        assert (params.num_splits, params.features_per_split) == (2, HIDDEN // 2)
+        assert (params.num_clusters, params.cluster_tokens) == (66, 64)
+        assert params.partial == view(None)
+
+
+def test_few_tokens_get_work_space_for_partial_sums(recorder):
+    get("cuda").forward(make_call(5), save_z=False)
+    ((params, *_),) = recorder.launches
+    assert (params.num_splits, params.features_per_split) == (1, 256)
+    assert params.partial[0] != 0
+    assert params.partial[1:] == (0, BOTTLENECK)
+    assert params.z == view(None)
+
+
+def test_backward_passes_every_gradient_by_its_name(recorder):
+    call = make_call(128 * 132, channel=False)
+    z, dy = torch.zeros(128 * 132, BOTTLENECK, dtype=torch.bfloat16), torch.zeros_like(call.x)
+    gradients = get("cuda").backward(call, z, dy, ALL)
+    ((params, *_),) = recorder.launches
+    assert (params.dy, params.z) == (view(dy), view(z))
+    assert params.dx == view(gradients.x)
+    assert params.d_down_weight == view(gradients.down_weight)
+    assert params.d_up_weight == view(gradients.up_weight)
+    assert params.d_down_bias == view(gradients.down_bias)
+    assert params.d_up_bias == view(gradients.up_bias)
+    assert gradients.scaling.shape == (1,)
+    assert gradients.scaling.dtype == torch.bfloat16
+    assert params.channel_scaling == 0
+    assert params.token_splits * params.tokens_per_split >= 128 * 132
+    for name, width in (("sum_down", HIDDEN), ("sum_up", HIDDEN), ("dz", BOTTLENECK),
+                        ("sum_down_bias", BOTTLENECK), ("sum_up_bias", HIDDEN)):  # fmt: skip
+        assert getattr(params, name)[0] != 0, name
+        assert getattr(params, name)[2] == width, name
+
+
+@pytest.mark.parametrize(
+    ("needs", "given"),
+    [
+        (Needs(True, False, False, False, False, False), {"dx"}),
+        (Needs(False, True, False, False, False, False), {"dz", "sum_down", "d_down_weight"}),
+        (
+            Needs(False, False, False, True, False, False),
+            {"dz", "sum_down_bias", "d_down_bias"},
+        ),
+        (Needs(False, False, True, False, False, False), {"sum_up", "d_up_weight"}),
+        (Needs(False, False, False, False, False, True), {"sum_up", "sum_up_bias", "d_scaling"}),
+    ],
+    ids=["frozen-adapter", "down-weight", "down-bias", "up-weight", "scaling"],
+)
+def test_backward_gives_room_only_for_what_is_asked_for(recorder, needs, given):
+    call = make_call(128 * 132)
+    z, dy = torch.zeros(128 * 132, BOTTLENECK, dtype=torch.bfloat16), torch.zeros_like(call.x)
+    gradients = get("cuda").backward(call, z, dy, needs)
+    ((params, *_),) = recorder.launches
+    inputs = {"x", "dy", "z", "down_weight", "up_weight", "up_bias", "scaling"}
+    views = {n for n in params._fields if isinstance(getattr(params, n), tuple)}
+    assert {n for n in views - inputs if getattr(params, n)[0] != 0} == given
+    assert [g is not None for g in gradients] == list(needs)
+    assert (params.token_splits == 0) == (not any(needs[1:]))
+
+
+def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once(recorder):
+    wide = torch.zeros(2, 300, 2 * HIDDEN, dtype=torch.bfloat16)
+    transposed = torch.zeros(HIDDEN, 300, dtype=torch.bfloat16).T
+    get("cuda").forward(make_call(300, x=wide[0, :, :HIDDEN], skip=transposed), save_z=False)
+    ((params, *_),) = recorder.launches
+    assert params.x == (wide.data_ptr(), 2, 2 * HIDDEN)
+    assert params.skip[0] != transposed.data_ptr()
+    assert params.skip[2] == HIDDEN
+
+
+def test_gradients_of_strided_inputs_are_contiguous(recorder):
+    x = torch.zeros(HIDDEN, 300, dtype=torch.bfloat16).T
+    call = make_call(300, x=x)
+    z = torch.zeros(300, BOTTLENECK, dtype=torch.bfloat16)
+    dx = get("cuda").backward(call, z, torch.zeros(300, HIDDEN), ALL).x
+    assert dx.is_contiguous()
+    assert recorder.launches[0][0].dx == (dx.data_ptr(), 2, HIDDEN)
+
+
+def test_no_tokens_launch_nothing_and_give_zero_gradients(recorder):
+    call = make_call(0)
+    y, z = get("cuda").forward(call, save_z=True)
+    gradients = get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    assert recorder.launches == []
+    assert y.shape == (0, HIDDEN)
+    assert all(not g.any() for g in gradients)
+    assert gradients.scaling.shape == (HIDDEN,)
+
+
+def test_partial_sums_are_the_only_scratch_memory(recorder, monkeypatch):
+    """Beside outputs, z and dz, nothing as long as the tokens."""
+    allocated = []
+    empty = torch.empty
+
+    def counted(*args, **kwargs):
+        allocated.append(empty(*args, **kwargs))
+        return allocated[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    call = make_call(128 * 132)
+    y, z = get("cuda").forward(call, save_z=True)
+    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
+    assert len(long) == 2  # y and dx
+    assert len(allocated) <= 2 + 1 + 4 + 4 + 1  # and z, 4 gradients, 4 sums, d(scaling)

@@ -1,0 +1,126 @@
+"""How the CUDA backend cuts problems into launches."""
+
+import itertools
+
+import pytest
+
+from adapterkern.backends.cuda.launch_config import (
+    CLUSTER_EXCHANGE,
+    CLUSTER_FEATURES,
+    CLUSTER_SIZES,
+    PANEL,
+    SLICE_FEATURES,
+    SLICE_TOKENS,
+    TOKEN_STEP,
+    Device,
+    Problem,
+    Slices,
+    TokenPlan,
+    block_tokens,
+    block_width,
+    cdiv,
+    cluster_bytes,
+    token_plan,
+    token_slices,
+)
+
+MEMORY = 227 * 1024  # of a block, on compute capability 9.0 and 10.0
+DEVICES = [
+    *(Device(num_sms=sms) for sms in (1, 20, 108, 132, 170)),
+    *(Device(num_sms=sms, cluster_memory=MEMORY) for sms in (2, 132, 148)),
+]
+PROBLEMS = [
+    Problem(tokens, hidden, bottleneck, half)
+    for tokens, hidden, bottleneck, half in itertools.product(
+        (1, 3, 16, 100, 2048, 4097, 65536, 1 << 22),
+        (1, 70, 768, 1024, 8192, 16384),
+        (1, 16, 48, 64, 128, 256),
+        (False, True),
+    )
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_slices_cover_everything_once_and_stay_within_the_grid(device):
+    for problem in PROBLEMS:
+        for slices, size, step in (
+            (token_plan(problem, device).slices, problem.hidden_size, PANEL),
+            (token_slices(problem, device), problem.num_tokens, TOKEN_STEP),
+        ):
+            if slices == Slices(0, 0):
+                continue
+            assert slices.length % step == 0
+            assert size <= slices.number * slices.length
+            if slices.number not in CLUSTER_SIZES:  # blocks of a cluster may have no features
+                assert (slices.number - 1) * slices.length < size
+            assert slices.number <= 65535
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_row_block_form_needs_most_of_one_wave(device):
+    for problem in PROBLEMS:
+        plan = token_plan(problem, device)
+        blocks = cdiv(problem.num_tokens, block_tokens(problem.bottleneck_size, problem.half))
+        fills = blocks >= 0.75 * device.num_sms
+        assert fills if plan == TokenPlan(Slices(0, 0)) else not fills or plan.num_clusters
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_clusters_stay_within_what_the_device_and_the_kernels_have(device):
+    for problem in PROBLEMS:
+        plan = token_plan(problem, device)
+        if plan.num_clusters == 0:
+            assert plan.cluster_tokens == 0
+            continue
+        size, length = plan.slices
+        assert size in CLUSTER_SIZES
+        assert plan.cluster_tokens in (16, 64)
+        assert problem.half
+        assert problem.bottleneck_size <= 128
+        assert problem.hidden_size >= size * CLUSTER_FEATURES
+        width = block_width(problem.bottleneck_size)
+        assert cluster_bytes(length, plan.cluster_tokens, width) <= device.cluster_memory
+        assert plan.num_clusters <= cdiv(problem.num_tokens, plan.cluster_tokens)
+        assert plan.num_clusters * size <= device.num_sms or plan.num_clusters == 1
+        if plan.cluster_tokens == 64:
+            exchanged = 1.5 * problem.bottleneck_size * (size - 1) / problem.hidden_size
+            assert exchanged <= CLUSTER_EXCHANGE
+
+
+@pytest.mark.parametrize(
+    ("problem", "plan"),
+    [
+        (Problem(16384, 1024, 64, True), TokenPlan(Slices(4, 256), 33, 64)),
+        (Problem(2048, 1024, 64, True), TokenPlan(Slices(4, 256), 32, 64)),
+        (Problem(1, 1024, 64, True), TokenPlan(Slices(8, 128), 1, 16)),
+        (Problem(16, 4096, 64, True), TokenPlan(Slices(8, 512), 1, 16)),
+        (Problem(16384, 4096, 64, True), TokenPlan(Slices(0, 0))),  # too wide for a cluster
+        (Problem(16384, 1024, 112, True), TokenPlan(Slices(0, 0))),  # too much to exchange
+        (Problem(16384, 1024, 64, False), TokenPlan(Slices(0, 0))),  # float32
+        (Problem(2048, 4096, 64, True), TokenPlan(Slices(16, 256))),
+    ],
+    ids=str,
+)
+def test_form_on_an_h200(problem, plan):
+    assert token_plan(problem, Device(132, MEMORY)) == plan
+
+
+def test_no_slice_is_shorter_than_it_is_worth():
+    without_clusters = (device for device in DEVICES if device.cluster_memory == 0)
+    for problem, device in itertools.product(PROBLEMS, without_clusters):
+        for slices, shortest in (
+            (token_plan(problem, device).slices, SLICE_FEATURES),
+            (token_slices(problem, device), SLICE_TOKENS),
+        ):
+            assert slices.number <= 1 or slices.length >= shortest
+
+
+def test_few_tokens_of_a_wide_model_are_cut_over_h():
+    assert token_plan(Problem(1, 4096, 64, True), Device(132)).slices == Slices(16, 256)
+    assert token_plan(Problem(1, 100, 64, True), Device(132)).slices == Slices(1, 128)
+
+
+def test_weight_gradients_of_many_tokens_fill_the_gpu():
+    tokens = token_slices(Problem(16384, 1024, 64, True), Device(132))
+    blocks = 2 * cdiv(1024, 64) * tokens.number
+    assert 132 <= blocks <= 2 * 132

@@ -1,0 +1,77 @@
+"""The structs that cross into the CUDA extension are the same on both sides."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends.cuda import extension, params
+
+HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "params.h").read_text()
+
+
+def fields_of(struct_name: str) -> list[tuple[str, str]]:
+    """(name, type) of every field of a struct of csrc/params.h, in order."""
+    body = re.search(rf"struct {struct_name} {{(.*?)\n}};", HEADER, re.DOTALL)[1]
+    code = re.sub(r"//.*", "", body)
+    declarations = re.findall(r"(View|int64_t|double)\s+([^;]+);", code)
+    return [(name.strip(), kind) for kind, names in declarations for name in names.split(",")]
+
+
+def enumerators_of(enum_name: str) -> list[str]:
+    body = re.search(rf"enum {enum_name} : int64_t {{(.*?)}}", HEADER, re.DOTALL)[1]
+    return [re.sub("^k", "", name.strip()) for name in body.split(",") if name.strip()]
+
+
+@pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
+def test_params_have_the_fields_of_the_header_in_its_order(kind):
+    types = {params.View: "View", int: "int64_t", float: "double"}
+    ours = [(name, types[kind.__annotations__[name]]) for name in kind._fields]
+    assert ours == fields_of(kind.__name__)
+
+
+@pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
+def test_pack_puts_every_field_into_its_place(kind):
+    """Each 8 bytes wide: three of a view, then integers, and the scale as the one double."""
+    numbers, given = iter(range(1, 1000)), {}
+    for name, field in fields_of(kind.__name__):
+        view = tuple(next(numbers) for _ in range(3)) if field == "View" else None
+        given[name] = view or (0.5 if field == "double" else next(numbers))
+    packed = kind(**given).pack()
+    count = next(numbers) - 1
+    assert struct.unpack(f"={count}qd", packed) == (*range(1, count + 1), 0.5)
+
+
+def test_codes_are_those_of_the_header():
+    names = [str(dtype).removeprefix("torch.") for dtype in params.DTYPES]
+    assert [*names, "tfloat32"] == [name.lower() for name in enumerators_of("DType")]
+    assert [*params.DTYPES.values(), params.TFLOAT32] == [0, 1, 2, 3]
+    words = [
+        re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower() for name in enumerators_of("Activation")
+    ]
+    assert list(params.ACTIVATIONS) == words
+    assert list(params.ACTIVATIONS.values()) == list(range(len(words)))
+
+
+def test_every_activation_of_the_table_has_a_code():
+    assert set(params.ACTIVATIONS) == set(ACTIVATIONS)
+
+
+def test_view_tells_address_dtype_and_row_stride():
+    whole = torch.zeros(4, 10, dtype=torch.bfloat16)
+    assert params.view(whole[:, 2:6]) == (whole.data_ptr() + 4, 2, 10)
+    assert params.view(torch.zeros(2, 3, 5))[1:] == (0, 5)
+    assert params.view(torch.zeros(7, dtype=torch.float16))[1:] == (1, 0)
+    assert params.view(None) == (0, 0, 0)
+
+
+def test_extension_refuses_bytes_of_another_struct():
+    module, problem = extension.load()
+    if module is None:
+        pytest.skip(f"needs the extension: {problem}")
+    for function, size in ((module.forward, 45 * 8), (module.backward, 71 * 8)):
+        with pytest.raises(ValueError, match=rf"expected the {size} bytes .* got 3"):
+            function(b"abc", 0, 0)
