@@ -1,0 +1,55 @@
+"""Runs the CUDA kernels on the CPU: the backend as it is, with the emulator as its extension."""
+
+import contextlib
+from collections.abc import Iterator
+
+import cuda_emulator
+import pytest
+import torch
+
+from adapterkern import dispatch
+from adapterkern.backends import get
+from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.testing import nan_filled_memory
+
+ONE_SM = Device(num_sms=1)
+
+
+@contextlib.contextmanager
+def emulated(kernels: cuda_emulator.Emulator, device: Device = ONE_SM) -> Iterator[None]:
+    """Within the block the cuda backend runs CPU tensors on `kernels`.
+
+    With one SM every problem of more than no tokens is large enough for the row-block form.
+    """
+    cuda = get("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_unavailable", None)
+        patch.setattr(cuda, "_kernels", kernels)
+        patch.setattr(cuda_backend.CudaBackend, "devices", frozenset({"cpu"}))
+        patch.setattr(cuda_backend, "_device", lambda _: device)
+        patch.setattr(cuda_backend, "_queue", lambda device: (0, 0))
+        patch.setattr(dispatch, "_decisions", {})
+        yield
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> cuda_emulator.Emulator:
+    if cuda_emulator.missing() is not None:
+        pytest.skip(cuda_emulator.missing())
+    return cuda_emulator.Emulator(cuda_emulator.build(tmp_path_factory.mktemp("emulator")))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    with nan_filled_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The eager results beside the kernels' do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

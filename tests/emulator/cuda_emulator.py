@@ -1,0 +1,98 @@
+"""csrc/ compiled for the CPU: the same kernels, with `include/` in place of the GPU."""
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "csrc"
+COMPILER = shutil.which("g++")
+
+ROUND_ROBIN = 0  # and copies at their wait
+RUN_AHEAD = 1  # one warp far ahead of the others, and copies at once
+SCHEDULES = {"round_robin": ROUND_ROBIN, "run_ahead": RUN_AHEAD, "run_ahead_late_copies": 2}
+
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas")
+SANITIZER_FLAGS = ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here; None if it can."""
+    if COMPILER is None:
+        return "needs g++"
+    if platform.machine() != "x86_64":
+        return f"the emulator's fibres are written for x86-64, this is {platform.machine()}"
+    return None
+
+
+def build(
+    folder: Path,
+    source: str = "library.cpp",
+    flags: Sequence[str] = (),
+    changes: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+) -> Path:
+    """Compile `source` with copies of csrc/ in `folder`; the shared library.
+
+    Args:
+        changes: file of csrc/ to (text, replacement) pairs; each text must occur exactly once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in SOURCES.iterdir():
+        if path.suffix in (".cu", ".cuh", ".h"):
+            text = path.read_text()
+            for old, new in (changes or {}).get(path.name, ()):
+                assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {path}"
+                text = text.replace(old, new)
+            (folder / path.name).write_text(text)
+    for path in (HERE / "include").iterdir():  # their twins replace ptx.cuh and launch.cuh
+        shutil.copy(path, folder)
+    library = folder / "library.so"
+    command = [COMPILER, *FLAGS, *flags, f"-I{folder}", "-x", "c++", str(HERE / source)]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return library
+
+
+def narrowed(*dtypes: str) -> dict[str, list[tuple[str, str]]]:
+    """Changes that leave only these element types, for 17 <= R <= 32: a fifteenth of the work."""
+    text = (SOURCES / "static_switch.h").read_text()
+    cases = re.findall(r"^ *case k\w+:\n *return body\(Type<(\w+)>\(\)\);\n", text, re.MULTILINE)
+    dropped = [rf"^ *case k\w+:\n.*Type<{name}>.*\n" for name in cases if name not in dtypes]
+    dropped += [rf"^ *if \(bottleneck_size <= {width}\) .*\n" for width in (16, 64, 128, 256)]
+    lines = [re.search(pattern, text, re.MULTILINE)[0] for pattern in dropped]
+    return {"static_switch.h": [(line, "") for line in lines]}
+
+
+class Emulator:
+    """Stands in for the extension `adapterkern._cuda`, for tensors on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        for function in (self.library.emulated_forward, self.library.emulated_backward):
+            function.restype = ctypes.c_char_p
+            function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint]
+        self.library.block_tokens.argtypes = [ctypes.c_int64] * 2
+        self.library.cluster_bytes.argtypes = [ctypes.c_int64] * 3
+        self.seed = ROUND_ROBIN
+
+    def forward(self, packed: bytes, device: int, stream: int) -> None:
+        _check(self.library.emulated_forward(packed, len(packed), self.seed))
+
+    def backward(self, packed: bytes, device: int, stream: int) -> None:
+        _check(self.library.emulated_backward(packed, len(packed), self.seed))
+
+    def block_tokens(self, dtype: int, bottleneck_size: int) -> int:
+        return self.library.block_tokens(dtype, bottleneck_size)
+
+    def cluster_bytes(self, features: int, tokens: int, bottleneck_size: int) -> int:
+        return self.library.cluster_bytes(features, tokens, bottleneck_size)
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())

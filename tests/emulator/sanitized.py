@@ -1,0 +1,46 @@
+"""Run by test_sanitizer.py under AddressSanitizer: every form on a small problem, or exit code 1.
+
+Usage: python sanitized.py LIBRARY
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import emulated
+from cuda_emulator import Emulator
+
+from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.parity import Case, check_case
+
+# Rows of x and the weights end at odd addresses, tiles are partly filled, T is ragged.
+SIZES = (
+    (Device(1), 70, 75, 20),
+    (Device(64), 37, 72, 20),
+    (Device(64), 5, 530, 20),
+    (Device(8), 530, 33, 25),
+    (Device(2, 227 * 1024), 150, 300, 20),
+    (Device(12, 227 * 1024), 37, 530, 20),
+)
+OPTIONS = ({"scaling": "channel", "skip": True}, {"layout": "rows", "bias": "none"})
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    kernels = Emulator(Path(sys.argv[1]))
+    missed = []
+    for index, (device, tokens, hidden, bottleneck) in enumerate(SIZES):
+        for dtype in (torch.bfloat16, torch.float32):
+            for option in OPTIONS:
+                case = Case(
+                    dtype, shape=(tokens,), hidden_size=hidden, bottleneck_size=bottleneck, **option
+                )
+                kernels.seed = index % 3
+                with emulated(kernels, device):
+                    missed += [row for row in check_case(case, "cuda") if not row.passed]
+    print(*missed, sep="\n")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

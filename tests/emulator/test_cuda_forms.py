@@ -1,0 +1,278 @@
+"""Every form of the CUDA kernels, in every declared dtype and with every declared activation."""
+
+import contextlib
+import itertools
+
+import cuda_emulator
+import numpy as np
+import pytest
+import torch
+from conftest import emulated
+from cuda_forms import FORMS
+
+from adapterkern.backends import get
+from adapterkern.backends.base import Needs
+from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda.launch_config import (
+    Device,
+    Slices,
+    TokenPlan,
+    block_tokens,
+    block_width,
+    cluster_bytes,
+    token_plan,
+    token_slices,
+)
+from adapterkern.backends.cuda.params import DTYPES as CODES
+from adapterkern.parity import (
+    FLOORS,
+    FORWARD_ALLOWANCE,
+    GRADIENT_ALLOWANCE,
+    Case,
+    check_case,
+    differing_bits,
+    grid,
+    metric,
+    options,
+)
+from adapterkern.spec import name_of
+
+cuda = get("cuda")
+DTYPES = sorted(cuda.dtypes, key=name_of)
+SCHEDULES = list(cuda_emulator.SCHEDULES)
+PAIRS = [(name, dtype) for name, form in FORMS.items() for dtype in DTYPES if form.takes(dtype)]
+each_form_and_dtype = pytest.mark.parametrize(
+    ("form", "dtype"), PAIRS, ids=[f"{form}-{name_of(dtype)}" for form, dtype in PAIRS]
+)
+
+
+@pytest.fixture
+def run_as(kernels):
+    """run_as(form, schedule): from here on every call takes that form, and is checked to."""
+    with contextlib.ExitStack() as stack:
+
+        def choose(name: str, schedule: str = "round_robin") -> None:
+            form = FORMS[name]
+            stack.enter_context(emulated(kernels, form.device))
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(kernels, "seed", cuda_emulator.SCHEDULES[schedule])
+
+            def checked_token_plan(*arguments):
+                plan = token_plan(*arguments)
+                assert plan.slices.number == form.feature_slices
+                assert plan.cluster_tokens == form.cluster_tokens
+                return plan
+
+            def checked_token_slices(*arguments):
+                slices = token_slices(*arguments)
+                assert (slices.number > 1) == form.token_slices
+                return slices
+
+            patch.setattr(cuda_backend, "token_plan", checked_token_plan)
+            patch.setattr(cuda_backend, "token_slices", checked_token_slices)
+
+        yield choose
+
+
+def missed(case: Case) -> str:
+    return "\n".join(str(row) for row in check_case(case, "cuda") if not row.passed)
+
+
+def _cases() -> dict[str, tuple[str, str, Case]]:
+    """Per form every dtype with every activation; the schedules take turns."""
+    cases = {}
+    combinations = itertools.product(PAIRS, sorted(cuda.activations))
+    for index, ((form, dtype), activation) in enumerate(combinations):
+        case = Case(dtype=dtype, activation=activation, **FORMS[form].sizes)
+        schedule = SCHEDULES[index % len(SCHEDULES)]
+        cases[f"{form}-{schedule}-{case}"] = form, schedule, case
+    return cases
+
+
+CASES = _cases()
+
+
+@pytest.mark.parametrize(("form", "schedule", "case"), CASES.values(), ids=CASES.keys())
+def test_cuda_matches_float64_in_every_form(run_as, form, schedule, case):
+    run_as(form, schedule)
+    assert not missed(case)
+
+
+OPTIONS = grid(cuda.dtypes, ["gelu"], "default", small=True)
+
+
+@pytest.mark.parametrize("form", ["row_block", "split"])
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_cuda_matches_float64_with_every_option(kernels, monkeypatch, case, form):
+    monkeypatch.setattr(kernels, "seed", OPTIONS.index(case) % len(SCHEDULES))
+    with emulated(kernels, FORMS[form].device):
+        assert not missed(case)
+
+
+HALVES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
+CLUSTER_OPTIONS = options(
+    Case(shape=(37,), hidden_size=264, bottleneck_size=20), HALVES, every_dtype=False
+)
+
+
+@pytest.mark.parametrize("form", ["cluster", "cluster_few"])
+@pytest.mark.parametrize("case", CLUSTER_OPTIONS, ids=str)
+def test_cuda_cluster_matches_float64_with_every_option(kernels, monkeypatch, case, form):
+    monkeypatch.setattr(kernels, "seed", CLUSTER_OPTIONS.index(case) % len(SCHEDULES))
+    monkeypatch.setattr(cuda_backend, "token_plan", in_clusters)
+    with emulated(kernels, FORMS[form].device):
+        assert not missed(case)
+
+
+def in_clusters(problem, device):
+    plan = token_plan(problem, device)
+    assert plan.num_clusters > 0
+    return plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128, 129, 256])
+def test_cuda_matches_float64_at_the_edges_of_every_tile(kernels, dtype, bottleneck):
+    case = Case(
+        dtype=dtype, shape=(131,), hidden_size=136, bottleneck_size=bottleneck, scaling="channel"
+    )
+    with emulated(kernels):
+        assert not missed(case)
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128])
+def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
+    kernels, monkeypatch, tokens, bottleneck
+):
+    """Of the eight blocks the last has no features, and the one before it nine."""
+    case = Case(
+        dtype=torch.bfloat16, shape=(70,), hidden_size=777, bottleneck_size=bottleneck,
+        scaling="channel",
+    )  # fmt: skip
+    plan = TokenPlan(Slices(8, 128), num_clusters=1, cluster_tokens=tokens)
+    monkeypatch.setattr(cuda_backend, "token_plan", lambda *_: plan)
+    with emulated(kernels):
+        assert not missed(case)
+
+
+@each_form_and_dtype
+def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch, form, dtype):
+    case = Case(dtype=dtype, scaling="channel", skip=True, **FORMS[form].sizes)
+    run_as(form)
+    assert differing_bits(case, "cuda") == []
+    tensors = case.draw("cpu", seed=0)
+    call = case.make_call(tensors)
+    results = []
+    for seed in cuda_emulator.SCHEDULES.values():
+        monkeypatch.setattr(kernels, "seed", seed)
+        y, z = cuda.forward(call, save_z=True)
+        results.append((y, z, *cuda.backward(call, z, tensors["x"], Needs(*[True] * 6))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@each_form_and_dtype
+def test_cuda_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, dtype):
+    run_as(form)
+    case = Case(dtype=dtype, bias="down", activation="sigmoid", **FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    tensors["up_weight"].zero_()
+    y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+    assert torch.equal(y, tensors["x"])
+
+
+@each_form_and_dtype
+def test_cuda_nan_stays_in_its_row(run_as, form, dtype):
+    """A NaN in x makes its token NaN, as in eager, and no other: with relu too."""
+    run_as(form)
+    case = Case(dtype=dtype, activation="relu", residual="none", **FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    tensors["x"][3, 5] = torch.nan
+    y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+    rows = y.isnan().any(1)
+    assert y[3].isnan().all()
+    assert rows.sum() == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cuda_computes_only_the_gradients_asked_for(run_as, form):
+    """Those asked for equal the full set's, the others are absent: every subset of the six."""
+    run_as(form)
+    case = Case(dtype=torch.bfloat16, scaling="channel", **FORMS[form].sizes)
+    tensors = case.draw("cpu", seed=0)
+    call = case.make_call(tensors)
+    _, z = cuda.forward(call, save_z=True)
+    dy = tensors["x"]
+    full = cuda.backward(call, z, dy, Needs(*[True] * 6))
+    for subset in itertools.product([False, True], repeat=6):
+        if sum(subset) not in (1, 5) and form != "row_block":
+            continue
+        some = cuda.backward(call, z, dy, Needs(*subset))
+        for wanted, a, b in zip(subset, full, some, strict=True):
+            assert torch.equal(a, b) if wanted else b is None
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if FORMS[name].takes(torch.float32)])
+def test_cuda_runs_float32_in_tf32_where_torch_allows_it(run_as, monkeypatch, form):
+    """TF32 rounds the operands of products to float16's 11 bits, and nothing else."""
+    run_as(form)
+    monkeypatch.setattr(cuda_backend, "allow_tf32", lambda: True)
+    case = Case(dtype=torch.float32, scaling="channel", skip=True, **FORMS[form].sizes)
+    rows = check_case(case, "cuda")
+    assert {row.note for row in rows} == {""}
+    for row in rows:
+        allowance = FORWARD_ALLOWANCE if row.tensor.startswith("y") else GRADIENT_ALLOWANCE
+        assert row.error < allowance * FLOORS[torch.float16], row
+        sums_only = row.tensor in ("d_up_bias", "d_skip")
+        assert row.error < 1e-6 if sums_only else row.error > 1e-5, row
+    assert differing_bits(case, "cuda") == []
+
+
+def test_cuda_forms_agree_on_the_same_call(kernels):
+    """The same products in another order of summation: as close as one rounding of the output."""
+    case = Case(dtype=torch.float32, shape=(70,), hidden_size=530, bottleneck_size=48)
+    call = case.make_call(case.draw("cpu", seed=0))
+    results = []
+    for num_sms in (1, 64):
+        with emulated(kernels, Device(num_sms)):
+            results.append(cuda.forward(call, save_z=True))
+    for row_block, split in zip(*results, strict=True):
+        assert 0 < metric(split, row_block) < 1e-6
+
+
+def test_cuda_offsets_pass_two_to_the_31(kernels):
+    """Rows so far apart that an offset of 32 bits would wrap; only the pages in use exist."""
+    stride, tokens = 2**30 + 8, 4
+    # numpy's memory: torch's is filled with NaN here, which would bring 8 GB of pages into use.
+    pages = torch.from_numpy(np.empty(tokens * stride, dtype=np.int16)).view(torch.bfloat16)
+    spread = pages.as_strided((tokens, 24), (stride, 1))
+    case = Case(dtype=torch.bfloat16, shape=(tokens,), hidden_size=24, bottleneck_size=8)
+    tensors = case.draw("cpu", seed=0)
+    spread.copy_(tensors["x"])
+    with emulated(kernels):
+        near, _ = cuda.forward(case.make_call(tensors), save_z=False)
+        far, _ = cuda.forward(case.make_call({**tensors, "x": spread}), save_z=False)
+    assert torch.equal(near, far)
+
+
+def test_cuda_declines_what_does_not_stay_on_chip(kernels):
+    case = Case(shape=(3,), hidden_size=8, bottleneck_size=257)
+    with emulated(kernels):
+        reasons = cuda.unsupported_reasons(case.make_call(case.draw("cpu", seed=0)).spec())
+    assert reasons == ["bottleneck_size 257 exceeds 256, the widest that stays on chip"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_launch_config_knows_the_tiles_of_the_kernels(kernels, dtype):
+    for size in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256):
+        tokens = kernels.block_tokens(CODES[dtype], size)
+        assert tokens == block_tokens(size, half=dtype.itemsize == 2), size
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize("bottleneck", [1, 17, 64, 128])
+def test_launch_config_knows_the_shared_memory_of_a_cluster(kernels, tokens, bottleneck):
+    for features in (64, 192, 512):
+        expected = kernels.cluster_bytes(features, tokens, bottleneck)
+        assert cluster_bytes(features, tokens, block_width(bottleneck)) == expected > 0

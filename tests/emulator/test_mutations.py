@@ -1,0 +1,158 @@
+"""The suite can fail: each planted fault in the kernels turns a small set of cases red."""
+
+import cuda_emulator
+import pytest
+import torch
+from conftest import emulated
+from cuda_forms import CLUSTER_MEMORY
+
+from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.parity import Case, check_case
+
+# fault: file, text, replacement
+CLUSTER_FAULTS = {
+    "exchange before the sums of every block are there": (
+        "cluster.cuh",
+        "    cluster_barrier();     // the sums of every block are there\n",
+        "    __syncthreads();\n",
+    ),
+    "output before the bottleneck is complete": (
+        "cluster.cuh",
+        "    cluster_barrier();  // the bottleneck is complete\n",
+        "    __syncthreads();\n",
+    ),
+    "rows and sums overwritten while they are read": (
+        "cluster.cuh",
+        "    __syncthreads();       // and the sums and the other slot are no longer read\n",
+        "",
+    ),
+    "sums of the warps added before they are there": (
+        "cluster.cuh",
+        "  __syncthreads();  // the parts of all warps are there\n",
+        "",
+    ),
+    "rows used before they arrive": (
+        "cluster.cuh",
+        "    copy_async_wait<1>();  // for these rows\n",
+        "",
+    ),
+    "weight used before it arrives": (
+        "cluster.cuh",
+        "    copy_async_wait<1>();  // for the weight out, the first time\n",
+        "",
+    ),
+    "no empty group, so a wait for too few": (
+        "cluster.cuh",
+        "    copy_async_commit();  // an empty group keeps the count of pending groups\n",
+        "",
+    ),
+    "sums of one block left out": (
+        "cluster.cuh",
+        "      if (block >= size) break;\n      load_remote_16(parts[block][0], from, block);",
+        "      if (block >= size) break;\n      load_remote_16(parts[block][0], from, 0);",
+    ),
+    "bottleneck kept from one block": (
+        "cluster.cuh",
+        "for (int block = 0; block < size; ++block) store_remote_16",
+        "for (int block = 1; block < size; ++block) store_remote_16",
+    ),
+    "the same rows finished by every block": (
+        "cluster.cuh",
+        "first = cluster_rank() * rows",
+        "first = 0 * rows",
+    ),
+}
+FAULTS = {
+    "pipeline without its barrier": (
+        "tiles.cuh",
+        "copy_async_wait<kStages - 2>();\n      __syncthreads();",
+        "copy_async_wait<kStages - 2>();",
+    ),
+    "pipeline without its wait": ("tiles.cuh", "      copy_async_wait<kStages - 2>();\n", ""),
+    "wait for one group too few": ("tiles.cuh", "wait<kStages - 2>", "wait<kStages - 1>"),
+    "tile not filled up with zeros": ("tiles.cuh", "count * sizeof(Scalar)", "16"),
+    "wrong lane map of a": (
+        "tiles.cuh",
+        "a + (8 * low + in_matrix) * stride_a + k + 8 * high",
+        "a + (8 * high + in_matrix) * stride_a + k + 8 * low",
+    ),
+    "wrong lane map of b": (
+        "tiles.cuh",
+        "b + (8 * (tile + high) + in_matrix) * stride_b + k + 8 * low",
+        "b + (8 * (tile + low) + in_matrix) * stride_b + k + 8 * high",
+    ),
+    "sums written while tiles are read": (
+        "row_block.cuh",
+        "  __syncthreads();  // the sums take the place of tiles that other warps may still read\n",
+        "",
+    ),
+    "bottleneck read before it is complete": (
+        "row_block.cuh",
+        "  __syncthreads();  // the bottleneck tile is complete, and the sums beside it are read\n",
+        "",
+    ),
+    "output read before other lanes wrote it": (
+        "row_block.cuh",
+        "    store_product(out, Shape::kStrideOut, acc);\n    __syncwarp();\n",
+        "    store_product(out, Shape::kStrideOut, acc);\n",
+    ),
+    "one slice of H left out": ("row_block.cuh", "split < num_splits", "split < num_splits - 1"),
+    "one step of the tokens left out": (
+        "weight_gradients.cu",
+        "min(first + params.tokens_per_split, params.num_tokens)",
+        "min(first + params.tokens_per_split, params.num_tokens) - 1",
+    ),
+    "derivative of the wrong sign": ("activations.cuh", "+ z * expf(-0.5f", "- z * expf(-0.5f"),
+}
+CASES = [
+    # a device, and a problem that takes each form on it, with every tile partly filled
+    (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=200, bottleneck_size=24)),
+    (Device(64), Case(dtype=torch.bfloat16, shape=(5,), hidden_size=536, bottleneck_size=24)),
+]
+CLUSTER_CASES = [
+    (
+        Device(2, CLUSTER_MEMORY),
+        Case(dtype=torch.bfloat16, shape=(150,), hidden_size=264, bottleneck_size=24),
+    ),
+    (
+        Device(12, CLUSTER_MEMORY),
+        Case(dtype=torch.bfloat16, shape=(37,), hidden_size=536, bottleneck_size=24),
+    ),
+]
+
+
+def is_red(kernels: cuda_emulator.Emulator, cases: list) -> bool:
+    for device, case in cases:
+        for seed in (0, 1, 2, 3, 5, 7):  # some races take a certain order of the warps
+            kernels.seed = seed
+            with emulated(kernels, device):
+                try:
+                    if not all(row.passed for row in check_case(case, "cuda")):
+                        return True
+                except RuntimeError:  # the emulator saw it itself
+                    return True
+    return False
+
+
+def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
+    if cuda_emulator.missing() is not None:
+        pytest.skip(cuda_emulator.missing())
+    changes = cuda_emulator.narrowed("__nv_bfloat16")
+    if fault is not None:
+        file, text, replacement = {**FAULTS, **CLUSTER_FAULTS}[fault]
+        changes[file] = [(text, replacement)]
+    return cuda_emulator.Emulator(cuda_emulator.build(folder, flags=["-O1"], changes=changes))
+
+
+def test_cases_are_green_without_a_fault(tmp_path):
+    assert not is_red(narrowed_build(tmp_path), CASES + CLUSTER_CASES)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_turns_the_cases_red(tmp_path, fault):
+    assert is_red(narrowed_build(tmp_path, fault), CASES)
+
+
+@pytest.mark.parametrize("fault", CLUSTER_FAULTS)
+def test_fault_in_the_cluster_form_turns_its_cases_red(tmp_path, fault):
+    assert is_red(narrowed_build(tmp_path, fault), CLUSTER_CASES)

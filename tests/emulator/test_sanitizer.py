@@ -1,0 +1,40 @@
+"""AddressSanitizer over the kernels: no access outside of an input, an output or a work space."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulator
+import pytest
+
+
+def run_sanitized(folder: Path, changes: dict) -> subprocess.CompletedProcess:
+    if cuda_emulator.missing() is not None:
+        pytest.skip(cuda_emulator.missing())
+    asked = [cuda_emulator.COMPILER, "-print-file-name=libasan.so"]
+    runtime = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    if shutil.which(runtime) is None and not Path(runtime).is_absolute():
+        pytest.skip("needs libasan")
+    changes = {**cuda_emulator.narrowed("__nv_bfloat16", "float"), **changes}
+    library = cuda_emulator.build(folder, flags=cuda_emulator.SANITIZER_FLAGS, changes=changes)
+    environ = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        # The interpreter's own leaks, and the emulator's stacks, are not the kernels' errors.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join([str(cuda_emulator.SOURCES.parent), *sys.path]),
+    }
+    command = [sys.executable, str(cuda_emulator.HERE / "sanitized.py"), str(library)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+
+def test_kernels_stay_within_their_tensors(tmp_path):
+    done = run_sanitized(tmp_path, {})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_row_mask_off_by_one_is_reported(tmp_path):
+    done = run_sanitized(tmp_path, {"tiles.cuh": [("row >= rows", "row > rows")]})
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
