@@ -27,6 +27,7 @@ from adapterkern.backends.cuda.launch_config import (
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
     DTYPES,
+    NOTHING,
     TFLOAT32,
     BackwardParams,
     ForwardParams,
@@ -106,7 +107,7 @@ class CudaBackend(Backend):
             return y, z
         plan = token_plan(_problem(call, num_tokens), _device(device))
         room = {"y": y, "z": z if save_z else None, "partial": _partial(plan, call, num_tokens)}
-        params = ForwardParams(**_views(inputs, room), **_form(plan), **_options(call, num_tokens))
+        params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
         kernels.forward(params.pack(), *_queue(device))
         return y, z
 
@@ -139,15 +140,17 @@ class CudaBackend(Backend):
             room["partial"] = _partial(plan, call, num_tokens)
         if any(needs[1:]):
             tokens = token_slices(problem, _device(device))
-        room |= _sums(call, needs, tokens.number)
+        sums, sum_views = _sums(call, needs, tokens.number)
         params = BackwardParams(
-            **_views(inputs, out, room),
+            **_views(inputs | out | room),
+            **sum_views,
             **_form(plan),
             token_splits=tokens.number,
             tokens_per_split=tokens.length,
             **_options(call, num_tokens),
         )
         kernels.backward(params.pack(), *_queue(device))
+        del sums  # kept until here
         return _returned(call, out)
 
     def _loaded_kernels(self) -> ModuleType:
@@ -158,7 +161,7 @@ class CudaBackend(Backend):
 
 def _rows(tensor: Tensor) -> Tensor:
     """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -166,8 +169,8 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _views(*tensors: dict[str, Tensor | None]) -> dict[str, Any]:
-    return {name: view(tensor) for group in tensors for name, tensor in group.items()}
+def _views(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    return {name: view(tensor) for name, tensor in tensors.items()}
 
 
 def _options(call: AdapterCall, num_tokens: int) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def _options(call: AdapterCall, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def _form(plan: TokenPlan) -> dict[str, int]:
+def _form(plan: TokenPlan) -> dict[str, Any]:
     return {
         "num_splits": plan.slices.number,
         "features_per_split": plan.slices.length,
@@ -208,7 +211,7 @@ def _gradients(call: AdapterCall, needs: Needs) -> dict[str, Tensor | None]:
     inputs = (call.x, call.down_weight, call.up_weight, call.down_bias, call.up_bias)
     names = ("dx", "d_down_weight", "d_up_weight", "d_down_bias", "d_up_bias")
     out = {
-        name: torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        name: torch.empty_like(t, memory_format=torch.contiguous_format)
         if need and t is not None
         else None
         for name, t, need in zip(names, inputs, needs[:5], strict=True)
@@ -229,23 +232,32 @@ def _returned(call: AdapterCall, out: dict[str, Tensor | None]) -> Gradients:
     return Gradients(out["dx"], *weights, d_scaling)
 
 
-def _sums(call: AdapterCall, needs: Needs, count: int) -> dict[str, Tensor | None]:
-    """Work space for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and dy [S, H].
+def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:
+    """Work space in one piece: for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and
+    dy [S, H].
 
     d(scaling) needs G and the sums of dy even where dW_up and db_up are not asked for.
     """
     bottleneck, hidden = call.bottleneck_size, call.hidden_size
     up_bias = needs.up_bias or (needs.scaling and call.up_bias is not None)
-    wanted = {
-        "sum_down": (needs.down_weight, (count, bottleneck, hidden)),
-        "sum_up": (needs.up_weight or needs.scaling, (count, bottleneck, hidden)),
-        "sum_down_bias": (needs.down_bias, (count, bottleneck)),
-        "sum_up_bias": (up_bias, (count, hidden)),
+    wanted = (
+        ("sum_down", needs.down_weight, bottleneck, hidden),
+        ("sum_up", needs.up_weight or needs.scaling, bottleneck, hidden),
+        ("sum_down_bias", needs.down_bias, 1, bottleneck),
+        ("sum_up_bias", up_bias, 1, hidden),
+    )
+    offsets, size = {}, 0
+    for name, want, rows, width in wanted:
+        if want:
+            offsets[name] = size
+            size += -(-count * rows * width // 4) * 4  # so that each begins at 16 bytes
+    room = torch.empty(size, dtype=torch.float32, device=call.x.device)
+    address, code = room.data_ptr(), DTYPES[torch.float32]
+    views = {
+        name: (address + 4 * offsets[name], code, width) if name in offsets else NOTHING
+        for name, _, _, width in wanted
     }
-    return {
-        name: torch.empty(shape, dtype=torch.float32, device=call.x.device) if want else None
-        for name, (want, shape) in wanted.items()
-    }
+    return room, views
 
 
 def _problem(call: AdapterCall, num_tokens: int) -> Problem:

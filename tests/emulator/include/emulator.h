@@ -67,7 +67,7 @@ namespace emulator {
 
 constexpr int kWarpSize = 32;
 constexpr int kMostThreads = 1024;
-constexpr unsigned kMostClusterSize = 8;  // that every GPU with clusters can place
+constexpr unsigned kMostClusterSize = 8;      // that every GPU with clusters can place
 constexpr int kMostSharedBytes = 227 * 1024;  // compute capability 9.0
 constexpr unsigned kMostGridYZ = 65535;
 constexpr size_t kStackBytes = 128 * 1024;
