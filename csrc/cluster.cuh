@@ -7,8 +7,8 @@
 #pragma once
 
 #include "launch.cuh"
+#include "products.cuh"
 #include "static_switch.h"
-#include "tiles.cuh"
 
 namespace adapterkern {
 

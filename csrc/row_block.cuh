@@ -7,7 +7,7 @@
 // bottleneck, then by the bottleneck tile, beside it first the sums and later the pipeline out.
 #pragma once
 
-#include "tiles.cuh"
+#include "products.cuh"
 
 namespace adapterkern {
 

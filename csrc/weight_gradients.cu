@@ -5,8 +5,8 @@
 
 #include "activations.cuh"
 #include "launch.cuh"
+#include "products.cuh"
 #include "static_switch.h"
-#include "tiles.cuh"
 
 namespace adapterkern {
 namespace {

@@ -72,12 +72,12 @@ FAULTS = {
     "wait for one group too few": ("tiles.cuh", "wait<kStages - 2>", "wait<kStages - 1>"),
     "tile not filled up with zeros": ("tiles.cuh", "count * sizeof(Scalar)", "16"),
     "wrong lane map of a": (
-        "tiles.cuh",
+        "products.cuh",
         "a + (8 * low + in_matrix) * stride_a + k + 8 * high",
         "a + (8 * high + in_matrix) * stride_a + k + 8 * low",
     ),
     "wrong lane map of b": (
-        "tiles.cuh",
+        "products.cuh",
         "b + (8 * (tile + high) + in_matrix) * stride_b + k + 8 * low",
         "b + (8 * (tile + low) + in_matrix) * stride_b + k + 8 * high",
     ),

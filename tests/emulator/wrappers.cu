@@ -1,10 +1,10 @@
-// Each wrapper of ptx.cuh, and each product of tiles.cuh, alone in a kernel of one warp a block.
+// Each wrapper of ptx.cuh, and each product of products.cuh, alone in a kernel of one warp a block.
 // Compiles with the emulator's twin of ptx.cuh and with nvcc, so that both can be held to the same
 // numbers.
 #include <cstring>
 
 #include "launch.cuh"
-#include "tiles.cuh"
+#include "products.cuh"
 
 namespace adapterkern {
 namespace {
