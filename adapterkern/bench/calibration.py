@@ -11,7 +11,7 @@ from adapterkern.bench.timing import CudaTimer, Subject
 
 COPY_BYTES = 2 * 2**30  # read plus written; far beyond L2
 MATRIX_SIZE = 8192
-CALLS = 20
+FLOAT32_SIZE = 4096  # an eighth of the work, which CUDA cores do at a tenth of the rate
 STEADY = 0.03  # clocks that moved further than this between two copies spoil a run
 
 
@@ -20,6 +20,7 @@ class Calibration:
     """SI units. None: not measured, as on a CPU or where only a part is wanted.
 
     copy_bandwidth: bytes read plus written per second; matrix_rate: FLOP/s in bfloat16;
+    matrix_rate_fp32: in float32 as torch computes it here (TF32 or IEEE);
     graph_kernel: seconds of a near-empty kernel in a CUDA graph; eager_launch: host seconds of one
     eager elementwise call; l2_bandwidth: bytes per second read from L2; triton_launch: host seconds
     of one Triton launch; copy_bandwidth_after: the same copy when all else was measured.
@@ -27,22 +28,23 @@ class Calibration:
 
     copy_bandwidth: float | None = None
     matrix_rate: float | None = None
+    matrix_rate_fp32: float | None = None
     graph_kernel: float | None = None
     eager_launch: float | None = None
     l2_bandwidth: float | None = None
     triton_launch: float | None = None
     copy_bandwidth_after: float | None = None
 
-    def machine(self) -> Machine:
-        """The roofline's machine: what was measured, else an H200's constants."""
-        measured = {
-            "copy_bandwidth": self.copy_bandwidth,
-            "matrix_rate": self.matrix_rate,
-            "launch_seconds": self.graph_kernel,
-        }
-        return dataclasses.replace(
-            Machine(), **{name: value for name, value in measured.items() if value is not None}
-        )
+    def machine(self, dtype: str) -> Machine | None:
+        """The roofline's machine for a case's dtype; None where the copy was not measured.
+
+        Products of a dtype whose rate was not measured bound nothing.
+        """
+        if self.copy_bandwidth is None:
+            return None
+        half = self.matrix_rate  # tensor cores run both 16-bit dtypes at one rate
+        rates = {"bf16": half, "fp16": half, "fp32": self.matrix_rate_fp32}
+        return Machine(self.copy_bandwidth, rates.get(dtype), self.graph_kernel or 0.0)
 
     @property
     def steady(self) -> bool | None:
@@ -64,11 +66,12 @@ def from_dict(values: dict[str, float]) -> Calibration:
 
 
 def measure(timer: CudaTimer, seconds: float = 1.0) -> Calibration:
-    """Copy bandwidth, matrix rate, near-empty kernel in a graph and eager launch on this GPU."""
-    part = seconds / 3
+    """Copy bandwidth, matrix rates, near-empty kernel in a graph and eager launch on this GPU."""
+    part = seconds / 4
     return Calibration(
         copy_bandwidth=copy_bandwidth(timer, part),
         matrix_rate=matrix_rate(timer, part),
+        matrix_rate_fp32=matrix_rate(timer, part, FLOAT32_SIZE, torch.float32),
         graph_kernel=graph_kernel(timer, part),
         eager_launch=eager_launch(timer),
     )
@@ -81,9 +84,14 @@ def copy_bandwidth(timer: CudaTimer, seconds: float) -> float:
     return COPY_BYTES / _seconds(timer, "cold", lambda: target.copy_(source), seconds)
 
 
-def matrix_rate(timer: CudaTimer, seconds: float, size: int = MATRIX_SIZE) -> float:
-    """FLOP/s of a square bfloat16 product."""
-    a = torch.randn(size, size, device=timer.device, dtype=torch.bfloat16)
+def matrix_rate(
+    timer: CudaTimer,
+    seconds: float,
+    size: int = MATRIX_SIZE,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """FLOP/s of a square product; in float32 by the arithmetic that torch is set to."""
+    a = torch.randn(size, size, device=timer.device, dtype=dtype)
     b, c = torch.randn_like(a), torch.empty_like(a)
     return 2 * size**3 / _seconds(timer, "hot", lambda: torch.mm(a, b, out=c), seconds)
 

@@ -36,16 +36,26 @@ def noise_band(before: Timing, after: Timing) -> float:
     return max(LEAST_BAND, spread)
 
 
+def different_devices(before: Result, after: Result) -> str | None:
+    """Both names where the files are of different devices, else None; CPUs differ by model too."""
+    if before.device != after.device:
+        return f"{before.device} and {after.device}"
+    models = before.header.get("cpu"), after.header.get("cpu")
+    if before.on_gpu or None in models or models[0] == models[1]:
+        return None
+    return f"{models[0]} and {models[1]}"
+
+
 def compare(before: Result, after: Result, force: bool = False) -> list[Comparison]:
     """Every row that both files have a time for, in the order of `after`.
 
     Raises:
         ResultError: the files are of different devices (unless forced) or have no row in common.
     """
-    if before.device != after.device and not force:
+    apart = different_devices(before, after)
+    if apart and not force:
         raise ResultError(
-            f"the files are of different devices, {before.device} and {after.device}.\n"
-            "  hint: --force compares them anyway"
+            f"the files are of different devices, {apart}.\n  hint: --force compares them anyway"
         )
     old = {row.key: row for row in before.rows}
     found = []

@@ -33,6 +33,7 @@ def header(device: torch.device, command: str) -> dict[str, Any]:
         "dirty": dirty,
         "device": device_name(device),
         "device_type": device.type,
+        "cpu": cpu_model(),
         **_gpu_facts(device),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
@@ -50,6 +51,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})"
+
+
+def cpu_model() -> str | None:
+    """The processor's name as Linux gives it, None where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
 
 
 def folder_name(device: str) -> str:

@@ -151,7 +151,9 @@ class _CublasLt:
             chosen = None if epilog is None else getattr(self._epilog, epilog)
             plan.plan(epilog=chosen, epilog_inputs=epilog_inputs)
         else:
-            plan.reset_operands(a=a, b=b, c=summand, epilog_inputs=epilog_inputs, **scale)
+            # A place sees one shape and layout, so nvmath's checks would only cost host time.
+            reset = getattr(plan, "reset_operands_unchecked", plan.reset_operands)
+            reset(a=a, b=b, c=summand, epilog_inputs=epilog_inputs, **scale)
         return plan.execute()
 
 

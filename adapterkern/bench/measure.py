@@ -1,4 +1,4 @@
-"""One case, all providers: build, pass the parity gate, count memory and launches, then time."""
+"""One case, all providers: build, pass the parity gate, count memory, time, count launches."""
 
 import gc
 import sys
@@ -22,7 +22,7 @@ from adapterkern.bench.timing import CALLS_IN_GRAPH, CudaTimer, Subject, WallTim
 # Up to here a call is shorter than its launch: its time in a graph is what a captured model pays.
 FEW_TOKENS = 4096
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
-DISTINCT_BYTES = 3 * 50 * 2**20  # buffers in turn exceed this, three times an H200's L2
+DISTINCT_BYTES = 3 * 50 * 2**20  # of buffers in turn where they are large: three L2s of an H200
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ def measure_case(
             for entry in entries:
                 _guarded(entry, _count, case, inputs, timer, device)
         _time(entries, case, inputs, timer, settings, progress)
+        if settings.details:  # last: a profiler slows the launches of what runs after it
+            for entry in entries:
+                _count_kernels(entry, case, inputs, device)
     rows = [entry.row for entry in entries]
     _derive(rows, case, calibration, device)
     _release(device)
@@ -169,6 +172,7 @@ def _count(
     if built is None:
         return
     call = prepared_call(built, case, inputs.x, inputs.dy)
+    row.host_us = timer.host_us(Subject([call]))
     counted = memory.allocated(call, device)
     if counted is not None:
         row.peak_bytes, row.transient_bytes = counted.peak, counted.transient
@@ -177,8 +181,16 @@ def _count(
         row.saved_bytes = memory.saved_bytes(
             lambda: built.forward(x), [x, *built.parameters.values()]
         )
-    row.kernels = memory.kernels_launched(call, device)
-    row.host_us = timer.host_us(Subject([call]))
+
+
+def _count_kernels(entry: _Entry, case: BenchCase, inputs: Inputs, device: torch.device) -> None:
+    if entry.built is None or entry.row.status != "ok":
+        return
+    try:
+        call = prepared_call(entry.built, case, inputs.x, inputs.dy)
+        entry.row.kernels = memory.kernels_launched(call, device)
+    except Exception as error:  # the times stand without it
+        _add_note(entry.row, f"kernels not counted: {_sentence(error)}")
 
 
 def _time(
@@ -210,51 +222,85 @@ def _time(
         _guarded(entry, prepare)
     rows = {entry.provider.name: entry.row for entry in entries}
     for kind in kinds(case, timer):
-        progress(f"{case}: timing {', '.join(subjects)} ({kind})")
-        timings = timer.measure(kind, subjects, settings.seconds)
+        chosen = subjects
+        if kind == "graph" and isinstance(timer, CudaTimer):
+            chosen = _capturable(subjects, rows, timer)
+        progress(f"{case}: timing {', '.join(chosen)} ({kind})")
+        timings = timer.measure(kind, chosen, settings.seconds)
         for name, timing in timings.items():
             rows[name].timings[kind] = timing
-        for name, subject in subjects.items():
+            if kind == "graph":
+                rows[name].buffer_bytes = len(buffers) * _activations(case)
+        for name, subject in chosen.items():
+            row = rows[name]
+            if subject.late:
+                _add_note(row, f"{kind}: launches included, the host was behind the GPU")
+                subject.late = False
             if subject.failure is not None:
-                row = rows[name]
                 status, note = failure(subject.failure)
-                row.note = "; ".join(filter(None, [row.note, f"{kind}: {note}"]))
+                _add_note(row, f"{kind}: {note}")
                 row.status = status  # until it is timed in another way
+                if kind == "graph" and isinstance(timer, CudaTimer) and status == "failed":
+                    timer.not_captured[name] = note
                 subject.failure = None
     for name in subjects:
         if rows[name].timings:
             rows[name].status = "ok"
 
 
+def _capturable(
+    subjects: dict[str, Subject], rows: dict[str, Row], timer: CudaTimer
+) -> dict[str, Subject]:
+    """Without those whose capture failed in an earlier case: one more try may cost the process."""
+    for name in subjects.keys() & timer.not_captured.keys():
+        _add_note(rows[name], f"graph: not tried, as it failed before: {timer.not_captured[name]}")
+    return {name: s for name, s in subjects.items() if name not in timer.not_captured}
+
+
+def _activations(case: BenchCase) -> int:
+    """Bytes of one call's x and y, or dy and dx: the least that is distinct in each buffer."""
+    return 2 * case.tokens * case.hidden_size * case.element_size
+
+
 def _distinct_buffers(case: BenchCase, timer: WallTimer | CudaTimer) -> int:
+    """How many buffers a graph's calls take in turn; few tokens cannot fill L2 with them."""
     if isinstance(timer, WallTimer):
         return 1
-    activation = case.tokens * case.hidden_size * case.element_size
-    return max(1, min(CALLS_IN_GRAPH, -(-DISTINCT_BYTES // (2 * activation))))
+    return max(1, min(CALLS_IN_GRAPH, -(-DISTINCT_BYTES // _activations(case))))
 
 
 def _derive(
     rows: list[Row], case: BenchCase, calibration: Calibration, device: torch.device
 ) -> None:
     """What follows from the times; on a CPU, which tells nothing about a GPU, no ratio."""
-    moved = roofline.moved_bytes(case)
     for row in rows:
         if row.time is not None and row.provider != "no-adapter":
-            row.gb_per_s = moved / row.time.p50 / 1e3
+            row.gb_per_s = roofline.moved_bytes(case, _bytes_of(row)) / row.time.p50 / 1e3
     if device.type != "cuda":
         return
-    machine = calibration.machine()
+    machine = calibration.machine(case.dtype)
     for row in rows:
-        row.floor_us = roofline.seconds(case, machine) * 1e6
+        if machine is not None:
+            row.floor_us = roofline.seconds(case, machine) * 1e6
         if row.time is None:
             continue
-        if row.provider != "no-adapter":
-            row.floor_fraction = roofline.copy_seconds(case, machine) * 1e6 / row.time.p50
+        if machine is not None and row.provider != "no-adapter":
+            least = roofline.copy_seconds(case, machine, _bytes_of(row))
+            row.floor_fraction = least * 1e6 / row.time.p50
         row.ratios = {
             other.provider: other.time.p50 / row.time.p50
             for other in rows
             if other.time is not None and other.provider not in (row.provider, "no-adapter")
         }
+
+
+def _bytes_of(row: Row) -> str:
+    """Whose bytes a row is judged by: a limit moves its own and no more, all others the floor's."""
+    return "limit" if row.provider == "limit" else "floor"
+
+
+def _add_note(row: Row, text: str) -> None:
+    row.note = "; ".join(filter(None, [row.note, text]))
 
 
 def _guarded(entry: _Entry, work: Callable[..., Any], *arguments: Any) -> None:

@@ -14,6 +14,22 @@ _BASELINE_COLORS = ("#555555", "#E69F00", "#56B4E9", "#CC79A7", "#999999", "#B8A
 _MARKERS = "sv^D<>P*X"
 
 
+def refusal(path: Path) -> str | None:
+    """Why no picture can be written to `path`, before anything is measured; None if one can."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except Exception as error:  # a broken installation raises whatever it likes
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f'matplotlib cannot be imported ({text})\n  hint: pip install "adapterkern[plot]"'
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        return (
+            f"cannot draw into {path}: unknown suffix {path.suffix!r}.\n"
+            f"  hint: {', '.join(f'.{name}' for name in known)}"
+        )
+    return None
+
+
 def plot(result: Result, path: Path) -> None:
     """Write the picture of `result` to `path`; the suffix chooses the format.
 
@@ -77,18 +93,24 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
     from matplotlib.ticker import LogLocator, NullLocator
 
     case = rows[0].case
+    headlines = list(dict.fromkeys(row.headline for row in sorted(rows, key=_tokens)))
     for name, style in styles.items():
-        points = sorted(
-            (row.case.tokens, row.time.p50, row.time.p20, row.time.p80)
-            for row in rows
-            if row.provider == name and row.time is not None
-        )
-        if points:
-            tokens, middle, low, high = zip(*points, strict=True)
-            axes.plot(tokens, middle, label=name, markersize=5, **style)
-            axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    if result.on_gpu:
-        machine = from_dict(result.header.get("calibration", {})).machine()
+        label = name
+        for kind in headlines:  # a line never joins two kinds of timing
+            points = sorted(
+                (row.case.tokens, row.time.p50, row.time.p20, row.time.p80)
+                for row in rows
+                if row.provider == name and row.headline == kind and row.time is not None
+            )
+            if points:
+                tokens, middle, low, high = zip(*points, strict=True)
+                axes.plot(tokens, middle, label=label, markersize=5, **style)
+                axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
+                label = f"_{name}"  # an underscore: not in the legend again
+    for left, right in itertools.pairwise(headlines):
+        _mark_change(axes, rows, left, right)
+    machine = from_dict(result.header.get("calibration", {})).machine(case.dtype)
+    if result.on_gpu and machine is not None:
         floor = sorted({row.case.tokens: row.case for row in rows}.items())
         axes.plot(
             [tokens for tokens, _ in floor],
@@ -107,10 +129,24 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
     axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens")
-    headlines = sorted({row.headline for row in rows})
     axes.set_ylabel(f"us a call ({', '.join(headlines)})")
     axes.set_title(
         f"{case.mode}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}", fontsize=10
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
+
+
+def _tokens(row: Row) -> int:
+    return row.case.tokens
+
+
+def _mark_change(axes: Any, rows: list[Row], left: str, right: str) -> None:
+    """A vertical line between the last case of one kind of timing and the first of the next."""
+    last = max(row.case.tokens for row in rows if row.headline == left)
+    first = min(row.case.tokens for row in rows if row.headline == right)
+    middle = (last * first) ** 0.5
+    axes.axvline(middle, color="#999999", linewidth=1, linestyle=":", label=f"_{left} | {right}")
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 8}
+    for kind, side, offset in ((left, "right", -3), (right, "left", 3)):
+        axes.annotate(kind, (middle, 0.97), xytext=(offset, 0), ha=side, va="top", **place)

@@ -37,8 +37,10 @@ class Row:
     """One provider on one case. What was not measured is None.
 
     timings: by kind, see `timing.KINDS`; headline: the kind that ratios and fractions are of.
-    floor_us: the case's floor; floor_fraction: bytes of the floor at the measured copy bandwidth,
-    over the measured time; ratios: time of that provider over this one's.
+    buffer_bytes: activations that a graph's calls take in turn; in L2 if they are smaller than it.
+    floor_us: the case's floor; floor_fraction: bytes of the floor (of `limit`: its own) at the
+    measured copy bandwidth, over the measured time; gb_per_s: the same bytes over time;
+    ratios: time of that provider over this one's.
     host_us: CPU time to launch a call; peak_bytes and transient_bytes: beyond what was allocated
     before a call, and beyond what is still alive after it; saved_bytes: kept for the backward
     beside inputs and parameters; kernels: launched on the GPU by a call.
@@ -53,6 +55,7 @@ class Row:
     ours: bool = False
     headline: str = ""
     timings: dict[str, Timing] = field(default_factory=dict)
+    buffer_bytes: int | None = None
     gb_per_s: float | None = None
     floor_us: float | None = None
     floor_fraction: float | None = None

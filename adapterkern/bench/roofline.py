@@ -14,17 +14,22 @@ from adapterkern.bench.cases import BenchCase
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a kernel. The defaults are an H200's; `calibration` measures them.
+    """What bounds a kernel, as `calibration` measures it.
 
     Args:
         copy_bandwidth: bytes read plus written per second by a device-to-device copy.
-        matrix_rate: FLOP/s of a dense bfloat16 matrix product.
-        launch_seconds: wall time of a near-empty kernel inside a CUDA graph.
+        matrix_rate: FLOP/s of a dense matrix product in the case's dtype; None: not known, so that
+            products bound nothing.
+        launch_seconds: wall time of a near-empty kernel inside a CUDA graph; 0: not known.
     """
 
-    copy_bandwidth: float = 4.3e12
-    matrix_rate: float = 790e12
-    launch_seconds: float = 2.2e-6
+    copy_bandwidth: float
+    matrix_rate: float | None = None
+    launch_seconds: float = 0.0
+
+    def product_seconds(self, flops: float) -> float:
+        """The least time of that many FLOPs, 0 where the rate is not known."""
+        return 0.0 if self.matrix_rate is None else flops / self.matrix_rate
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Kernel:
     def seconds(self, case: BenchCase, machine: Machine) -> float:
         """The longest of the three bounds."""
         memory = self.bytes(case) / machine.copy_bandwidth
-        return max(memory, self.flops(case) / machine.matrix_rate, machine.launch_seconds)
+        return max(memory, machine.product_seconds(self.flops(case)), machine.launch_seconds)
 
 
 # One weight gradient is written once, in the parameters' dtype.
@@ -63,8 +68,14 @@ _FORWARD = {  # of a call that saves nothing
     "addmm": [Kernel(1, 1, 1, 1), Kernel(2), Kernel(2, 1, 1, 1)],
     "cublaslt": [Kernel(1, 1, 1, 1), Kernel(2, 1, 1, 1)],
     "compile": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(3)],
+    "limit": [Kernel(2)],  # y = x
 }
-_RECORDING = {**_FORWARD, "floor": [Kernel(2, 1, 2, 2)]}  # also writes z
+_RECORDING = {  # what applies the activation in the first product also writes z
+    **_FORWARD,
+    "floor": [Kernel(2, 1, 2, 2)],
+    "addmm": [Kernel(1, 2, 1, 1), Kernel(2), Kernel(2, 1, 1, 1)],
+    "cublaslt": [Kernel(1, 2, 1, 1), Kernel(2, 1, 1, 1)],
+}
 _BACKWARD = {
     "floor": [Kernel(3, 1, 4, 4)],
     "adapterhub": [
@@ -86,6 +97,7 @@ _BACKWARD = {
         *(Kernel(2), Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(0, 3)),
         *(Kernel(1, 1, 1, 1), Kernel(1, 1, 1, 1), Kernel(3)),
     ],
+    "limit": [Kernel(3)],  # dx = dy + x
 }
 MODELS = tuple(_FORWARD)
 
@@ -113,19 +125,19 @@ def seconds(case: BenchCase, machine: Machine, implementation: str = "floor") ->
     return sum(kernel.seconds(case, machine) for kernel in kernels(case, implementation))
 
 
-def copy_seconds(case: BenchCase, machine: Machine) -> float:
+def copy_seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
     """The floor by bytes alone: what the fraction-of-floor column divides by the measured time.
 
     Neither the matrix rate nor the launch time enters, so a fraction is of the copy bandwidth.
     """
-    return moved_bytes(case) / machine.copy_bandwidth
+    return moved_bytes(case, implementation) / machine.copy_bandwidth
 
 
 def bound(case: BenchCase, machine: Machine) -> str:
     """What bounds the floor: launch, compute, weights or memory."""
     least = kernels(case)
     memory = moved_bytes(case) / machine.copy_bandwidth
-    compute = sum(kernel.flops(case) for kernel in least) / machine.matrix_rate
+    compute = machine.product_seconds(sum(kernel.flops(case) for kernel in least))
     if max(memory, compute) < len(least) * machine.launch_seconds:
         return "launch"
     if compute > memory:

@@ -1,6 +1,6 @@
 """Results as text: a header of facts, then a table a case."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from adapterkern.bench.calibration import from_dict
 from adapterkern.bench.results import Result, Row, Timing
@@ -34,8 +34,9 @@ def first_lines(result: Result) -> list[str]:
     measured = from_dict(header.get("calibration", {}))
     if measured.copy_bandwidth is not None:
         facts = [f"copy {measured.copy_bandwidth / 1e12:.2f} TB/s"]
-        if measured.matrix_rate is not None:
-            facts.append(f"bf16 products {measured.matrix_rate / 1e12:.0f} TFLOP/s")
+        for dtype, rate in (("bf16", measured.matrix_rate), ("fp32", measured.matrix_rate_fp32)):
+            if rate is not None:
+                facts.append(f"{dtype} products {rate / 1e12:.0f} TFLOP/s")
         if measured.graph_kernel is not None:
             facts.append(f"smallest kernel in a graph {measured.graph_kernel * 1e6:.1f} us")
         lines.append("measured in this run: " + ", ".join(facts))
@@ -50,7 +51,7 @@ def render(result: Result) -> str:
     cases = list(dict.fromkeys(row.case for row in result.rows))
     for case in cases:
         rows = [row for row in result.rows if row.case == case]
-        lines += ["", *_render_case(rows, result.on_gpu)]
+        lines += ["", *_render_case(rows, result)]
     if result.on_gpu:
         lines += ["", *_LEGEND]
     return "\n".join(lines)
@@ -58,20 +59,21 @@ def render(result: Result) -> str:
 
 _LEGEND = (
     "times in us; cold: L2 overwritten before each call; hot: input just written; graph: per call,",
-    "in a CUDA graph over distinct buffers; eager: wall time. GB/s: bytes of the floor over time.",
-    "of floor: least bytes at this run's copy bandwidth, over time. against: its time over that of",
-    "our first row. MiB: peak beyond the inputs, transient beyond what stays, saved for backward.",
+    "in a CUDA graph over buffers in turn; eager: wall time. GB/s: bytes of the floor over time;",
+    "of floor: those bytes at this run's copy bandwidth, over time; limit: both of its own bytes.",
+    "against: its time over that of our first row. peak: memory beyond the inputs; transient:",
+    "beyond what stays; saved: kept for the backward.",
 )
 
 
-def _render_case(rows: list[Row], on_gpu: bool) -> list[str]:
-    case = rows[0].case
+def _render_case(rows: list[Row], result: Result) -> list[str]:
+    case, on_gpu = rows[0].case, result.on_gpu
     title = (
         f"{case.mode}  {case.dtype} {case.activation}  tokens {case.tokens}  "
         f"hidden {case.hidden_size}  bottleneck {case.bottleneck_size}"
     )
-    if on_gpu and rows[0].floor_us is not None:
-        title += f"  (floor {rows[0].floor_us:.1f} us)"
+    facts = _facts(rows, result) if on_gpu else []
+    title += f"  ({', '.join(facts)})" if facts else ""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.timings))
     kinds.sort(key=lambda kind: kind != rows[0].headline)
     columns = [
@@ -79,8 +81,10 @@ def _render_case(rows: list[Row], on_gpu: bool) -> list[str]:
         *(f"{kind} us p20/p50/p80" if i == 0 else f"{kind} us" for i, kind in enumerate(kinds)),
     ]
     if on_gpu:
-        columns += ["against", "GB/s", "of floor", "host us", "kernels", "peak", "transient"]
-    columns += ["saved MiB"]
+        columns += ["against", "GB/s", "of floor", "host us", "kernels"]
+    memory = ("peak_bytes", "transient_bytes", "saved_bytes") if on_gpu else ("saved_bytes",)
+    units = {name: _unit(getattr(row, name) for row in rows) for name in memory}
+    columns += [f"{name.removesuffix('_bytes')} {unit}" for name, unit in units.items()]
     table = [columns]
     ours = next((row for row in rows if row.ours and row.time is not None), None)
     for row in rows:
@@ -97,10 +101,10 @@ def _render_case(rows: list[Row], on_gpu: bool) -> list[str]:
                 _number(row.floor_fraction, ".0%"),
                 _number(row.host_us),
                 _number(row.kernels, "d"),
-                _mebibytes(row.peak_bytes),
-                _mebibytes(row.transient_bytes),
             ]
-        table.append([*cells, _mebibytes(row.saved_bytes)])
+        sizes = ((getattr(row, name), _UNITS[unit]) for name, unit in units.items())
+        cells += ["-" if size is None else f"{size / by:.1f}" for size, by in sizes]
+        table.append(cells)
     lines = [title, *aligned(table)] if len(table) > 1 else [title]
     for row in rows:
         if row.status != "ok":
@@ -108,6 +112,25 @@ def _render_case(rows: list[Row], on_gpu: bool) -> list[str]:
         elif row.note:
             lines.append(f"  {row.provider}: {row.note}")
     return lines
+
+
+def _facts(rows: list[Row], result: Result) -> list[str]:
+    """What the numbers of a case on a GPU are measured by."""
+    facts = []
+    case, floor = rows[0].case, rows[0].floor_us
+    machine = from_dict(result.header.get("calibration", {})).machine(case.dtype)
+    if machine is None or floor is None:
+        facts.append("floor -: the copy bandwidth was not measured")
+    else:
+        unknown = machine.matrix_rate is None
+        note = f" without products: no {case.dtype} rate was measured" if unknown else ""
+        facts.append(f"floor {floor:.1f} us{note}")
+    buffers = next((row.buffer_bytes for row in rows if row.buffer_bytes is not None), None)
+    if buffers is not None:
+        l2 = result.header.get("l2_bytes")
+        warm = ", which stay in L2" if l2 is not None and buffers <= l2 else ""
+        facts.append(f"graph over {buffers / 2**20:.1f} MiB{warm}")
+    return facts
 
 
 def _times(timing: Timing | None) -> str:
@@ -126,8 +149,13 @@ def _number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.1f}"
+_UNITS = {"KiB": 2**10, "MiB": 2**20}
+
+
+def _unit(sizes: Iterable[int | None]) -> str:
+    """The unit of a column: KiB while its largest size is below 10 MiB."""
+    most = max((size for size in sizes if size is not None), default=None)
+    return "KiB" if most is not None and most < 10 * 2**20 else "MiB"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

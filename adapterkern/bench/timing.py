@@ -3,9 +3,11 @@
 Kinds, each labelled in the result:
 
 - cold: GPU events around one call, after the L2 cache was overwritten, as
-  `triton.testing.do_bench` does. The GPU is kept busy meanwhile, so no launch is waited for.
+  `triton.testing.do_bench` does. The GPU is kept busy meanwhile, so no launch is waited for; a
+  sample in which the host was not ahead of it is taken again.
 - hot: the same, after a kernel has just written the call's input: what a layer finds.
-- graph: one CUDA graph of calls in a row over distinct buffers larger than L2, per call.
+- graph: one CUDA graph of at most CALLS_IN_GRAPH calls in a row over distinct buffers, per call.
+  With few tokens the buffers are smaller than L2 and stay in it.
 - eager: wall time of calls in a row up to their completion, per call; host included.
 """
 
@@ -26,17 +28,20 @@ CALLS_IN_EAGER = 20
 # How long the GPU is kept busy before an event, so that the host gets ahead of it. Cycles; about a
 # millisecond, longer than the launches of any eager adapter.
 BUSY_CYCLES = 2_000_000
+MOST_BUSY_CYCLES = 32 * BUSY_CYCLES
 
 
 @dataclass
 class Subject:
     """What is timed. calls: the same call over distinct buffers; produce: writes the first one's
-    input anew; failure: what ended it, after which it is left out.
+    input anew; failure: what ended it, after which it is left out; late: some of its samples hold
+    launches, because the host never got ahead of the GPU.
     """
 
     calls: Sequence[Callable[[], Any]]
     produce: Callable[[], Any] | None = None
     failure: Exception | None = field(default=None, repr=False)
+    late: bool = False
 
 
 def quantiles(samples: Sequence[float]) -> Timing:
@@ -132,6 +137,7 @@ class CudaTimer:
         self._flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
+        self.not_captured: dict[str, str] = {}  # provider -> why its capture failed
 
     def session(self) -> contextlib.AbstractContextManager:
         """The block in which everything is prepared and measured: on one stream of its own.
@@ -161,22 +167,37 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return quantiles(times).p50
 
-    def between_events(self, before: Callable[[], Any], call: Callable[[], Any]) -> float:
-        """Microseconds of GPU time of `call`, after `before` ran."""
-        torch.cuda._sleep(BUSY_CYCLES)
-        before()
-        self._start.record()
-        call()
-        self._end.record()
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) * 1e3
+    def between_events(
+        self, before: Callable[[], Any], call: Callable[[], Any]
+    ) -> tuple[float, bool]:
+        """Microseconds of GPU time of `call` after `before` ran, and whether they are free of
+        launches: the GPU had not reached `call` when the host was done with it.
+
+        If it had, it is kept busy twice as long, up to MOST_BUSY_CYCLES.
+        """
+        cycles = BUSY_CYCLES
+        while True:
+            torch.cuda._sleep(cycles)
+            before()
+            self._start.record()
+            call()
+            self._end.record()
+            ahead = not self._start.query()
+            self._end.synchronize()
+            if ahead or cycles >= MOST_BUSY_CYCLES:
+                return self._start.elapsed_time(self._end) * 1e3, ahead
+            cycles *= 2
+
+    def _sample(self, subject: Subject, before: Callable[[], Any], call: Callable) -> float:
+        microseconds, ahead = self.between_events(before, call)
+        subject.late = subject.late or not ahead
+        return microseconds
 
     def _cold(self, _name: str, subject: Subject) -> float:
-        return self.between_events(self._flush.zero_, subject.calls[0])
+        return self._sample(subject, self._flush.zero_, subject.calls[0])
 
     def _hot(self, _name: str, subject: Subject) -> float:
-        produce = subject.produce
-        return self.between_events(produce or (lambda: None), subject.calls[0])
+        return self._sample(subject, subject.produce or _nothing, subject.calls[0])
 
     def _eager(self, _name: str, subject: Subject) -> float:
         torch.cuda.synchronize(self.device)
@@ -195,9 +216,9 @@ class CudaTimer:
                 except Exception as error:  # what cannot be captured is not timed in a graph
                     subject.failure = error
 
-        def sample(name: str, _subject: Subject) -> float:
+        def sample(name: str, subject: Subject) -> float:
             graph, calls = graphs[name]
-            return self.between_events(lambda: None, graph.replay) / calls
+            return self._sample(subject, _nothing, graph.replay) / calls
 
         return interleave(subjects, sample, seconds)
 
@@ -207,7 +228,7 @@ class CudaTimer:
         """A graph of calls over all buffers in turn, and the number of calls in it.
 
         A result stays alive until its buffer's turn comes again, so that outputs too are distinct
-        memory.
+        memory. A capture that fails is undone, so that the process can go on.
         """
         buffers = len(subject.calls)
         calls = max(buffers, most_calls // buffers * buffers)
@@ -217,11 +238,40 @@ class CudaTimer:
                 call()
         torch.cuda.synchronize(self.device)
         kept: list[Any] = [None] * buffers
-        with torch.cuda.graph(graph, stream=self._stream):
-            for index in range(calls):
-                kept[index % buffers] = subject.calls[index % buffers]()
+        pool = torch.cuda.graph_pool_handle()
+        cause: BaseException | None = None
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                try:
+                    for index in range(calls):
+                        kept[index % buffers] = subject.calls[index % buffers]()
+                except BaseException as error:
+                    cause = error  # the end of a broken capture raises anew, and says less
+                    raise
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):  # a lost GPU, which the cause tells of
+                self._undo_capture(graph, pool)
+            raise (cause or error) from None
         del kept
         return graph, calls
+
+    def _undo_capture(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """What torch leaves undone when a capture ends in an error, until about its version 2.12:
+        the allocator goes on waiting for the end of it, and the generator refuses to draw.
+        """
+        index = self.device.index
+        index = torch.cuda.current_device() if index is None else index
+        new, old = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"
+        end = getattr(torch._C, new, None) or getattr(torch._C, old)
+        with contextlib.suppress(RuntimeError):  # torch has done it
+            end(index, pool)
+        graph.reset()
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+def _nothing() -> None:
+    pass
 
 
 def timer_for(device: torch.device) -> WallTimer | CudaTimer:

@@ -27,8 +27,11 @@ from adapterkern.bench.timing import CudaTimer, Subject
 
 GAIN = 0.02  # what a run's noise can give by itself
 IN_FORCE = "in force"
-SHAPES = ((768, 48), (768, 64), (1024, 64), (1024, 128), (2048, 64), (4096, 64), (4096, 256))
-TOKENS = (16, 128, 1024, 4096, 16384, 65536)
+# Both in order of worth: what most models have, and training and decode before what lies between.
+SHAPES = ((1024, 64), (768, 48), (4096, 64), (768, 64), (1024, 128), (2048, 64), (4096, 256))
+TOKENS = (16384, 16, 4096, 1024, 65536, 128)
+# Of plan, and the mode that it is timed in.
+KINDS = (("tokens", "forward"), ("weights", "backward"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,39 @@ class Found:
             f"{self.entry.form} {tiles}, {first.num_warps} warps, {first.num_stages} stages "
             f"({self.tried} tried)"
         )
+
+
+@dataclass(frozen=True)
+class Search:
+    """One thing to search: a plan of this kind, timed on this case."""
+
+    kind: str
+    case: BenchCase
+    problem: Problem
+
+
+def searches(
+    shapes: Iterable[tuple[int, int]],
+    tokens: Iterable[int],
+    dtypes: Iterable[str],
+    ieee: bool,
+    done: Iterable[Entry] = (),
+) -> list[Search]:
+    """What is to be searched, in the given order with the number of tokens slowest, without what
+    `done` has an entry for.
+
+    Raises:
+        ValueError: a size below 1 or an unknown dtype.
+    """
+    known = {(entry.kind, entry.problem) for entry in done}
+    found = []
+    grid = itertools.product(tokens, dtypes, shapes, KINDS)
+    for count, dtype, (hidden, bottleneck), (kind, mode) in grid:
+        case = BenchCase(hidden, bottleneck, count, dtype, mode=mode)
+        problem = problem_of(case, ieee)
+        if (kind, problem) not in known:
+            found.append(Search(kind, case, problem))
+    return list(dict.fromkeys(found))
 
 
 def current(kind: str, problem: Problem, device: Device) -> Entry:

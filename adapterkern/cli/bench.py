@@ -1,13 +1,13 @@
 """`adapterkern bench`: what an adapter costs, against plain layers and the physical limits."""
 
 import argparse
-import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 EPILOG = """\
-baselines: plain, adapterhub, addmm, compile, compile-max, cublaslt, lora, no-adapter, limit
+baselines: plain, adapterhub, addmm, compile, compile-max, cublaslt, lora, no-adapter, limit; all
 presets: bert-base, roberta-large, gpt2-medium, llama-7b, llama-70b
 
 examples:
@@ -17,7 +17,8 @@ examples:
   adapterkern bench --compare before.json after.json
   adapterkern bench --quick --compare before.json
 
-exit codes: 0 success, 1 a backend of this package gave a wrong result, 2 wrong usage
+exit codes: 0 success, 1 a backend of this package gave a wrong result, 2 wrong usage or a backend
+that cannot run here, 130 interrupted
 """
 
 DESCRIPTION = """\
@@ -38,16 +39,20 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sizes = {"type": int, "nargs": "+", "metavar": "N"}
-    parser.add_argument("--hidden-size", **sizes, help="H, with --bottleneck-size")
-    parser.add_argument("--bottleneck-size", **sizes, help="R, with --hidden-size")
-    parser.add_argument("--tokens", **sizes, help="T, the rows of x")
+    parser.add_argument("--hidden-size", **sizes, help="H >= 1, with --bottleneck-size")
+    parser.add_argument("--bottleneck-size", **sizes, help="R >= 1, with --hidden-size")
+    parser.add_argument("--tokens", **sizes, help="T >= 1, the rows of x")
     parser.add_argument("--preset", nargs="+", metavar="MODEL", help="the widths of these models")
-    parser.add_argument("--dtype", nargs="+", help="bf16 (default on a GPU), fp16, fp32 (on a CPU)")
-    parser.add_argument("--activation", nargs="+", default=["gelu"], help="default: gelu")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        help="bf16 (default on a GPU), fp16, fp32 (default on a CPU), fp64 (of the backends "
+        "the reference alone)",
+    )
+    parser.add_argument("--activation", nargs="+", help="default: gelu")
     parser.add_argument(
         "--mode",
         nargs="+",
-        default=["forward", "step"],
         metavar="MODE",
         help="forward, backward, step (default: forward step)",
     )
@@ -63,10 +68,18 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one shape, nothing that compiles")
     parser.add_argument(
-        "--seconds", type=float, metavar="S", help="of sampling a case and kind of timing"
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="S > 0 of sampling a case and kind of timing, 5 to 200 samples (default: 0.5, with "
+        "--quick 0.2)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against tokens")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result, after each case"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw time against tokens (.png, .svg, .pdf, ...)"
+    )
     parser.add_argument(
         "--compare",
         type=Path,
@@ -81,23 +94,32 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write; or compare two files."""
     from adapterkern.bench import compare, plot, table
-    from adapterkern.bench.results import ResultError, load, save
+    from adapterkern.bench.results import ResultError, save
 
     try:
-        plan = _plan(arguments)
-        earlier = [load(path) for path in arguments.compare or []]
+        earlier = _earlier(arguments)
         if len(earlier) == 2:
             _print_comparison(arguments.compare, earlier, arguments.force)
             return 0
-        if earlier and earlier[0].device != plan.header["device"] and not arguments.force:
+        plan = _plan(arguments)
+        if earlier and compare.different_devices(earlier[0], plan.result) and not arguments.force:
             compare.compare(earlier[0], plan.result)  # says so before measuring
     except (ResultError, ValueError) as error:
         return _refuse(str(error))
     for line in table.first_lines(plan.result):
         print(line, flush=True)
-    result = plan.measure(arguments.json)
+    result, interrupted = plan.result, False
+    try:
+        plan.measure(arguments.json)
+    except KeyboardInterrupt:
+        interrupted = True
     shown = table.render(result).splitlines()[len(table.first_lines(result)) :]
     print("\n".join([*_calibration_lines(result), *shown]))
+    if interrupted:
+        done = len({row.case for row in result.rows})
+        where = f"; they are in {arguments.json}" if arguments.json and done else ""
+        print(f"\ninterrupted: {done} of {len(plan.cases)} cases were measured{where}")
+        return 130
     if arguments.json:
         save(result, arguments.json)
         print(f"\nwritten to {arguments.json}")
@@ -105,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             plot.plot(result, arguments.plot)
             print(f"\ndrawn in {arguments.plot}")
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the numbers stand
             print(f"\nnot drawn: {error}")
     if earlier:
         try:
@@ -115,6 +137,35 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\nnot compared: {error}")
     wrong = any(row.ours and row.status == "wrong" for row in result.rows)
     return 1 if wrong else 0
+
+
+# What a comparison of two files, which measures nothing, has no use for.
+_MEASURING = (
+    *("hidden_size", "bottleneck_size", "tokens", "preset", "dtype", "activation", "mode"),
+    *("backend", "baseline", "quick", "seconds", "json", "plot"),
+)
+
+
+def _earlier(arguments: argparse.Namespace) -> list[Any]:
+    """The results to compare with.
+
+    Raises:
+        ValueError: too many files, or two and an option that would have no effect.
+        ResultError: a file cannot be read.
+    """
+    from adapterkern.bench.results import load
+
+    paths = arguments.compare or []
+    if len(paths) > 2:
+        raise ValueError(f"--compare takes one or two files, got {len(paths)}.")
+    unused = [name for name in _MEASURING if getattr(arguments, name) not in (None, False)]
+    if len(paths) == 2 and unused:
+        names = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise ValueError(
+            f"--compare with two files measures nothing, so it cannot take {names}.\n"
+            "  hint: name one file to compare a new run with it"
+        )
+    return [load(path) for path in paths]
 
 
 class _Plan:
@@ -127,7 +178,7 @@ class _Plan:
         self.settings = settings
         self.result = Result(header)
 
-    def measure(self, path: Path | None = None) -> Any:
+    def measure(self, path: Path | None = None) -> None:
         """Calibrate, then measure case by case, with progress on stderr.
 
         After each case the result so far is in the file `path`, should the run be interrupted.
@@ -149,21 +200,22 @@ class _Plan:
             with timer.session():
                 measured = calibration.measure(timer)
             self.header["calibration"] = measured.as_dict()
-        for case in self.cases:
-            progress.next()
-            self.result.rows += measure.measure_case(
-                case, self.providers, timer, measured, self.settings, progress
-            )
-            if path is not None:
-                save(self.result, path)
+        try:
+            for case in self.cases:
+                progress.next()
+                self.result.rows += measure.measure_case(
+                    case, self.providers, timer, measured, self.settings, progress
+                )
+                if path is not None:
+                    save(self.result, path)
+        finally:
+            progress.end()
         if isinstance(timer, CudaTimer):
             with timer.session():
                 after = calibration.copy_bandwidth(timer, 0.3)
             measured = dataclasses.replace(measured, copy_bandwidth_after=after)
             self.header["clocks_after"] = environment.clocks(device)
-        progress.end()
         self.header["calibration"] = measured.as_dict()
-        return self.result
 
 
 def _plan(arguments: argparse.Namespace) -> _Plan:
@@ -175,21 +227,25 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     import torch
 
     from adapterkern.bench import cases as bench_cases
-    from adapterkern.bench import environment
+    from adapterkern.bench import environment, plot
     from adapterkern.bench.measure import Settings
     from adapterkern.bench.providers import providers
     from adapterkern.bench.results import unwritable
 
-    if arguments.compare and len(arguments.compare) > 2:
-        raise ValueError(f"--compare takes one or two files, got {len(arguments.compare)}.")
     for path in filter(None, (arguments.json, arguments.plot)):
         problem = unwritable(path.parent)
         if path.is_dir():
             problem = f"{path} is a folder; name a file"
         if problem:
             raise ValueError(problem)
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('--plot needs matplotlib: pip install "adapterkern[plot]"')
+    refusal = plot.refusal(arguments.plot) if arguments.plot else None
+    if refusal:
+        raise ValueError(f"--plot: {refusal}")
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = 0.2 if arguments.quick else 0.5
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be above 0 and finite, got {seconds:g}.")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = _shapes(arguments, kind)
     tokens = arguments.tokens or (
@@ -198,12 +254,11 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     cases = bench_cases.grid(
         shapes,
         tokens,
-        arguments.mode,
+        arguments.mode or ("forward", "step"),
         arguments.dtype or (bench_cases.DTYPE[kind],),
-        arguments.activation,
+        arguments.activation or ("gelu",),
     )
     chosen = providers(_backend_names(arguments, kind) + _baseline_names(arguments, kind))
-    seconds = arguments.seconds or (0.2 if arguments.quick else 0.5)
     header = environment.header(torch.device(kind), environment.command_line("adapterkern"))
     return _Plan(header, cases, chosen, Settings(seconds=seconds))
 
@@ -231,6 +286,10 @@ def _backend_names(arguments: argparse.Namespace, kind: str) -> list[str]:
             if name not in NAMES:
                 known = ", ".join(NAMES)
                 raise ValueError(f"unknown backend {name!r}.\n  hint: known backends are {known}.")
+        reasons = {name: get(name).unavailable_reason() for name in arguments.backend}
+        if all(reasons.values()):
+            lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
+            raise ValueError(f"no backend that --backend names can run here:{lines}")
         return arguments.backend
     fused = [name for name in NAMES if name != "reference" and not get(name).unavailable_reason()]
     return fused if kind == "cuda" and fused else ["reference"]
@@ -239,10 +298,10 @@ def _backend_names(arguments: argparse.Namespace, kind: str) -> list[str]:
 def _baseline_names(arguments: argparse.Namespace, kind: str) -> list[str]:
     from adapterkern.bench.providers import BASELINES
 
-    if arguments.baseline == ["all"]:
+    if "all" in (arguments.baseline or []):
         return [provider.name for provider in BASELINES]
     if arguments.baseline:
-        known = [provider.name for provider in BASELINES]
+        known = [provider.name for provider in BASELINES] + ["all"]
         for name in arguments.baseline:
             if name not in known:
                 raise ValueError(

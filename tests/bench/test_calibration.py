@@ -48,10 +48,27 @@ def test_a_failure_is_not_taken_for_a_number():
         calibration.graph_kernel(Broken(), 0.1)
 
 
-def test_measured_numbers_take_the_place_of_the_constants():
-    assert Calibration().machine() == Machine()
-    machine = Calibration(copy_bandwidth=3e12, graph_kernel=1.5e-6).machine()
-    assert machine == Machine(3e12, Machine().matrix_rate, 1.5e-6)
+def test_a_machine_is_what_was_measured_and_nothing_else():
+    assert Calibration(matrix_rate=700e12, graph_kernel=2e-6).machine("bf16") is None
+    assert Calibration(copy_bandwidth=3e12).machine("bf16") == Machine(3e12, None, 0.0)
+    measured = Calibration(3e12, 700e12, 50e12, 1.5e-6)
+    rates = {dtype: measured.machine(dtype).matrix_rate for dtype in ("bf16", "fp16", "fp32")}
+    assert rates == {"bf16": 700e12, "fp16": 700e12, "fp32": 50e12}
+    assert measured.machine("fp64") == Machine(3e12, None, 1.5e-6)
+
+
+def test_every_dtype_of_products_is_measured_in_its_own_arithmetic(monkeypatch):
+    asked = []
+
+    def rate(timer, seconds, size=8192, dtype=torch.bfloat16):
+        asked.append((size, dtype))
+        return {torch.bfloat16: 700e12, torch.float32: 50e12}[dtype]
+
+    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(calibration, "matrix_rate", rate)
+    found = calibration.measure(Known())
+    assert (found.matrix_rate, found.matrix_rate_fp32) == (700e12, 50e12)
+    assert asked == [(8192, torch.bfloat16), (4096, torch.float32)]
 
 
 @pytest.mark.parametrize(
@@ -94,5 +111,6 @@ def test_a_header_of_a_cpu_has_no_clocks():
     header = environment.header(torch.device("cpu"), "adapterkern bench")
     assert header["device_type"] == "cpu"
     assert header["clocks_before"] is None
+    assert header["cpu"] == environment.cpu_model()
     assert header["versions"]["torch"] == torch.__version__
     assert header["command"] == "adapterkern bench"

@@ -1,6 +1,7 @@
 """`adapterkern bench` and `adapterkern tune`: what they print, write and refuse."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_json_holds_what_was_printed(tmp_path, capsys):
         (["--hidden-size", "64"], "--hidden-size and --bottleneck-size go together"),
         (["--tokens", "0"], "must be at least 1"),
         (["--compare", "missing.json"], "cannot read missing.json"),
+        (["--seconds", "-1"], "--seconds must be above 0 and finite, got -1"),
+        (["--seconds", "0"], "got 0"),
+        (["--seconds", "nan"], "got nan"),
+        (["--compare", "a", "b", "--json", "c", "--quick"], "it cannot take --quick, --json"),
+        (
+            ["--compare", "a", "b", "--plot", "c.png", "--mode", "step"],
+            "cannot take --mode, --plot",
+        ),
+        (["--compare", "a", "b", "c"], "takes one or two files, got 3"),
+        (["--plot", "times.xyz"], ".pdf, .pgf, .png"),
     ],
 )
 def test_wrong_usage_is_refused_with_what_would_be_right(options, wanted, capsys):
@@ -76,6 +87,76 @@ def test_an_unwritable_file_is_refused_before_anything_is_measured(tmp_path, cap
         assert out == ""
     assert main(["bench", "--json", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+@no_gpu
+def test_backends_that_cannot_run_here_are_an_error_and_no_table(capsys):
+    assert main([*TINY, "--backend", "triton", "cuda"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no backend that --backend names can run here:" in err
+    assert "  - triton: no CUDA device\n  - cuda: " in err
+    assert main([*TINY, "--mode", "forward", "--backend", "reference", "triton"]) == 0
+    assert "triton: not available, no CUDA device" in capsys.readouterr().out
+
+
+def test_help_names_every_dtype_and_the_bounds(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("fp64", "T >= 1", "H >= 1", "R >= 1", "S > 0", "5 to 200 samples"):
+        assert said in text
+
+
+def test_all_among_the_baselines_is_all_of_them():
+    from adapterkern.bench.providers import BASELINES
+    from adapterkern.cli import bench
+
+    def named(*words):
+        return bench._baseline_names(Namespace(baseline=list(words), quick=True), "cuda")
+
+    assert named("all") == named("all", "plain") == [entry.name for entry in BASELINES]
+    assert named("plain", "lora") == ["plain", "lora"]
+
+
+@no_gpu
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_run_prints_what_was_measured(tmp_path, monkeypatch, capsys, saved):
+    from adapterkern.bench import measure
+
+    whole, cases = measure.measure_case, []
+
+    def measure_case(case, *arguments):
+        cases.append(case)
+        if len(cases) == 3:
+            raise KeyboardInterrupt
+        return whole(case, *arguments)
+
+    monkeypatch.setattr(measure, "measure_case", measure_case)
+    path = tmp_path / "result.json"
+    assert main([*TINY, *(["--json", str(path)] if saved else [])]) == 130
+    out = capsys.readouterr().out
+    assert out.count("  reference ") == 2
+    where = f"; they are in {path}" if saved else ""
+    assert out.splitlines()[-1] == f"interrupted: 2 of 4 cases were measured{where}"
+    if saved:
+        assert [row.case for row in results.load(path).rows] == [cases[0]] * 2 + [cases[1]] * 2
+
+
+@no_gpu
+def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch, capsys):
+    from adapterkern.bench import plot
+
+    def broken(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(plot, "plot", broken)
+    monkeypatch.setattr(plot, "refusal", lambda _path: None)
+    assert main([*TINY, "--mode", "forward", "--plot", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  reference ") == 2
+    assert out.endswith("not drawn: no font\n")
 
 
 @no_gpu

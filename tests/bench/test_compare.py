@@ -50,6 +50,23 @@ def test_different_devices_are_refused_unless_forced(gpu_result):
     assert len(compare.compare(gpu_result, other, force=True)) == 52
 
 
+def test_cpus_of_different_models_are_different_devices(gpu_result):
+    gpu_result.header |= {"device": "cpu (x86_64)", "device_type": "cpu", "cpu": "Model A"}
+    other = copy.deepcopy(gpu_result)
+    other.header["cpu"] = "Model B"
+    with pytest.raises(ResultError, match=r"Model A and Model B.*\n.*--force"):
+        compare.compare(gpu_result, other)
+    assert len(compare.compare(gpu_result, other, force=True)) == 52
+    del other.header["cpu"]  # a file that does not say
+    assert compare.different_devices(gpu_result, other) is None
+
+
+def test_one_gpu_in_another_host_is_the_same_device(gpu_result):
+    other = copy.deepcopy(gpu_result)
+    gpu_result.header["cpu"], other.header["cpu"] = "Model A", "Model B"
+    assert compare.different_devices(gpu_result, other) is None
+
+
 def test_files_without_a_common_row_are_refused(gpu_result):
     other = copy.deepcopy(gpu_result)
     other.rows, other.models = [], []

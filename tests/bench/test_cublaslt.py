@@ -21,7 +21,7 @@ class Matmul:
     def plan(self, epilog=None, epilog_inputs=None):
         self.epilog, self.inputs = epilog, epilog_inputs or {}
 
-    def reset_operands(self, a, b, c=None, epilog_inputs=None, beta=None):
+    def reset_operands(self, *, a, b, c=None, epilog_inputs=None, beta=None):
         self.operands, self.inputs = (a, b, c), epilog_inputs or {}
 
     def execute(self):
@@ -43,10 +43,20 @@ class Matmul:
         return out
 
 
-@pytest.fixture
-def chain():
+class Unchecked(Matmul):
+    """A later nvmath, whose unchecked way takes operands without a look at them."""
+
+    def reset_operands_unchecked(self, **operands):
+        Matmul.reset_operands(self, **operands)
+
+    def reset_operands(self, **operands):
+        raise AssertionError("the slow way")
+
+
+@pytest.fixture(params=[Matmul, Unchecked], ids=["checked", "unchecked"])
+def chain(request):
     advanced = SimpleNamespace(
-        Matmul=Matmul, MatmulEpilog=SimpleNamespace(**{name: name for name in NAMES})
+        Matmul=request.param, MatmulEpilog=SimpleNamespace(**{name: name for name in NAMES})
     )
     inputs = BenchCase(24, 6, 11, "fp32", "gelu_tanh", "step").draw("cpu")
     inputs = type(inputs)(

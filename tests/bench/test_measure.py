@@ -214,6 +214,26 @@ def test_ratios_and_fractions_come_of_the_headline_timing_on_a_gpu_only():
     assert rows[0].gb_per_s == pytest.approx(67371008 / 20e-6 / 1e9)
 
 
+def test_nothing_is_a_fraction_of_an_unmeasured_copy():
+    case = BenchCase(1024, 64, 16384)
+    row = measure.Row(case, "triton", headline="cold")
+    row.timings = {"cold": Timing(20.0, 20.0, 20.0, 9)}
+    measure._derive([row], case, Calibration(matrix_rate=7e14), torch.device("cuda"))
+    assert (row.floor_us, row.floor_fraction) == (None, None)
+    assert row.gb_per_s == pytest.approx(67371008 / 20e-6 / 1e9)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("forward", 2), ("backward", 3), ("step", 5)])
+def test_a_limit_is_judged_by_the_bytes_that_it_moves(mode, passes):
+    case = BenchCase(1024, 64, 16384, mode=mode)
+    row = measure.Row(case, "limit", headline="cold")
+    row.timings = {"cold": Timing(50.0, 50.0, 50.0, 9)}
+    measure._derive([row], case, Calibration(copy_bandwidth=4e12), torch.device("cuda"))
+    moved = passes * 16384 * 1024 * 2
+    assert row.gb_per_s == pytest.approx(moved / 50e-6 / 1e9)
+    assert row.floor_fraction == pytest.approx(moved / 4e12 / 50e-6)
+
+
 def test_compile_is_judged_and_timed_like_the_others():
     case = BenchCase(16, 4, 8, "fp32", "relu", "forward")
     (row,) = rows_of("compile", case=case)

@@ -1,5 +1,8 @@
 """The pictures of a made-up result: what is drawn, by the numbers in the axes."""
 
+import sys
+from types import ModuleType
+
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -40,11 +43,50 @@ def test_a_panel_shows_every_provider_and_the_floor(gpu_result, drawn, tmp_path)
         assert list(lines) == ["triton", "plain", "adapterhub", "compile", "floor"]
         assert list(lines["triton"].get_xdata()) == [4096, 16384, 65536]
         assert axes.get_ylabel() == "us a call (cold)"
-    machine = from_dict(gpu_result.header["calibration"]).machine()
+    machine = from_dict(gpu_result.header["calibration"]).machine("bf16")
     row = gpu_result.rows[0]
     first = {line.get_label(): line.get_ydata()[0] for line in panels[0].lines}
     assert first["floor"] == pytest.approx(roofline.seconds(row.case, machine) * 1e6)
     assert first["triton"] == row.time.p50
+
+
+def test_a_line_breaks_where_the_kind_of_timing_changes(gpu_result, drawn, tmp_path):
+    for row in gpu_result.rows:
+        if row.case.tokens == 4096:
+            row.headline, row.timings = "graph", {"graph": row.timings["cold"]}
+    plot.plot(gpu_result, tmp_path / "times.png")
+    for axes in drawn[0].axes[:4]:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert list(lines["triton"].get_xdata()) == [4096]
+        assert list(lines["_triton"].get_xdata()) == [16384, 65536]
+        assert lines["triton"].get_color() == lines["_triton"].get_color()
+        assert list(lines["_graph | cold"].get_xdata()) == [8192, 8192]
+        assert [text.get_text() for text in axes.texts] == ["graph", "cold"]
+        assert axes.get_ylabel() == "us a call (graph, cold)"
+    shown = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert shown == ["triton", "plain", "adapterhub", "compile", "floor"]
+
+
+def test_without_a_measured_copy_there_is_no_floor(gpu_result, drawn, tmp_path):
+    del gpu_result.header["calibration"]["copy_bandwidth"]
+    plot.plot(gpu_result, tmp_path / "times.png")
+    labels = {line.get_label() for axes in drawn[0].axes for line in axes.lines}
+    assert labels == {"triton", "plain", "adapterhub", "compile"}
+
+
+def test_what_cannot_be_drawn_into_is_refused_with_the_suffixes(tmp_path, monkeypatch):
+    assert plot.refusal(tmp_path / "a.PNG") is None
+    assert plot.refusal(tmp_path / "a.svg") is None
+    for name in ("a.xyz", "a"):
+        assert ".pdf, .pgf, .png" in plot.refusal(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", Broken("matplotlib"))
+    refused = plot.refusal(tmp_path / "a.png")
+    assert refused.startswith("matplotlib cannot be imported (RuntimeError: compiled against")
+
+
+class Broken(ModuleType):
+    def __getattr__(self, name):
+        raise RuntimeError("compiled against another numpy")
 
 
 def test_without_a_gpu_there_is_no_floor_and_the_title_says_so(gpu_result, drawn, tmp_path):
@@ -60,10 +102,11 @@ def test_nothing_timed_is_nothing_to_draw(gpu_result, tmp_path):
         plot.plot(Result(gpu_result.header), tmp_path / "times.png")
 
 
-def test_a_report_has_a_picture_a_mode_and_one_of_models(gpu_result, drawn, tmp_path):
-    written = pictures.draw(gpu_result, tmp_path / "a.json")
-    assert [path.name for path in written] == ["a-forward.png", "a-step.png", "a-models.png"]
-    axes = drawn[2].axes[0]
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["block-1024 forward graph", "block-1024 step graph"]
-    assert [bar.get_width() for bar in axes.patches] == [5.0, 5.0]
+def test_a_report_has_a_picture_a_mode_and_one_a_family_of_models(gpu_result, drawn, tmp_path):
+    written, problems = pictures.draw(gpu_result, tmp_path / "a.json")
+    assert [path.name for path in written] == ["a-forward.png", "a-step.png", "a-models-block.png"]
+    assert problems == []
+    for axes, mode in zip(drawn[2].axes, ("forward", "step"), strict=True):
+        assert axes.get_title() == mode
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["block-1024 graph"]
+        assert [bar.get_width() for bar in axes.patches] == [5.0]

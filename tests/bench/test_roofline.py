@@ -38,7 +38,7 @@ def test_float32_moves_twice_the_bytes_of_bfloat16():
 
 @pytest.mark.parametrize(
     ("implementation", "passes"),
-    [("floor", 2), ("adapterhub", 7), ("plain", 5), ("addmm", 5), ("cublaslt", 3)],
+    [("floor", 2), ("adapterhub", 7), ("plain", 5), ("addmm", 5), ("cublaslt", 3), ("limit", 2)],
 )
 def test_forward_passes_over_an_activation(implementation, passes):
     # With one unit and many tokens nothing but whole passes over [T, H] is left.
@@ -49,12 +49,42 @@ def test_forward_passes_over_an_activation(implementation, passes):
 
 @pytest.mark.parametrize(
     ("implementation", "passes"),
-    [("floor", 3), ("adapterhub", 10), ("plain", 8), ("cublaslt", 5), ("compile", 9)],
+    [("floor", 3), ("adapterhub", 10), ("plain", 8), ("cublaslt", 5), ("compile", 9), ("limit", 3)],
 )
 def test_backward_passes_over_an_activation(implementation, passes):
     tall = BenchCase(4096, 1, 1 << 22, mode="backward")
     ratio = roofline.moved_bytes(tall, implementation) / (4096 * (1 << 22) * 2)
     assert ratio == pytest.approx(passes, rel=0.002)
+
+
+UD, UR, WEIGHT = 33554432, 2097152, 131072  # of 16384 x 1024, 16384 x 64, 64 x 1024 in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("implementation", "ud", "ur"), [("addmm", 5 + 8, 3 + 7), ("cublaslt", 3 + 5, 3 + 5)]
+)
+def test_a_recording_chain_writes_z_beside_a(implementation, ud, ur):
+    # Forward: the first product writes z and a, the second reads a: 3 Ur. Backward of addmm: da
+    # written, then da, z read and dz written, a and twice dz read: 7 Ur; the epilogue saves two.
+    step = case(16384, mode="step")
+    wanted = ud * UD + ur * UR + (2 + 4) * WEIGHT
+    assert roofline.moved_bytes(step, implementation) == wanted
+
+
+def test_a_limit_moves_its_own_bytes_in_a_step():
+    assert roofline.moved_bytes(case(16384, mode="step"), "limit") == 5 * UD
+    assert roofline.copy_seconds(case(16384), H200, "limit") == pytest.approx(2 * UD / 4.3e12)
+
+
+def test_the_floor_of_float32_is_at_the_rate_of_float32():
+    single = case(16384, dtype="fp32")
+    products = 4 * 16384 * 1024 * 64  # FLOPs
+    memory = (4 * UD + 4 * WEIGHT) / 4.3e12  # 2 passes of 4 bytes: 31.3 us
+    assert roofline.seconds(single, Machine(4.3e12, 400e12)) == pytest.approx(memory)
+    ieee = Machine(4.3e12, 50e12)
+    assert roofline.seconds(single, ieee) == pytest.approx(products / 50e12)  # 85.9 us
+    assert roofline.bound(single, ieee) == "compute"
+    assert roofline.seconds(single, Machine(4.3e12)) == pytest.approx(memory)  # rate not known
 
 
 def test_few_tokens_cost_a_launch_for_each_kernel():

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from adapterkern.bench import tune
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.providers import PROVIDERS
 from adapterkern.bench.timing import WallTimer, interleave
+from adapterkern.cli.main import main
 
 H200 = Device(num_sms=132, shared_memory=227 * 1024)
 TILES = LaunchConfig(128, 64, 64, 8, 3)
@@ -107,12 +109,62 @@ def test_without_an_entry_the_formula_decides(folder):
 def test_a_file_serves_gpus_of_its_own_properties_alone(folder):
     entry = row_block(16384, block_t=64, num_warps=4)
     tuned.save(folder / "some-gpu.json", "Some GPU", H200, [entry])
-    assert tuned.load(folder / "some-gpu.json") == (H200, [entry])
+    assert tuned.load(folder / "some-gpu.json") == ("Some GPU", H200, [entry])
     assert tuned.token_plan(problem(16000), H200) == RowBlock(entry.kernels[0])
     other = replace(H200, num_sms=108)
     assert tuned.token_plan(problem(16000), other) == launch_config.token_plan(
         problem(16000), other
     )
+
+
+def test_the_file_of_the_present_gpu_comes_before_its_like(folder, monkeypatch):
+    own, like = row_block(16384, num_warps=4), row_block(16384, num_warps=8)
+    tuned.save(folder / "a-h100.json", "H100", H200, [like])  # as many SMs, as much memory
+    tuned.save(folder / "b-h200.json", "H200", H200, [own])
+    for names, wanted in (({"H200"}, own), ({"H100"}, like), ({"H200", "A100"}, own)):
+        monkeypatch.setattr(tuned, "present", lambda _device, names=names: names)
+        tuned.clear_caches()
+        assert tuned.entries_for(H200) == (wanted,)
+    monkeypatch.setattr(tuned, "present", lambda _device: {"GH200"})
+    tuned.clear_caches()
+    assert tuned.entries_for(H200) == (like, own)  # none of its own: those of its like
+
+
+def test_the_present_gpus_of_some_properties_are_named(monkeypatch):
+    def properties(index):
+        sms = (132, 132, 108)[index]
+        return SimpleNamespace(
+            name=("H100", "H200", "A100")[index],
+            multi_processor_count=sms,
+            shared_memory_per_block_optin=227 * 1024,
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert tuned.present(H200) == {"H100", "H200"}
+    assert tuned.present(replace(H200, num_sms=108)) == {"A100"}
+
+
+@pytest.mark.parametrize("text", ['{"schema": "adapterkern-tuned/0"}', "{", "[]", "\xff"])
+def test_a_file_that_cannot_be_read_is_left_out_with_one_warning(folder, text):
+    (folder / "old.json").write_text(text, encoding="latin-1")
+    tuned.save(folder / "some-gpu.json", "Some GPU", H200, [row_block(1024, block_t=32)])
+    with pytest.warns(UserWarning, match=r"left out: .*old\.json") as warned:
+        [tuned.token_plan(problem(tokens), H200) for tokens in (1000, 1024, 100000)]
+    assert len(warned) == 1
+    assert tuned.token_plan(problem(1000), H200).kernel.block_t == 32
+
+
+def test_a_writer_that_fails_leaves_the_old_entries(folder, monkeypatch):
+    path = folder / "some-gpu.json"
+    tuned.save(path, "Some GPU", H200, [row_block(64)])
+    before = path.read_text()
+    monkeypatch.setattr(tuned.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        tuned.save(path, "Some GPU", H200, [row_block(128)])
+    assert path.read_text() == before
+    assert [entry.name for entry in folder.iterdir()] == ["some-gpu.json"]
 
 
 def test_a_file_of_another_schema_is_refused(folder):
@@ -137,7 +189,8 @@ def test_a_forced_entry_is_taken_within_its_block_only(folder):
 
 def test_the_files_in_the_package_can_be_read():
     for path in tuned.FOLDER.glob("*.json"):
-        device, entries = tuned.load(path)
+        gpu, device, entries = tuned.load(path)
+        assert gpu
         assert device.num_sms > 0
         assert entries
 
@@ -246,3 +299,100 @@ def test_a_new_entry_replaces_that_of_the_same_problem():
     merged = tune.merge(old, new)
     assert [entry.problem.num_tokens for entry in merged] == [1024, 2048, 4096]
     assert [entry.kernels[0].num_warps for entry in merged] == [8, 4, 8]
+
+
+def test_searches_come_in_the_given_order_and_leave_out_what_is_done():
+    done = [row_block(16), Entry(problem(16384), "weight_gradient", (TILES,))]
+    found = tune.searches([(1024, 64), (768, 48)], [16384, 16], ["bf16"], True, done)
+    assert [(entry.kind, str(entry.case)) for entry in found] == [
+        ("tokens", "forward-bf16-gelu-T16384-H1024-R64"),
+        ("tokens", "forward-bf16-gelu-T16384-H768-R48"),
+        ("weights", "backward-bf16-gelu-T16384-H768-R48"),
+        ("weights", "backward-bf16-gelu-T16-H1024-R64"),
+        ("tokens", "forward-bf16-gelu-T16-H768-R48"),
+        ("weights", "backward-bf16-gelu-T16-H768-R48"),
+    ]
+
+
+@pytest.fixture
+def tuner(folder, monkeypatch):
+    """`adapterkern tune` on a made-up H200 whose searches take a minute each."""
+    from adapterkern.backends.triton.backend import TritonBackend
+    from adapterkern.bench import timing
+    from adapterkern.cli import tune as command
+
+    state = SimpleNamespace(minutes=0, searched=[], fails=None, folder=folder)
+
+    def search(case, asked, device, kind, timer, **_):
+        if len(state.searched) == 3 and state.fails is not None:
+            raise state.fails
+        state.minutes += 1
+        state.searched.append((kind, case.tokens))
+        form = "weight_gradient" if kind == "weights" else "row_block"
+        return tune.Found(Entry(asked, form, (TILES,)), 20.0, 10.0, True, 7)
+
+    properties = SimpleNamespace(
+        name="NVIDIA H200",
+        multi_processor_count=132,
+        shared_memory_per_block_optin=227 * 1024,
+    )
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda _self: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: properties)
+    monkeypatch.setattr(timing, "CudaTimer", lambda _device: None)
+    monkeypatch.setattr(tune, "search", search)
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * state.minutes)
+    monkeypatch.setattr(command, "time", clock)
+    return state
+
+
+TUNE = ["tune", "--hidden-size", "1024", "--bottleneck-size", "64", "--tokens", "2048", "16"]
+ALL = [("tokens", 2048), ("weights", 2048), ("tokens", 16), ("weights", 16)]
+
+
+def test_a_search_is_bounded_in_time_and_goes_on_where_it_was(tuner, capsys):
+    path = tuner.folder / "nvidia-h200.json"
+    assert main([*TUNE, "--minutes", "2.5"]) == 0
+    assert tuner.searched == ALL[:3]
+    out = capsys.readouterr().out
+    assert "NVIDIA H200: 4 searches, for 2.5 minutes" in out
+    assert "out of time: 1 searches are left" in out
+    assert out.endswith(f"3 of 3 configurations changed; written to {path}\n")
+    assert len(tuned.load(path).entries) == 3
+    assert main(TUNE) == 0
+    assert tuner.searched == ALL
+    assert len(tuned.load(path).entries) == 4
+    assert main(TUNE) == 0
+    assert tuner.searched == ALL
+
+
+@pytest.mark.parametrize(
+    ("fails", "code"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError("no room"), 0)]
+)
+def test_what_was_found_before_the_end_is_in_the_file(tuner, capsys, fails, code):
+    tuner.fails = fails
+    assert main(TUNE) == code
+    assert len(tuned.load(tuner.folder / "nvidia-h200.json").entries) == 3
+    assert "3 of 3 configurations changed" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_take_the_entries_is_refused_before_the_search(tuner, capsys):
+    other = tuner.folder / "nvidia-h100.json"
+    tuned.save(other, "NVIDIA H100", H200, [row_block(64)])
+    before = other.read_text()
+    (tuner.folder / "old.json").write_text('{"schema": "adapterkern-tuned/0"}')
+    (tuner.folder / "folder").mkdir()
+    for name, says in (
+        ("nvidia-h100.json", "was searched on NVIDIA H100 (132 SMs), this is NVIDIA H200"),
+        ("old.json", "has schema 'adapterkern-tuned/0'"),
+        ("folder", "is a folder"),
+        ("old.json/x.json", "cannot write to"),
+    ):
+        assert main([*TUNE, "--out", str(tuner.folder / name)]) == 2
+        assert says in capsys.readouterr().err
+    for options, says in ((["--minutes", "0"], "above 0"), (["--limit", "0"], "at least 1")):
+        assert main([*TUNE, *options]) == 2
+        assert says in capsys.readouterr().err
+    assert tuner.searched == []
+    assert other.read_text() == before

@@ -1,19 +1,24 @@
 """Launch configurations found by `adapterkern tune`, in tuned/<gpu>.json, and how one is looked up.
 
-A file holds the GPU that it was searched on (number of SMs, shared memory) and entries: one problem
-and the tiles that were fastest for it. A call takes the tiles of the nearest entry of its own kind
-of arithmetic; where none is near, or none was searched for this GPU, `launch_config` decides. How
-many slices of H or of tokens a launch takes follows from the tiles, the problem and the GPU.
+A file holds the GPU that it was searched on (name, number of SMs, shared memory) and entries: one
+problem and the tiles that were fastest for it. A call takes the tiles of the nearest entry of its
+own kind of arithmetic, from the file of its own GPU, else from those of GPUs with as many SMs and
+as much shared memory; where none is near, or none was searched, `launch_config` decides. How many
+slices of H or of tokens a launch takes follows from the tiles, the problem and the GPU.
 """
 
 import contextlib
 import functools
 import json
 import math
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from adapterkern.backends.triton import launch_config
 from adapterkern.backends.triton.launch_config import (
@@ -139,27 +144,57 @@ def _look_up(kind: str, problem: Problem, device: Device) -> Any:
 
 @functools.cache
 def entries_for(device: Device) -> tuple[Entry, ...]:
-    """The entries of every file that was searched on a GPU of these properties."""
-    found: list[Entry] = []
+    """The entries of the files of this machine's GPUs of these properties, by name; where there is
+    none, of every file with these properties. A file that cannot be read is left out and warned of.
+    """
+    files = []
     for path in sorted(FOLDER.glob("*.json")):
-        searched_on, entries = load(path)
-        if searched_on == device:
-            found += entries
-    return tuple(found)
+        try:
+            files.append(load(path))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"tuned launch configurations left out: {error}", stacklevel=2)
+    fitting = [file for file in files if file.device == device]
+    names = present(device)
+    own = [file for file in fitting if file.gpu in names]
+    return tuple(entry for file in own or fitting for entry in file.entries)
 
 
-def load(path: Path) -> tuple[Device, list[Entry]]:
+def present(device: Device) -> set[str]:
+    """The names of this machine's GPUs that have these properties."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = (torch.cuda.get_device_properties(index) for index in range(count))
+    return {properties.name for properties in found if device_of(properties) == device}
+
+
+def device_of(properties: Any) -> Device:
+    """The launch properties of a GPU, from those that torch gives."""
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+class TunedFile(NamedTuple):
+    """A file's content."""
+
+    gpu: str
+    device: Device
+    entries: list[Entry]
+
+
+def load(path: Path) -> TunedFile:
     """The GPU and the entries of a file.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is of another schema or does not fit it.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA!r}."
-        )
     try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}.")
+    try:
+        gpu = str(data["gpu"])
         device = Device(**data["device"])
         entries = [
             Entry(
@@ -175,11 +210,13 @@ def load(path: Path) -> tuple[Device, list[Entry]]:
     unknown = sorted({entry.form for entry in entries} - set(FORMS))
     if unknown:
         raise ValueError(f"{path} has the unknown form {unknown[0]!r}; known: {', '.join(FORMS)}.")
-    return device, entries
+    return TunedFile(gpu, device, entries)
 
 
 def save(path: Path, gpu: str, device: Device, entries: Sequence[Entry]) -> None:
-    """Write a file that `load` reads, sorted, so that a new search shows as a small difference."""
+    """Write a file that `load` reads, sorted, so that a new search shows as a small difference. It
+    is replaced in one step: no reader and no interruption meets half of it.
+    """
     ordered = sorted(entries, key=lambda entry: (entry.kind, *entry.problem))
     data = {
         "schema": SCHEMA,
@@ -195,7 +232,12 @@ def save(path: Path, gpu: str, device: Device, entries: Sequence[Entry]) -> None
             for entry in ordered
         ],
     }
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     clear_caches()
 
 

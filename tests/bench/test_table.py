@@ -1,0 +1,58 @@
+"""Tables of a made-up GPU result: units, and what the numbers of a case are measured by."""
+
+import pytest
+
+from adapterkern.bench.table import render
+
+
+def tables(result):
+    """The lines of each case's table, by its title."""
+    blocks = render(result).split("\n\n")[1:-1]
+    return {block.splitlines()[0]: block.splitlines()[1:] for block in blocks}
+
+
+@pytest.fixture
+def first(gpu_result):
+    """A result of its first case alone: forward, 4096 tokens, 768 wide, four providers."""
+    gpu_result.rows = gpu_result.rows[:4]
+    return gpu_result
+
+
+def test_without_a_measured_copy_floor_and_fraction_are_dashes(first):
+    first.header["calibration"] = {}
+    for row in first.rows:
+        row.floor_us = row.floor_fraction = None
+    ((title, lines),) = tables(first).items()
+    assert title.endswith("(floor -: the copy bandwidth was not measured)")
+    assert "  against  GB/s  of floor  " in lines[0]
+    assert [line.split()[5] for line in lines[1:]] == ["-"] * 4  # provider cold hot against GB/s
+
+
+def test_a_floor_without_a_rate_of_its_dtype_says_so(first):
+    (title,) = tables(first)
+    assert title.endswith("(floor 3.2 us)")  # 12.7 MB at 4 TB/s
+    del first.header["calibration"]["matrix_rate"]
+    (title,) = tables(first)
+    assert title.endswith("(floor 3.2 us without products: no bf16 rate was measured)")
+
+
+@pytest.mark.parametrize(
+    ("l2", "says"), [(50 << 20, ", which stay in L2)"), (1 << 20, ")"), (None, ")")]
+)
+def test_buffers_of_a_graph_that_fit_in_l2_are_named(first, l2, says):
+    first.header["l2_bytes"] = l2
+    first.rows[0].buffer_bytes = 1310720
+    (title,) = tables(first)
+    assert title.endswith(f"graph over 1.2 MiB{says}")
+
+
+def test_small_memory_is_in_kibibytes(first):
+    for row in first.rows:
+        row.saved_bytes, row.transient_bytes = 1056, 0
+    (lines,) = tables(first).values()
+    assert lines[0].endswith("peak MiB  transient KiB  saved KiB")
+    assert lines[1].split()[-3:] == ["32.0", "0.0", "1.0"]
+    first.rows[0].saved_bytes = 10 << 20
+    (lines,) = tables(first).values()
+    assert lines[0].endswith("saved MiB")
+    assert lines[1].split()[-1] == "10.0"
