@@ -12,6 +12,7 @@ examples:
   python -m benchmarks readme                                         after committing a result
 
 A report that was interrupted continues where it was when it is run again with the same folder.
+Where a kernel takes the GPU down, --backend leaves its backend out.
 """
 
 
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--skip-build", action="store_true", help="do not install the tree first")
     report.add_argument("--skip-check", action="store_true", help="no parity check, no GPU tests")
     report.add_argument("--tiny", action="store_true", help="sizes that only show that it works")
+    report.add_argument(
+        "--backend", nargs="+", default=[], metavar="NAME", help="time these alone (default: all)"
+    )
+    report.add_argument("--commit", metavar="HASH", help="of the tree, where it has no .git")
     report.set_defaults(run=_report)
     readme = commands.add_parser("readme", help="write the README's performance section")
     readme.set_defaults(run=_readme)
@@ -48,14 +53,24 @@ def _report(arguments: argparse.Namespace) -> int:
     if problem:
         print(f"python -m benchmarks: {problem}; choose a folder with --out", file=sys.stderr)
         return 2
+    from adapterkern.backends import NAMES
     from benchmarks import report
 
+    unknown = [name for name in arguments.backend if name not in NAMES]
+    if unknown:
+        known = ", ".join(NAMES)
+        print(
+            f"python -m benchmarks: unknown backend {unknown[0]!r}; known: {known}", file=sys.stderr
+        )
+        return 2
     options = report.Options(
         arguments.out,
         arguments.minutes,
         build=not arguments.skip_build,
         check=not arguments.skip_check,
         tiny=arguments.tiny,
+        backends=tuple(arguments.backend),
+        commit=arguments.commit,
     )
     report.run(options, lambda text: print(text, flush=True))
     return 0

@@ -1,5 +1,6 @@
 """Times whole models: per cent that adapters add, and adapters against full fine-tuning."""
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from adapterkern.bench.measure import failure
 from adapterkern.bench.results import ModelRow, Timing
 from adapterkern.bench.timing import CudaTimer, Subject, WallTimer, interleave
 from benchmarks import models
+from benchmarks.attention import RefuseMasks
 from benchmarks.models import MissingPackageError, Spec
 
 EXECUTIONS = ("eager", "compile", "graph")
@@ -28,8 +30,10 @@ def measure_model(
 ) -> list[ModelRow]:
     """A row for each variant, all timed in turn; a variant that fails costs its own row alone.
 
-    forward: evaluation without gradients. step: forward, backward down to the embedded input, and
-    AdamW on the parameters that are trained; the plain model trains none, full fine-tuning all.
+    forward: evaluation without gradients. decode: the same for one token after a prompt of the
+    whole sequence. step: forward, backward from a given gradient of the last hidden state down to
+    the embedded input, and AdamW on the parameters that are trained; the plain model trains none,
+    full fine-tuning all, the embedding included.
     """
     names = models.variants(spec) if variants is None else tuple(variants)
     names = tuple(name for name in names if mode == "step" or name != "full")
@@ -38,10 +42,10 @@ def measure_model(
     device = timer.device if isinstance(timer, CudaTimer) else torch.device("cpu")
     if execution == "compile":
         torch.compiler.reset()  # what earlier models compiled would count against torch's limit
-    with timer.session():
+    with timer.session(), contextlib.ExitStack() as patches:
         for name, row in rows.items():
             try:
-                subjects[name] = _subject(spec, name, row, timer, device, dtype)
+                subjects[name] = _subject(spec, name, row, timer, device, dtype, patches)
             except Exception as error:  # recorded in the row; the others are still measured
                 _record(row, error)
         timings = interleave(subjects, lambda _name, subject: _wall(subject, device), seconds)
@@ -66,6 +70,7 @@ def _subject(
     timer: WallTimer | CudaTimer,
     device: torch.device,
     dtype: torch.dtype,
+    patches: contextlib.ExitStack,
 ) -> Subject:
     if row.execution == "graph" and not isinstance(timer, CudaTimer):
         raise MissingPackageError("CUDA graphs need a GPU")
@@ -73,12 +78,19 @@ def _subject(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
     model = models.build(spec, name, device, dtype)
+    patches.enter_context(models.patched(model, name))
     trained = [p for p in model.parameters() if p.requires_grad]
     row.parameters = sum(p.numel() for p in model.parameters())
     row.trained = sum(p.numel() for p in trained)
     call = _call(spec, model, trained, row, device, dtype)
+    with RefuseMasks():
+        if row.execution == "compile":  # which a mode of this kind would change
+            model(inputs_embeds=models.embedder(spec, model, device, dtype)())
+        else:
+            call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2):  # the optimizer's state is made in the first step
         call()
     if device.type == "cuda":
@@ -98,32 +110,38 @@ def _call(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[], Any]:
-    x = models.embedded_input(spec, device, dtype)
+    embedded = models.embedder(spec, model, device, dtype)
     run: Callable[..., Any] = model
     if row.execution == "compile":
         run = torch.compile(model, dynamic=False)
-    if row.mode == "forward":
+    if row.mode != "step":
         model.eval()
+        options: dict[str, Any] = {}
+        if row.mode == "decode":
+            options = {"past_key_values": models.past_of(model, embedded()), "use_cache": True}
+            embedded = models.embedder(spec, model, device, dtype, tokens=1)
 
         def forward() -> Any:
             with torch.no_grad():
-                return run(inputs_embeds=x)
+                return run(inputs_embeds=embedded(), **options)
 
         return forward
     model.train()
-    x.requires_grad_()
+    dy = torch.randn_like(embedded())
     on_gpu = device.type == "cuda"
     optimizer = None
     if trained:
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu, capturable=on_gpu)
 
     def step() -> None:
-        x.grad = None
         if optimizer is not None:
             optimizer.zero_grad(set_to_none=True)
+        x = embedded()
+        if not x.requires_grad:
+            x.requires_grad_()
         out = run(inputs_embeds=x)
         out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
-        out.float().square().mean().backward()
+        torch.autograd.backward(out, dy)  # no loss, whose own passes would dilute the overhead
         if optimizer is not None:
             optimizer.step()
 

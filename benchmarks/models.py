@@ -1,6 +1,8 @@
 """Models with random weights, built offline, and the ways to adapt them."""
 
+import contextlib
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterkern as ak
+from benchmarks import attention
 
 VARIANTS = ("plain", "adapterhub", "lora", "adapterkern")
+# One of AdapterHub's models with its own adapters: stock; patched; and patched in the adapter call
+# alone, the layer around it left to the library.
+PATCHED = ("plain", "adapterhub", "adapterhub-patched", "adapterhub-patched-calls")
+PRESETS = ("seq_bn", "double_seq_bn", "par_bn")
 
 
 class MissingPackageError(RuntimeError):
@@ -23,7 +30,8 @@ class Spec:
     """One model, its batch, and where adapters of which width go.
 
     places: name suffixes of the linear layers that an adapter follows (the block has its own);
-    family: "block", or a model of transformers.
+    family: "block", or a model of transformers; vocabulary: rows of the embedding; preset: of
+    AdapterHub, in place of places and bottleneck_size.
     """
 
     name: str
@@ -36,6 +44,8 @@ class Spec:
     bottleneck_size: int
     places: tuple[str, ...]
     modes: tuple[str, ...] = ("forward", "step")
+    vocabulary: int = 0
+    preset: str = ""
 
     @property
     def per_layer(self) -> int:
@@ -52,23 +62,46 @@ class Spec:
             batch=2,
             sequence=8,
             bottleneck_size=4,
+            vocabulary=64,
         )
 
 
-_TWO = ("c_proj",)
+_TWO, _ONE = ("c_proj",), ("mlp.c_proj",)
 _BERT = ("attention.output.dense", r"[0-9]+.output.dense")
+
+
+def _gpt2(batch: int, sequence: int, bottleneck: int, kind: str, *modes: str) -> Spec:
+    """GPT-2 medium with one adapter a layer (L) or two (H)."""
+    name = f"gpt2-medium-{batch}x{sequence}-{kind}"
+    places = _ONE if kind == "L" else _TWO
+    sizes = (1024, 24, 16, batch, sequence, bottleneck)
+    return Spec(name, "gpt2", *sizes, places, modes or ("forward",), vocabulary=50257)
+
+
 SPECS = (
     Spec("block-1024", "block", 1024, 1, 16, 32, 512, 64, ()),
     Spec("block-4096", "block", 4096, 1, 32, 32, 512, 64, ()),
-    # Table 1 of the LoRA paper (arXiv:2106.09685): one adapter a layer (L) or two (H).
-    Spec("gpt2-medium-32x512-H", "gpt2", 1024, 24, 16, 32, 512, 5, _TWO),
-    Spec("gpt2-medium-32x512-L", "gpt2", 1024, 24, 16, 32, 512, 10, ("mlp.c_proj",), ("forward",)),
-    Spec("gpt2-medium-16x256-H", "gpt2", 1024, 24, 16, 16, 256, 112, _TWO, ("forward",)),
-    Spec("gpt2-medium-16x256-L", "gpt2", 1024, 24, 16, 16, 256, 224, ("mlp.c_proj",), ("forward",)),
-    Spec("gpt2-medium-1x128-H", "gpt2", 1024, 24, 16, 1, 128, 112, _TWO, ("forward",)),
-    Spec("gpt2-medium-1x128-L", "gpt2", 1024, 24, 16, 1, 128, 224, ("mlp.c_proj",), ("forward",)),
-    Spec("bert-base-32x128", "bert", 768, 12, 12, 32, 128, 48, _BERT),
-    Spec("llama-7b-block-4x2048", "llama", 4096, 1, 32, 4, 2048, 64, ("o_proj", "down_proj")),
+    # Table 1 of the LoRA paper (arXiv:2106.09685).
+    _gpt2(32, 512, 5, "H", "forward", "step"),
+    _gpt2(32, 512, 10, "L"),
+    _gpt2(16, 256, 112, "H"),
+    _gpt2(16, 256, 224, "L"),
+    _gpt2(1, 128, 112, "H"),
+    _gpt2(1, 128, 224, "L"),
+    Spec("bert-base-32x128", "bert", 768, 12, 12, 32, 128, 48, _BERT, vocabulary=30522),
+    # One layer of 32, beside which a whole vocabulary would count for more than in the model.
+    Spec(
+        *("llama-7b-block-4x2048", "llama", 4096, 1, 32, 4, 2048, 64, ("o_proj", "down_proj")),
+        vocabulary=64,
+    ),
+)
+PRESET_SPECS = tuple(
+    replace(spec, name=f"{spec.name.removesuffix('-H')}-{preset}", modes=modes, preset=preset)
+    for spec, modes in (
+        (SPECS[8], ("forward", "step")),
+        (SPECS[4], ("forward", "step", "decode")),
+    )
+    for preset in PRESETS
 )
 # Per cent that adapters add to GPT-2 medium's forward, as published (RTX 8000, float32).
 PUBLISHED = {
@@ -115,6 +148,8 @@ class Block(nn.Module):
 
 def variants(spec: Spec) -> tuple[str, ...]:
     """The variants of a model: those with the block's residual folded in, and full fine-tuning."""
+    if spec.preset:
+        return PATCHED
     more = ("adapterkern-skip",) if spec.family == "block" else ("full",)
     return (*VARIANTS, *more)
 
@@ -126,7 +161,8 @@ def build(spec: Spec, variant: str, device: torch.device, dtype: torch.dtype) ->
         MissingPackageError: the variant's package is not installed.
     """
     torch.manual_seed(0)
-    model = _block(spec, variant) if spec.family == "block" else _adapted(spec, variant)
+    with torch.device(device):  # a GPU draws the weights of a whole model at once
+        model = _block(spec, variant) if spec.family == "block" else _adapted(spec, variant)
     model = model.to(device, dtype)
     if variant == "plain":
         model.requires_grad_(False)
@@ -170,7 +206,7 @@ def _adapted(spec: Spec, variant: str) -> nn.Module:
         return model
     if variant == "lora":
         return _lora(model, spec.places, spec.bottleneck_size)
-    if variant == "adapterhub":
+    if variant.startswith("adapterhub"):
         return _with_adapterhub(model, spec)
     peft = _import("peft")
     plugin = importlib.import_module("adapterkern.integrations.peft")
@@ -200,17 +236,32 @@ def _pattern(places: tuple[str, ...]) -> str:
 def _with_adapterhub(model: nn.Module, spec: Spec) -> nn.Module:
     adapters = _import("adapters")
     adapters.init(model)
-    both = spec.per_layer == 2
-    config = adapters.BnConfig(
-        mh_adapter=both,
+    config: Any = spec.preset or adapters.BnConfig(
+        mh_adapter=spec.per_layer == 2,
         output_adapter=True,
-        reduction_factor=spec.hidden_size / spec.bottleneck_size,
+        # The library takes the whole part of H over this: half a unit more, and it is R.
+        reduction_factor=spec.hidden_size / (spec.bottleneck_size + 0.5),
         non_linearity="gelu",
     )
     adapted: Any = model
     adapted.add_adapter("bench", config=config)
+    log = logging.getLogger("adapters.model_mixin")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that no adapter was active before this one
     adapted.train_adapter("bench")
+    log.setLevel(level)
     return model
+
+
+def patched(model: nn.Module, variant: str) -> contextlib.AbstractContextManager[Any]:
+    """The block within which a patched variant runs fused; one that cannot raises.
+
+    The stock model beside it pays the look at a flag in each layer.
+    """
+    if not variant.startswith("adapterhub-patched"):
+        return contextlib.nullcontext()
+    adapterhub = importlib.import_module("adapterkern.integrations.adapterhub")
+    return adapterhub.patched(model, strict=True, layer_level=variant == "adapterhub-patched")
 
 
 def _base(spec: Spec) -> nn.Module:
@@ -222,27 +273,30 @@ def _base(spec: Spec) -> nn.Module:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             intermediate_size=4 * hidden,
-            vocab_size=64,  # the embedding is not run: the input is already embedded
+            vocab_size=spec.vocabulary,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        return transformers.BertModel(config, add_pooling_layer=False)
-    if spec.family == "gpt2":
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    elif spec.family == "gpt2":
         config = transformers.GPT2Config(
-            n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=64,
+            n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=spec.vocabulary,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-        return transformers.GPT2Model(config)
-    config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=hidden * 43 // 16,  # 11008 at 4096
-        vocab_size=64,
-        use_cache=False,
-    )
-    return transformers.LlamaModel(config)
+        model = transformers.GPT2Model(config)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=hidden * 43 // 16,  # 11008 at 4096
+            vocab_size=spec.vocabulary,
+            use_cache=False,
+        )
+        model = transformers.LlamaModel(config)
+    attention.leave_masks_out(model)
+    return model
 
 
 def _import(name: str) -> Any:
@@ -255,8 +309,41 @@ def _import(name: str) -> Any:
         ) from error
 
 
-def embedded_input(spec: Spec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[batch, sequence, H]: what the embedding layer would give."""
+def embedder(
+    spec: Spec, model: Any, device: torch.device, dtype: torch.dtype, tokens: int | None = None
+) -> Callable[[], Tensor]:
+    """A function that embeds the model's token ids anew: [batch, tokens (the sequence), H].
+
+    What it gives carries a gradient where the embedding is trained, as in full fine-tuning. A block
+    has no embedding: random values.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    shape = (spec.batch, spec.sequence, spec.hidden_size)
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
+    shape = spec.batch, tokens or spec.sequence
+    if spec.family == "block":
+        wide = (*shape, spec.hidden_size)
+        return torch.randn(wide, generator=generator, device=device).to(dtype).detach
+    ids = torch.randint(spec.vocabulary, shape, generator=generator, device=device)
+    embedding = model.get_input_embeddings()
+    return lambda: embedding(ids)
+
+
+def past_of(model: nn.Module, embedded: Tensor) -> Any:
+    """Keys and values of every layer for a prompt [B, S, H], the same for every decoded token."""
+    cache = _import("transformers").DynamicCache
+
+    class Past(cache):  # type: ignore[misc,valid-type]
+        """Gives each token the prompt and itself, and forgets the token."""
+
+        full = False
+
+        def update(self, key: Tensor, value: Tensor, layer: int, *more: Any, **options: Any) -> Any:
+            if not self.full:
+                return super().update(key, value, layer, *more, **options)
+            kept = self.layers[layer]
+            return torch.cat([kept.keys, key], -2), torch.cat([kept.values, value], -2)
+
+    past = Past()
+    with torch.no_grad():
+        model(inputs_embeds=embedded, past_key_values=past, use_cache=True)
+    past.full = True
+    return past

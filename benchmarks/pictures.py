@@ -1,14 +1,19 @@
 """The pictures of a report: adapters by mode, and what adapters add to models."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from adapterkern.bench.plot import plot
-from adapterkern.bench.results import ModelRow, Result
+from adapterkern.bench.results import ModelRow, Result, Row
+from benchmarks.models import PRESET_SPECS, SPECS
 
 COLORS = {
     "plain": "#999999",
     "adapterhub": "#E69F00",
+    "adapterhub-patched": "#D55E00",
+    "adapterhub-patched-calls": "#0072B2",
     "lora": "#CC79A7",
     "adapterkern": "#D55E00",
     "adapterkern-skip": "#0072B2",
@@ -16,58 +21,108 @@ COLORS = {
 }
 
 
-def draw(result: Result, path: Path) -> list[Path]:
-    """Write <stem>-<mode>.png and <stem>-models.png beside `path`; the paths that were written."""
-    written = []
-    for mode in dict.fromkeys(row.case.mode for row in result.rows):
-        part = Result(result.header, [row for row in result.rows if row.case.mode == mode])
-        if any(row.time is not None for row in part.rows):
-            target = path.with_name(f"{path.stem}-{mode}.png")
-            plot(part, target)
+def draw(result: Result, path: Path) -> tuple[list[Path], list[str]]:
+    """Write <stem>-<mode>.png and <stem>-models-<family>.png beside `path`.
+
+    Returns:
+        The paths that were written, and a sentence for each picture that failed.
+    """
+    work: dict[Path, Callable[[Path], None]] = {}
+    for mode, rows in _panels(result).items():
+        part = Result(result.header, rows)
+        work[path.with_name(f"{path.stem}-{mode}.png")] = functools.partial(plot, part)
+    for family, models in _families(result).items():
+        target = path.with_name(f"{path.stem}-models-{family}.png")
+        work[target] = functools.partial(_draw_models, result, models)
+    written, problems = [], []
+    for target, picture in work.items():
+        try:
+            picture(target)
             written.append(target)
-    rows = [row for row in result.models if row.milliseconds is not None]
-    if rows:
-        target = path.with_name(f"{path.stem}-models.png")
-        _draw_models(result, rows, target)
-        written.append(target)
-    return written
+        except Exception as error:  # one picture that fails leaves the others
+            problems.append(f"{target.name}: {type(error).__name__}: {error}")
+    return written, problems
+
+
+def _panels(result: Result) -> dict[str, list[Row]]:
+    """Rows by mode, of what was timed at two numbers of tokens at least: one makes no line."""
+    panels: dict[tuple[str, ...], list[Row]] = {}
+    for row in result.rows:
+        if row.time is not None and row.provider != "no-adapter":
+            case = row.case
+            panels.setdefault((case.mode, case.dtype, case.activation, case.shape), []).append(row)
+    by_mode: dict[str, list[Row]] = {}
+    for (mode, *_), rows in panels.items():
+        if len({row.case.tokens for row in rows}) > 1:
+            by_mode.setdefault(mode, []).extend(rows)
+    return by_mode
+
+
+def _families(result: Result) -> dict[str, list[ModelRow]]:
+    """Timed rows of models by family: block, gpt2, bert, llama, and AdapterHub's presets."""
+    by_name = {spec.name: spec for spec in (*SPECS, *PRESET_SPECS)}
+    families: dict[str, list[ModelRow]] = {}
+    for row in result.models:
+        telling = row.overhead_percent is not None and row.variant != "full"
+        if row.milliseconds is not None and (telling or not result.on_gpu):
+            spec = by_name.get(row.model)
+            family = "other" if spec is None else "adapterhub" if spec.preset else spec.family
+            families.setdefault(family, []).append(row)
+    return families
 
 
 def _draw_models(result: Result, rows: list[ModelRow], path: Path) -> None:
-    """Bars by model: per cent over the plain model with a GPU, else milliseconds."""
+    """Bars by model and execution: per cent over plain with a GPU, else milliseconds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    unit = "ms (CPU, widths of a few units)"
     if result.on_gpu:
-        rows = [row for row in rows if row.overhead_percent is not None and row.variant != "full"]
         unit = "per cent over the plain model"
-    else:
-        unit = "ms (CPU, widths of a few units: shows that it runs, nothing else)"
-    groups = list(dict.fromkeys((row.model, row.mode, row.execution) for row in rows))
     names = [name for name in COLORS if any(row.variant == name for row in rows)]
-    figure = Figure(figsize=(9, 1.6 + 0.24 * len(names) * len(groups)), layout="constrained")
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    panels = [[row for row in rows if row.mode == mode] for mode in modes]
+    groups = [sorted({(row.model, row.execution) for row in panel}) for panel in panels]
+    height = 1.4 + 0.2 * (len(names) + 0.8) * max(map(len, groups))
+    figure = Figure(figsize=(5.2 * len(modes) + 2, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    height = 0.84 / max(1, len(names))
+    figure.suptitle(f"{result.device}: models with adapters", fontsize=11)
+    for axes, panel, here in zip(
+        figure.subplots(1, len(modes), squeeze=False)[0], panels, groups, strict=True
+    ):
+        _draw_bars(axes, panel, here, names, result.on_gpu)
+        axes.set_xlabel(unit)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_bars(
+    axes: Any,
+    rows: list[ModelRow],
+    groups: list[tuple[str, str]],
+    names: list[str],
+    on_gpu: bool,
+) -> None:
+    """One mode: a group of bars for each model and execution, a bar for each variant."""
+    height = 0.84 / len(names)
     for place, name in enumerate(names):
-        spots, values = [], []
-        for index, group in enumerate(groups):
-            for row in rows:
-                if (row.model, row.mode, row.execution) == group and row.variant == name:
-                    spots.append(index + (place - (len(names) - 1) / 2) * height)
-                    values.append(_value(row, result.on_gpu))
-        bars = axes.barh(spots, values, height * 0.9, color=COLORS[name], label=name)
+        found = {(r.model, r.execution): r for r in rows if r.variant == name}
+        spots = [
+            (index + (place - (len(names) - 1) / 2) * height, _value(found[group], on_gpu))
+            for index, group in enumerate(groups)
+            if group in found
+        ]
+        where, values = [spot for spot, _ in spots], [value for _, value in spots]
+        bars = axes.barh(where, values, height * 0.9, color=COLORS[name], label=name)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(groups)), [" ".join(group) for group in groups], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.set_title(f"{result.device}: models with adapters", fontsize=11)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_title(rows[0].mode, fontsize=10)
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.2)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
 
 
 def _value(row: ModelRow, on_gpu: bool) -> float:

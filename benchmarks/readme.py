@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
-from adapterkern.bench.results import load
-from benchmarks import pictures, summary
+from adapterkern.bench.results import Result, ResultError, Row, load
+from benchmarks import goals, pictures, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -12,8 +13,11 @@ BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
 END = "<!-- end of performance -->"
 NO_RESULT = (
     "No GPU result yet: no kernel of this package has been timed on a GPU, so there is no number "
-    "here.\n`python -m benchmarks report --out benchmarks/results/<gpu>` writes one."
+    "here.\n`python -m benchmarks report --out benchmarks/results/<gpu>` writes one. "
+    "The goals, on an H200 in bfloat16:"
 )
+TOKENS = (16, 2048, 16384)
+BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt")
 UNSTEADY = "**The copy bandwidth moved by more than 3 % during this run; measure it again.**"
 
 
@@ -35,19 +39,21 @@ def newest(folder: Path = RESULTS) -> Path | None:
 def section(path: Path | None, root: Path = ROOT) -> str:
     """What goes between the markers."""
     if path is None:
-        return NO_RESULT
+        return f"{NO_RESULT}\n\n{summary.goals_table(Result())}"
     result = load(path)
     commit = (result.header.get("commit") or "unknown")[:9]
     versions = result.header.get("versions", {})
     where = path.relative_to(root).as_posix()
+    text = path.with_suffix(".md")
     parts = [
         f"{result.device}, torch {versions.get('torch')}, triton {versions.get('triton')}, commit "
-        f"{commit}, {result.header['created'][:10]} ([{path.name}]({where})). "
-        "Times of one adapter; "
+        f"{commit}, {result.header['created'][:10]}: "
+        f"[all rows]({text.relative_to(root).as_posix()}), [{path.name}]({where}). "
+        'Times of one adapter on the backend that `"auto"` runs; '
         "`vs` is that implementation's time over ours, `of floor` the least traffic at the copy "
         "bandwidth measured in the same run.",
         *([UNSTEADY] if from_dict(result.header["calibration"]).steady is False else []),
-        summary.adapters(result.rows, on_gpu=True),
+        summary.adapters(_telling(result), on_gpu=True, baselines=BASELINES),
         summary.goals_table(result),
     ]
     images = [path.with_name(f"{path.stem}-{mode}.png") for mode in ("forward", "step")]
@@ -57,6 +63,24 @@ def section(path: Path | None, root: Path = ROOT) -> str:
         if image.exists()
     ]
     return "\n\n".join(parts)
+
+
+def _telling(result: Result) -> list[Row]:
+    """A decode, a prompt and a batch on the backend that "auto" runs: what a reader looks for."""
+    rows = goals.auto_rows(result.rows, result.header.get("backends", NAMES))
+    kept = [
+        row
+        for row in rows
+        if row.case.tokens in TOKENS
+        and row.case.dtype == "bf16"
+        and row.case.mode in ("forward", "step")
+    ]
+    return sorted(kept, key=_place)
+
+
+def _place(row: Row) -> tuple[str, int, int, int]:
+    case = row.case
+    return case.mode, case.hidden_size, case.bottleneck_size, case.tokens
 
 
 def replaced(text: str, content: str) -> str:
@@ -75,10 +99,19 @@ def replaced(text: str, content: str) -> str:
 
 
 def write(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> Path | None:
-    """Draw the newest result's pictures anew and update the README; the path of that result."""
+    """Write the newest result's pictures and summary anew and the README; the result's path.
+
+    Raises:
+        ResultError: a result cannot be read, or a picture not drawn.
+        MarkerError: the README has no place for the section.
+    """
     path = newest(results)
     if path is not None:
-        pictures.draw(load(path), path)
+        result = load(path)
+        _, problems = pictures.draw(result, path)
+        if problems:
+            raise ResultError(f"no picture for the README: {'; '.join(problems)}")
+        path.with_suffix(".md").write_text(summary.summary(result), encoding="utf-8")
     text = readme.read_text(encoding="utf-8")
     readme.write_text(replaced(text, section(path, readme.parent)), encoding="utf-8")
     return path

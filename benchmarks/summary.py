@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from adapterkern.bench import table
 from adapterkern.bench.results import ModelRow, Result, Row
-from benchmarks import goals, models
+from benchmarks import goals, judge, models
+from benchmarks.models import PRESET_SPECS
 
 BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora")
 
@@ -18,8 +19,14 @@ def summary(result: Result) -> str:
     if result.on_gpu:
         parts += ["## Goals", goals_table(result)]
     parts += ["## One adapter", adapters(result.rows, result.on_gpu)]
+    presets = {spec.name for spec in PRESET_SPECS}
+    own = [row for row in result.models if row.model not in presets]
+    stock = [row for row in result.models if row.model in presets]
     if result.models:
-        parts += ["## Models", _models(result.models, result.on_gpu)]
+        parts += ["## Models", _models(own, result.on_gpu)]
+        if result.on_gpu:
+            parts += ["## Adapters against full fine-tuning", _against_full(own)]
+        parts += ["## AdapterHub, stock and patched", _patched(stock, result.on_gpu)]
         if not result.on_gpu:
             parts.append("Widths of a few units on a CPU: that it runs, and nothing else.")
     if result.host:
@@ -36,7 +43,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) 
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def adapters(rows: Sequence[Row], on_gpu: bool) -> str:
+def adapters(rows: Sequence[Row], on_gpu: bool, baselines: Sequence[str] = BASELINES) -> str:
     """Our times by case, and with a GPU the time of each baseline over ours."""
     ours = [row for row in rows if row.ours and row.time is not None]
     if not ours:
@@ -48,13 +55,13 @@ def adapters(rows: Sequence[Row], on_gpu: bool) -> str:
             ((f"{r.case}", r.provider, *_quantiles(r)) for r in timed),
             text=2,
         )
-    present = [name for name in BASELINES if any(name in row.ratios for row in ours)]
+    present = [name for name in baselines if any(name in row.ratios for row in ours)]
     head = ["case", "backend", "timing", "us", "of floor", *(f"vs {name}" for name in present)]
     return markdown(
         head,
         (
             (
-                str(row.case),
+                f"{row.case}{f' {judge.TF32}' if judge.TF32 in row.note else ''}",
                 row.provider,
                 row.headline,
                 f"{row.time.p50:.1f}" if row.time else "-",
@@ -89,11 +96,22 @@ def _facts(result: Result) -> list[str]:
 
 
 def goals_table(result: Result) -> str:
-    """Every goal, whether it is met, and what was found."""
+    """Every goal, whether it is met, what was found and why; promises alone before any run."""
+    found = goals.verdicts(result)
+    if all(verdict.met is None for verdict in found):
+        promises: dict[str, list[str]] = {}
+        for verdict in found:
+            promises.setdefault(verdict.goal, []).append(verdict.promise)
+        rows = ((goal, "; ".join(of), found[0].state) for goal, of in promises.items())
+        return markdown(("goal", "promise", "state"), rows, text=3)
+    head = ("goal", "promise", "state", "found", "why", "other backends")
     return markdown(
-        ("goal", "promise", "state", "found"),
-        ((v.goal, v.promise, v.state, v.found) for v in goals.verdicts(result)),
-        text=4,
+        head,
+        (
+            (v.goal, v.promise, v.state, v.found, v.why or "-", "; ".join(v.others) or "-")
+            for v in found
+        ),
+        text=6,
     )
 
 
@@ -111,12 +129,59 @@ def _models(rows: Sequence[ModelRow], on_gpu: bool) -> str:
         cells += [peak, share]
         if on_gpu:
             over = row.overhead_percent
-            adapted = row.variant in ("adapterhub", "adapterkern")
+            adapted = row.variant in ("adapterhub", "adapterkern") and row.mode == "forward"
             published = models.PUBLISHED.get(row.model) if adapted else None
             cells.append("-" if over is None else f"{over:+.1f} %")
             cells.append("-" if published is None else f"{published:+.1f} %")
         body.append(cells)
     return markdown(head, body, text=4)
+
+
+def _against_full(rows: Sequence[ModelRow]) -> str:
+    """Steps that train adapters beside those that train everything, in the same run."""
+    steps = [row for row in rows if row.mode == "step" and row.milliseconds is not None]
+    whole = {(row.model, row.execution): row for row in steps if row.variant == "full"}
+    body = []
+    for row in steps:
+        full = whole.get((row.model, row.execution))
+        if full is None or row.variant in ("plain", "full"):
+            continue
+        assert row.milliseconds is not None
+        assert full.milliseconds is not None
+        share = f"{row.trained / full.trained:.2%}" if row.trained and full.trained else "-"
+        time = f"{row.milliseconds.p50 / full.milliseconds.p50:.2f}"
+        peak = "-"
+        if row.peak_bytes and full.peak_bytes:
+            peak = f"{row.peak_bytes / full.peak_bytes:.2f}"
+        body.append((row.model, row.variant, row.execution, share, "0.5-5 %", time, peak))
+    if not body:
+        return "No model was trained both ways."
+    head = ("model", "variant", "execution", "trained of all", "published", "time of full")
+    return markdown((*head, "peak memory of full"), body, text=3)
+
+
+def _patched(rows: Sequence[ModelRow], on_gpu: bool) -> str:
+    """AdapterHub's models as they are and with our one line: times, and with a GPU ratios."""
+    by_case: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.milliseconds is not None:
+            key = row.model, row.mode, row.execution
+            by_case.setdefault(key, {})[row.variant] = row.milliseconds.p50
+    stock, patched = "adapterhub", "adapterhub-patched"
+    body = []
+    for key, times in by_case.items():
+        if stock not in times:
+            continue
+        cells = [f"{times[name]:.3f}" if name in times else "-" for name in models.PATCHED]
+        if on_gpu:
+            for name in (patched, f"{patched}-calls"):
+                cells.append(f"{times[stock] / times[name]:.2f}x" if name in times else "-")
+        body.append((*key, *cells))
+    if not body:
+        return "No model of AdapterHub was timed."
+    head = ["model", "mode", "execution", "plain ms", "stock ms", "patched ms", "calls only ms"]
+    head += ["stock over patched", "stock over calls only"] if on_gpu else []
+    return markdown(head, body, text=3)
 
 
 def _host(result: Result) -> str:
@@ -128,15 +193,18 @@ def _host(result: Result) -> str:
 
 def _problems(result: Result) -> str:
     reasons: dict[str, list[str]] = {}
-    for row in (*result.rows, *result.models):
+    rows: list[Row | ModelRow] = [*result.rows, *result.models]
+    for row in rows:
         if row.status != "ok":
             name = row.provider if isinstance(row, Row) else row.variant
             reasons.setdefault(f"{name}: {row.status.replace('_', ' ')}, {row.note}", []).append(
                 row.key
             )
     lines = [f"- {reason} ({len(keys)} rows)" for reason, keys in reasons.items()]
+    undone: dict[str, list[str]] = {}
     for entry in result.log:
         if entry["status"] != "done":
             note = f", {entry['note']}" if entry.get("note") else ""
-            lines.append(f"- {entry['task']}: {entry['status']}{note}")
+            undone.setdefault(f"{entry['status']}{note}", []).append(entry["task"])
+    lines += [f"- {reason}: {', '.join(tasks)}" for reason, tasks in undone.items()]
     return "\n".join(lines)

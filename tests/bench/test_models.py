@@ -1,6 +1,7 @@
 """Whole models: the adapters sit where they should, and rows say what they are."""
 
 import contextlib
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -11,11 +12,16 @@ from torch import nn
 from adapterkern import BottleneckAdapter
 from adapterkern.bench.results import ModelRow, Timing
 from adapterkern.bench.timing import CudaTimer, WallTimer
-from benchmarks import model_level, models
-from benchmarks.models import SPECS
+from benchmarks import attention, model_level, models
+from benchmarks.models import PRESET_SPECS, SPECS
 
 CPU = torch.device("cpu")
-BY_NAME = {spec.name: spec for spec in SPECS}
+BY_NAME = {spec.name: spec for spec in (*SPECS, *PRESET_SPECS)}
+GPT2, BERT, LLAMA = "gpt2-medium-1x128-H", "bert-base-32x128", "llama-7b-block-4x2048"
+
+
+def needs_adapterhub():
+    pytest.importorskip("adapters", reason="adapters cannot be imported", exc_type=ImportError)
 
 
 def built(name, variant):
@@ -70,7 +76,7 @@ def test_a_block_gives_the_same_with_the_residual_folded_in():
     plain = built("block-1024", "plain")
     adapted, folded = built("block-1024", "adapterkern"), built("block-1024", "adapterkern-skip")
     folded.load_state_dict(adapted.state_dict())
-    x = models.embedded_input(BY_NAME["block-1024"].tiny(), CPU, torch.float32)
+    x = models.embedder(BY_NAME["block-1024"].tiny(), plain, CPU, torch.float32)()
     torch.testing.assert_close(adapted(x), folded(x))
     assert not torch.equal(adapted(x), plain(x))
     for adapter in parts(adapted, BottleneckAdapter):
@@ -107,6 +113,173 @@ def test_a_step_trains_the_adapters_and_passes_gradients_to_the_input():
     model_level._call(spec, model, trained, row, CPU, torch.float32)()
     for old, parameter in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, parameter) != parameter.requires_grad
+
+
+class Recorded:
+    """What attention was given, and which tensors were asked whether they are true."""
+
+    def __init__(self, monkeypatch):
+        self.attention, self.asked = [], []
+        product, truth = nn.functional.scaled_dot_product_attention, torch.Tensor.__bool__
+
+        def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+            self.attention.append((None if attn_mask is None else attn_mask.shape, is_causal))
+            return product(q, k, v, attn_mask, dropout_p, is_causal, **options)
+
+        def ask(tensor):
+            self.asked.append(tensor)
+            return truth(tensor)
+
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        monkeypatch.setattr(torch.Tensor, "__bool__", ask)
+
+
+def forward(name, variant):
+    spec, model = BY_NAME[name].tiny(), built(name, variant).eval()
+    with torch.no_grad():
+        return model(inputs_embeds=models.embedder(spec, model, CPU, torch.float32)())[0]
+
+
+@pytest.mark.parametrize("variant", ["plain", "adapterhub", "lora", "adapterkern"])
+@pytest.mark.parametrize(("name", "causal"), [(GPT2, True), (BERT, False), (LLAMA, True)])
+def test_attention_gets_no_mask_and_the_host_waits_for_no_tensor(
+    name, causal, variant, monkeypatch
+):
+    if variant == "adapterhub":
+        needs_adapterhub()
+    recorded = Recorded(monkeypatch)
+    without = forward(name, variant)
+    assert set(recorded.attention) == {(None, causal)}
+    assert recorded.asked == []
+    monkeypatch.setattr(attention, "leave_masks_out", lambda _model: None)
+    torch.testing.assert_close(without, forward(name, variant), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_builds_a_mask_all_the_same_gets_no_time(monkeypatch):
+    def leave_one_in(model):
+        attention_mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+        model.register_forward_pre_hook(
+            lambda _module, _inputs, options: ((), {**options, "attention_mask": attention_mask}),
+            with_kwargs=True,
+        )
+
+    monkeypatch.setattr(attention, "leave_masks_out", leave_one_in)
+    (row,) = model_level.measure_model(
+        BY_NAME[GPT2].tiny(), "forward", "eager", WallTimer(), torch.float32, 0.0, ("plain",)
+    )
+    assert row.status == "failed"
+    assert "attention got a mask of [2, 1, 8, 8]" in row.note
+    assert row.milliseconds is None
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in SPECS if spec.family != "block"])
+def test_adapterhub_trains_as_many_parameters_as_ours_at_real_widths(name):
+    needs_adapterhub()
+    spec = dataclasses.replace(BY_NAME[name], layers=1, vocabulary=8)
+    meta = torch.device("meta")
+    trained = {
+        variant: sorted(
+            p.shape
+            for p in models.build(spec, variant, meta, torch.float32).parameters()
+            if p.requires_grad and p.dim() == 2
+        )
+        for variant in ("adapterhub", "adapterkern")
+    }
+    assert trained["adapterhub"] == trained["adapterkern"]
+    assert len(trained["adapterhub"]) == 2 * spec.per_layer
+
+
+def test_the_trained_share_is_of_the_whole_model():
+    pytest.importorskip("peft", reason="peft is not installed")
+    for name, millions in ((BERT, 109), ("gpt2-medium-16x256-H", 355)):
+        model = models.build(BY_NAME[name], "adapterkern", torch.device("meta"), torch.bfloat16)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        assert (total - trained) / 1e6 == pytest.approx(millions, rel=0.01)
+        assert 0.005 < trained / total < 0.05  # as published
+
+
+def preset_rows(spec, mode):
+    needs_adapterhub()
+    return model_level.measure_model(spec, mode, "eager", WallTimer(), torch.float32, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(spec.name, mode) for spec in PRESET_SPECS for mode in spec.modes]
+)
+def test_stock_and_patched_adapterhub_stand_side_by_side(name, mode):
+    spec = BY_NAME[name]
+    rows = preset_rows(spec.tiny(), mode)
+    assert [row.variant for row in rows] == list(models.PATCHED)
+    assert [(row.status, row.note) for row in rows] == [("ok", "")] * 4
+    assert len({row.trained for row in rows[1:]}) == 1
+    assert rows[1].trained > 0
+
+
+def test_each_adapterhub_variant_runs_its_own_path(monkeypatch):
+    needs_adapterhub()
+    from adapters.methods.bottleneck import BottleneckLayer
+
+    from adapterkern.integrations.adapterhub import fast_path
+
+    stock = BottleneckLayer.bottleneck_layer_forward
+    spec, paths, outputs = BY_NAME["bert-base-32x128-double_seq_bn"].tiny(), {}, {}
+    counted = {"_layer": "layer", "infer": "call", "run_call": "call", "_stock_single": "stock"}
+    for variant in models.PATCHED[1:]:
+        model = models.build(spec, variant, CPU, torch.float32).eval()
+        calls = paths[variant] = []
+        with models.patched(model, variant), monkeypatch.context() as patch, torch.no_grad():
+            for name, kind in counted.items():
+                inner = getattr(fast_path, name)
+                patch.setattr(
+                    fast_path,
+                    name,
+                    lambda *a, inner=inner, kind=kind, calls=calls, **k: (
+                        calls.append(kind) or inner(*a, **k)
+                    ),
+                )
+            x = models.embedder(spec, model, CPU, torch.float32)()
+            outputs[variant] = model(inputs_embeds=x).last_hidden_state
+    assert "layer" in paths["adapterhub-patched"]
+    assert "layer" not in paths["adapterhub-patched-calls"]
+    assert "call" in paths["adapterhub-patched-calls"]
+    assert paths["adapterhub"] == []
+    for variant in models.PATCHED[2:]:
+        torch.testing.assert_close(outputs[variant], outputs["adapterhub"], rtol=1e-5, atol=1e-5)
+    preset_rows(spec, "forward")
+    assert BottleneckLayer.bottleneck_layer_forward is stock
+
+
+def test_decoding_gives_the_last_token_of_the_whole_and_forgets_it():
+    spec = BY_NAME["gpt2-medium-16x256-seq_bn"].tiny()
+    model = models.build(spec, "plain", CPU, torch.float32).eval()
+    x = models.embedder(spec, model, CPU, torch.float32, tokens=9)()
+    past = models.past_of(model, x[:, :8])
+    with torch.no_grad():
+        whole = model(inputs_embeds=x).last_hidden_state[:, -1:]
+        for _ in range(2):
+            last = model(inputs_embeds=x[:, 8:], past_key_values=past, use_cache=True)
+            torch.testing.assert_close(last.last_hidden_state, whole, rtol=1e-5, atol=1e-5)
+    assert past.get_seq_length() == 8
+
+
+def test_a_step_has_no_loss_of_its_own(monkeypatch):
+    given = []
+    backward = torch.autograd.backward
+    monkeypatch.setattr(
+        torch.autograd, "backward", lambda *some: given.append(some) or backward(*some)
+    )
+    spec, model = BY_NAME[BERT].tiny(), built(BERT, "full")
+    row = ModelRow(spec.name, "full", "step", "eager")
+    step = model_level._call(spec, model, list(model.parameters()), row, CPU, torch.float32)
+    step()
+    step()
+    (out, dy), (_, again) = given
+    assert out.shape == dy.shape == (2, 8, 32)
+    assert out.grad_fn is not None
+    assert again is dy
+    embedding = model.get_input_embeddings().weight
+    assert embedding.grad is not None  # full fine-tuning trains it too
 
 
 def test_a_missing_package_costs_its_variant_alone(monkeypatch):
