@@ -246,3 +246,11 @@ def test_compile_is_judged_and_timed_like_the_others():
 def test_unknown_providers_are_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match=r"unknown baseline or backend 'torch'(.|\n)*adapterhub"):
         providers.providers(["plain", "torch"])
+
+
+def test_a_lost_gpu_costs_no_row_that_was_measured(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    measure._release(torch.device("cuda"))
