@@ -47,19 +47,44 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, float 
   }
 }
 
-// dx at (token, feature) from v = dz W_down, equation (12). `dy` points at the same elements in
-// shared memory, or is null where they come from global memory.
+struct Nothing {};  // that belongs to a feature of dx
+
+// dx from v = dz W_down, equation (12).
 template <typename Scalar>
-__device__ __forceinline__ void store_input_gradient(const BackwardParams& params,
-                                                     float (&v)[kVector], int64_t token,
-                                                     int64_t feature, const Scalar* dy) {
-  if (params.add_input && dy != nullptr) {
-    add_elements(v, dy);
-  } else if (params.add_input) {
-    add_vector(v, {params.dy, params.num_tokens, params.hidden_size}, token, feature);
+struct InputGradient {
+  const BackwardParams& params;
+  bool direct;  // whether dx is, and dy where it is added from global memory
+
+  __device__ __forceinline__ explicit InputGradient(const BackwardParams& params) : params(params) {
+    direct = params.hidden_size % kVector == 0 && of(params.dx).template is_direct<Scalar>() &&
+             (!params.add_input || of(params.dy).template is_direct<Scalar>());
   }
-  store_vector({params.dx, params.num_tokens, params.hidden_size}, token, feature, v);
-}
+
+  __device__ __forceinline__ Matrix of(const View& view) const {
+    return {view, params.num_tokens, params.hidden_size};
+  }
+
+  // `dy` points at the same elements in shared memory, or is null: they come from global memory.
+  template <bool kDirect>
+  __device__ __forceinline__ void store(float (&v)[kVector], int64_t token, int64_t feature,
+                                        const Scalar* dy) const {
+    if (token >= params.num_tokens || feature >= params.hidden_size) return;
+    if (params.add_input && dy != nullptr) {
+      add_whole(v, dy);
+    } else if (params.add_input) {
+      if constexpr (kDirect) {
+        add_whole(v, of(params.dy).template at<Scalar>(token, feature));
+      } else {
+        add_vector(v, of(params.dy), token, feature);
+      }
+    }
+    if constexpr (kDirect) {
+      store_whole_global(of(params.dx).template at<Scalar>(token, feature), v);
+    } else {
+      store_vector(of(params.dx), token, feature, v);
+    }
+  }
+};
 
 // dx over the features first ... last from the tile of dz; dy comes from L2.
 template <typename Shape>
@@ -68,10 +93,12 @@ __device__ __forceinline__ void write_input_gradient(unsigned char* shared,
                                                      int64_t first_token, int64_t first,
                                                      int64_t last) {
   using Scalar = typename Shape::Scalar;
+  const InputGradient<Scalar> gradient(params);
   multiply_out_of_bottleneck<Shape, true>(
       shared, {params.down_weight, params.bottleneck_size, params.hidden_size}, first, last,
-      [&](int row, int64_t feature, float (&v)[kVector]) {
-        store_input_gradient<Scalar>(params, v, first_token + row, feature, nullptr);
+      gradient.direct, [](int64_t) { return Nothing(); },
+      [&](auto is_direct, float (&v)[kVector], int row, int64_t feature, Nothing) {
+        gradient.template store<decltype(is_direct)::value>(v, first_token + row, feature, nullptr);
       });
 }
 
@@ -87,7 +114,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float da[kVector];
-        load_elements(da, sums + row * Shape::kBlockR + unit, kVector);
+        load_whole(da, sums + row * Shape::kBlockR + unit);
         finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, true);
         store_bottleneck<Shape>(shared, row, unit, da);
       });
@@ -141,6 +168,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if constexpr (kHasClusters) {
     const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
     const Scale scale{scaling_of(params)};
+    const InputGradient<Scalar> gradient(params);
     const bool dy_in_tile = params.dy.dtype == kDTypeOf<Scalar> && !scale.is_active();
     const View down_weight = params.dx.data != nullptr ? params.down_weight : View{};
     run_cluster<Shape, true>(
@@ -153,8 +181,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         [&](float (&da)[kVector], int64_t token, int unit) {
           finish_unit<Scalar>(params, da, token, unit, true);
         },
-        [&](float (&v)[kVector], int64_t token, int64_t feature, const Scalar* dy) {
-          store_input_gradient(params, v, token, feature, dy_in_tile ? dy : nullptr);
+        gradient.direct, [](int64_t) { return Nothing(); },
+        [&](auto is_direct, float (&v)[kVector], int64_t token, int64_t feature, Nothing,
+            const Scalar* dy) {
+          gradient.template store<decltype(is_direct)::value>(v, token, feature,
+                                                              dy_in_tile ? dy : nullptr);
         });
   }
 }

@@ -33,14 +33,13 @@ struct ClusterShape {
 
   static constexpr int kStrideR = kBlockR + kPadding<Scalar>;
   static constexpr int kStridePanel = kPanel + kPadding<Scalar>;
-  static constexpr int kStrideOut = kFeaturesPerStep + 4;
   static constexpr int kRowsPanelBytes = tile_bytes<Scalar>(kBlockT, kPanel);
   static constexpr int kWidePanelBytes = tile_bytes<Scalar>(kBlockR, kPanel);  // of [R, H]
   static constexpr int kTallPanelBytes = tile_bytes<Scalar>(kPanel, kBlockR);  // of [H, R]
   static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
-  static constexpr int kOutBytes = 16 * kStrideOut * 4;  // of one warp
+  static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerStep> * 4;  // of one warp
   // The sums into the bottleneck, and later the products out of it.
-  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kBlockR * 4, kWarps* kOutBytes);
+  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kBlockR * 4, kWarps* kRoomBytes);
 
   __host__ __device__ static constexpr int shared_bytes(int64_t features) {
     const int panels = static_cast<int>(features / kPanel);
@@ -142,25 +141,25 @@ __device__ __forceinline__ void exchange(const ClusterTiles<Shape, kTransposed>&
       for (int i = 0; i < kVector; ++i) v[i] += parts[block][i / 4][i % 4];
     }
     finish(v, row, unit);
-    Pack<Scalar, kVector> pack;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) pack.values[i] = from_float<Scalar>(v[i]);
     uint32_t words[4];
-    memcpy(words, &pack, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = pack(v + 2 * i, Scalar());
     Scalar* to = tiles.bottleneck() + row * Shape::kStrideR + unit;
     for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
   }
 }
 
-// Calls store(u, row, feature, in) for every vector of u, the bottleneck times the block's part of
-// `out`; `feature` counts within the slice, and `in` points at the same elements of the rows.
-template <typename Shape, bool kTransposed, typename Store>
+// Hands out the bottleneck times the block's part of `out`; `direct`, `features` and `store` as in
+// hand_out, with features counted within the slice, and for `store` a pointer to the same elements
+// of the rows.
+template <typename Shape, bool kTransposed, typename Features, typename Store>
 __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTransposed>& tiles,
-                                             int slot, Store store) {
+                                             int slot, bool direct, Features features,
+                                             Store store) {
   constexpr int kFeatures = Shape::kFeaturesPerStep, kSteps = kPanel / kFeatures;
   const int warp = threadIdx.x / kWarpSize, first_row = warp % Shape::kWarpsT * 16;
   const auto* a = tiles.bottleneck() + first_row * Shape::kStrideR;
-  float* const out = tiles.sums() + warp * (Shape::kOutBytes / 4);
+  float* const room = tiles.sums() + warp * (Shape::kRoomBytes / 4);
   for (int step = warp / Shape::kWarpsT; step < tiles.panels * kSteps; step += Shape::kWarpsOut) {
     const int panel = step / kSteps, in_panel = step % kSteps * kFeatures;
     float acc[kFeatures / 8][4];
@@ -172,26 +171,27 @@ __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTranspos
       multiply<Shape::kBlockR, false, true>(
           acc, a, Shape::kStrideR, tiles.out(panel) + in_panel * Shape::kStrideR, Shape::kStrideR);
     }
-    store_product(out, Shape::kStrideOut, acc);
-    __syncwarp();
-    for_each_vector<16, kFeatures, kWarpSize>(threadIdx.x % kWarpSize, [&](int row, int column) {
-      float u[kVector];
-      load_elements(u, out + row * Shape::kStrideOut + column, kVector);
-      store(u, first_row + row, panel * kPanel + in_panel + column,
-            tiles.rows(slot, panel) + (first_row + row) * Shape::kStridePanel + in_panel + column);
-    });
-    __syncwarp();  // before the next step overwrites what other lanes read here
+    const int feature = panel * kPanel + in_panel;
+    const auto* in = tiles.rows(slot, panel) + first_row * Shape::kStridePanel + in_panel;
+    hand_out(
+        room, acc, direct, [&](int column) { return features(feature + column); },
+        [&](auto is_direct, float (&u)[kVector], int row, int column, const auto& of_feature) {
+          store(is_direct, u, first_row + row, feature + column, of_feature,
+                in + row * Shape::kStridePanel + column);
+        });
   }
 }
 
-// Walks over the tokens: finish(v, token, unit) makes sums into elements of the bottleneck, and
-// store(u, token, feature, in) gets what comes out of it; `in` as in multiply_out.
+// Walks over the tokens: finish(v, token, unit) makes sums into elements of the bottleneck;
+// `direct`, `features` and `store` as in multiply_out, with features of H.
 //
 // A barrier of the cluster stands on either side of the exchange, the only time when blocks touch
 // one another's shared memory: after it a block may overwrite its sums, or end.
-template <typename Shape, bool kTransposed, typename Transform, typename Finish, typename Store>
+template <typename Shape, bool kTransposed, typename Transform, typename Finish, typename Features,
+          typename Store>
 __device__ __forceinline__ void run_cluster(unsigned char* shared, const ClusterProblem& problem,
-                                            Transform transform, Finish finish, Store store) {
+                                            Transform transform, Finish finish, bool direct,
+                                            Features features, Store store) {
   using Scalar = typename Shape::Scalar;
   constexpr int kThreads = Shape::kThreads, kBlockT = Shape::kBlockT, kBlockR = Shape::kBlockR;
   const ClusterTiles<Shape, kTransposed> tiles{shared, static_cast<int>(problem.features / kPanel)};
@@ -246,9 +246,12 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
     });
     cluster_barrier();  // the bottleneck is complete
     if (stores) {
-      multiply_out(tiles, slot, [&](float (&u)[kVector], int row, int feature, const auto* in) {
-        store(u, block * kBlockT + row, first_feature + feature, in);
-      });
+      multiply_out(
+          tiles, slot, direct, [&](int feature) { return features(first_feature + feature); },
+          [&](auto is_direct, float (&u)[kVector], int row, int feature, const auto& of_feature,
+              const auto* in) {
+            store(is_direct, u, block * kBlockT + row, first_feature + feature, of_feature, in);
+          });
     }
     copy_async_commit();  // an empty group keeps the count of pending groups
   }

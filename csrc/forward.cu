@@ -31,26 +31,67 @@ __device__ __forceinline__ void finish_unit(const ForwardParams& params, float (
   apply_activation(z, params.activation);
 }
 
-// y at (token, feature) from u = a W_up^T, equation (4), in float32 until the one store. `x` points
-// at the same elements in shared memory, or is null where they come from global memory.
+// y from u = a W_up^T, equation (4), in float32 until the one store.
 template <typename Scalar>
-__device__ __forceinline__ void store_output(const ForwardParams& params, const Scaling& scaling,
-                                             float (&u)[kVector], int64_t token, int64_t feature,
-                                             const Scalar* x) {
-  const auto of = [&](const View& view) {
-    return Matrix{view, params.num_tokens, params.hidden_size};
+struct Output {
+  struct Features {
+    float bias[kVector], factor[kVector];
   };
-  add_vector(u, as_matrix(params.up_bias, params.hidden_size), 0, feature);
-  scaling.multiply(u, feature);
-  if (params.add_input && x != nullptr) {
-    add_elements(u, x);
-  } else if (params.add_input) {
-    add_vector(u, of(params.x), token, feature);
+  const ForwardParams& params;
+  Scaling scaling;
+  bool direct;  // whether y, and all that is added to it from global memory, is
+
+  __device__ __forceinline__ explicit Output(const ForwardParams& params)
+      : params(params), scaling(scaling_of(params)) {
+    direct = params.hidden_size % kVector == 0 && of(params.y).template is_direct<Scalar>() &&
+             (!params.add_input || is_direct_or_none(params.x)) &&
+             is_direct_or_none(params.residual) && is_direct_or_none(params.skip);
   }
-  add_vector(u, of(params.residual), token, feature);
-  add_vector(u, of(params.skip), token, feature);
-  store_vector(of(params.y), token, feature, u);
-}
+
+  __device__ __forceinline__ Matrix of(const View& view) const {
+    return {view, params.num_tokens, params.hidden_size};
+  }
+
+  __device__ __forceinline__ bool is_direct_or_none(const View& view) const {
+    return view.data == nullptr || of(view).template is_direct<Scalar>();
+  }
+
+  __device__ __forceinline__ Features features(int64_t feature) const {
+    Features found;
+    load_vector(found.bias, as_matrix(params.up_bias, params.hidden_size), 0, feature);
+    scaling.load(found.factor, feature);
+    return found;
+  }
+
+  // `x` points at the same elements in shared memory, or is null: they come from global memory.
+  template <bool kDirect>
+  __device__ __forceinline__ void store(float (&u)[kVector], int64_t token, int64_t feature,
+                                        const Features& of_feature, const Scalar* x) const {
+    if (token >= params.num_tokens || feature >= params.hidden_size) return;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) u[i] = (u[i] + of_feature.bias[i]) * of_feature.factor[i];
+    const auto add = [&](const View& view) {
+      if (view.data == nullptr) return;
+      if constexpr (kDirect) {
+        add_whole(u, of(view).template at<Scalar>(token, feature));
+      } else {
+        add_vector(u, of(view), token, feature);
+      }
+    };
+    if (params.add_input && x != nullptr) {
+      add_whole(u, x);
+    } else if (params.add_input) {
+      add(params.x);
+    }
+    add(params.residual);
+    add(params.skip);
+    if constexpr (kDirect) {
+      store_whole_global(of(params.y).template at<Scalar>(token, feature), u);
+    } else {
+      store_vector(of(params.y), token, feature, u);
+    }
+  }
+};
 
 // y over the features first ... last from the bottleneck tile; x was read by the down-projection a
 // moment ago, so it comes from L2.
@@ -58,11 +99,13 @@ template <typename Shape>
 __device__ __forceinline__ void write_output(unsigned char* shared, const ForwardParams& params,
                                              int64_t first_token, int64_t first, int64_t last) {
   using Scalar = typename Shape::Scalar;
-  const Scaling scaling = scaling_of(params);
+  const Output<Scalar> output(params);
   multiply_out_of_bottleneck<Shape, false>(
       shared, {params.up_weight, params.hidden_size, params.bottleneck_size}, first, last,
-      [&](int row, int64_t feature, float (&u)[kVector]) {
-        store_output<Scalar>(params, scaling, u, first_token + row, feature, nullptr);
+      output.direct, [&](int64_t feature) { return output.features(feature); },
+      [&](auto is_direct, float (&u)[kVector], int row, int64_t feature, const auto& of_feature) {
+        output.template store<decltype(is_direct)::value>(u, first_token + row, feature, of_feature,
+                                                          nullptr);
       });
 }
 
@@ -86,7 +129,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float z[kVector];
-        load_elements(z, sums + row * Shape::kBlockR + unit, kVector);
+        load_whole(z, sums + row * Shape::kBlockR + unit);
         finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, true);
         store_bottleneck<Shape>(shared, row, unit, z);
       });
@@ -135,7 +178,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ADAPTERKERN_SHARED_MEMORY(shared);
   if constexpr (kHasClusters) {
     const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
-    const Scaling scaling = scaling_of(params);
+    const Output<Scalar> output(params);
     const bool x_in_tile = params.x.dtype == kDTypeOf<Scalar>;
     run_cluster<Shape, false>(
         shared,
@@ -147,8 +190,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         [&](float (&z)[kVector], int64_t token, int unit) {
           finish_unit<Scalar>(params, z, token, unit, true);
         },
-        [&](float (&u)[kVector], int64_t token, int64_t feature, const Scalar* x) {
-          store_output(params, scaling, u, token, feature, x_in_tile ? x : nullptr);
+        output.direct, [&](int64_t feature) { return output.features(feature); },
+        [&](auto is_direct, float (&u)[kVector], int64_t token, int64_t feature,
+            const auto& of_feature, const Scalar* x) {
+          output.template store<decltype(is_direct)::value>(u, token, feature, of_feature,
+                                                            x_in_tile ? x : nullptr);
         });
   }
 }

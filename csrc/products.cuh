@@ -1,6 +1,8 @@
 // Products of tiles in shared memory, one warp each, in half precision, TF32 and full float32.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.cuh"
 
 namespace adapterkern {
@@ -54,20 +56,20 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const float* a
 #pragma unroll
         for (int i = 0; i < kStep; ++i) rows[half][i] = a[(k + i) * stride_a + row + 8 * half];
       } else {
-        load_elements(rows[half], a + (row + 8 * half) * stride_a + k, kStep);
+        load_whole(rows[half], a + (row + 8 * half) * stride_a + k);
       }
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       float columns[2][kStep];  // column and column + 1 of b
       if (kTransposedB) {
-        load_elements(columns[0], b + (8 * tile + column) * stride_b + k, kStep);
-        load_elements(columns[1], b + (8 * tile + column + 1) * stride_b + k, kStep);
+        load_whole(columns[0], b + (8 * tile + column) * stride_b + k);
+        load_whole(columns[1], b + (8 * tile + column + 1) * stride_b + k);
       } else {
 #pragma unroll
         for (int i = 0; i < kStep; ++i) {
           float pair[2];
-          load_elements(pair, b + (k + i) * stride_b + 8 * tile + column, 2);
+          load_whole(pair, b + (k + i) * stride_b + 8 * tile + column);
           columns[0][i] = pair[0];
           columns[1][i] = pair[1];
         }
@@ -132,9 +134,44 @@ __device__ __forceinline__ void store_product(float* to, int stride,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float pair[2] = {acc[tile][2 * half], acc[tile][2 * half + 1]};
-      store_elements(upper + 8 * half * stride + 8 * tile, pair, 2);
+      store_whole(upper + 8 * half * stride + 8 * tile, pair);
     }
   }
+}
+
+// Of a warp's room for hand_out: rows 16 bytes apart in their banks.
+template <int kColumns>
+constexpr int kRoomStride = kColumns + 4;
+
+// Hands a warp's product out as vectors, by way of its room in shared memory: a lane keeps to its
+// columns, for which it gets `features(column)` once, and calls
+// store(is direct, u, row, column, features). Where all memory is direct the loop is unrolled, for
+// its loads to be under way together; the other body holds every dtype and option.
+template <int kTiles, typename Features, typename Store>
+__device__ __forceinline__ void hand_out(float* room, const float (&acc)[kTiles][4], bool direct,
+                                         Features features, Store store) {
+  constexpr int kAcross = 8 * kTiles / kVector, kRowsApart = kWarpSize / kAcross;
+  constexpr int kStride = kRoomStride<8 * kTiles>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int first = lane / kAcross, column = lane % kAcross * kVector;
+  store_product(room, kStride, acc);
+  __syncwarp();
+  const auto of_column = features(column);
+  const auto step = [&](auto is_direct, int row) {
+    float u[kVector];
+    load_whole(u, room + row * kStride + column);
+    store(is_direct, u, row, column, of_column);
+  };
+  if (direct) {
+#pragma unroll
+    for (int i = 0; i < 16; i += kRowsApart) {
+      if (kRowsApart <= 16 || first < 16) step(std::true_type(), first + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < 16; row += kRowsApart) step(std::false_type(), row);
+  }
+  __syncwarp();  // before the next product overwrites what other lanes read here
 }
 
 }  // namespace adapterkern

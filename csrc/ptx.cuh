@@ -32,6 +32,24 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// st.global: words to an address that is a multiple of their size.
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[1]) {
+  asm volatile("st.global.b32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "r"(words[0])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words[0]), "r"(words[1])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // cp.async: 16 bytes from global to shared memory, both 16-byte aligned; those from `bytes` on are
 // zeros and are not read. Lands at the copy_async_wait of its group. Passes L1 by.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {

@@ -41,13 +41,11 @@ struct RowBlockShape {
       larger(tile_bytes<Scalar>(kBlockR, kBlockH), tile_bytes<Scalar>(kBlockH, kBlockR));
   static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
   static constexpr int kSumBytes = kBlockT * kBlockR * 4;
-  // Of one warp's part of the output; the rows 16 bytes apart in their banks.
-  static constexpr int kStrideOut = kFeaturesPerWarp + 4;
-  static constexpr int kOutBytes = 16 * kStrideOut * 4;
+  static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerWarp> * 4;  // of one warp
 
   static constexpr int kSharedBytes =
       larger(kStages * (kRowsBytes + kWeightBytes),
-             kBottleneckBytes + larger(kSumBytes, kStages* kWeightBytes + kWarps * kOutBytes));
+             kBottleneckBytes + larger(kSumBytes, kStages* kWeightBytes + kWarps * kRoomBytes));
   static_assert(kSharedBytes <= 99 * 1024, "beyond compute capability 8.6, 8.9 and 12.x");
 };
 
@@ -109,19 +107,21 @@ __device__ __forceinline__ float* multiply_into_bottleneck(unsigned char* shared
   return sums;
 }
 
-// Calls store(row, feature, u) for every vector of u [kBlockT, first ... last], the bottleneck tile
-// at the start of shared memory times the weight, [H, R], or [R, H] if kTransposed.
-template <typename Shape, bool kTransposed, typename Store>
+// Hands out u [kBlockT, first ... last], the bottleneck tile at the start of shared memory times
+// the weight, [H, R], or [R, H] if kTransposed; `direct`, `features` and `store` as in hand_out,
+// with features of H in place of columns.
+template <typename Shape, bool kTransposed, typename Features, typename Store>
 __device__ __forceinline__ void multiply_out_of_bottleneck(unsigned char* shared,
                                                            const Matrix& weight, int64_t first,
-                                                           int64_t last, Store store) {
+                                                           int64_t last, bool direct,
+                                                           Features features, Store store) {
   using Scalar = typename Shape::Scalar;
   constexpr int kThreads = Shape::kThreads, kBlockH = Shape::kBlockH, kBlockR = Shape::kBlockR;
   const WarpPlace<Shape> place;
   const Scalar* a = reinterpret_cast<Scalar*>(shared) + place.row * Shape::kStrideR;
   unsigned char* const tiles = shared + Shape::kBottleneckBytes;
-  float* const out = reinterpret_cast<float*>(tiles + Shape::kStages * Shape::kWeightBytes +
-                                              place.warp * Shape::kOutBytes);
+  float* const room = reinterpret_cast<float*>(tiles + Shape::kStages * Shape::kWeightBytes +
+                                               place.warp * Shape::kRoomBytes);
 
   const auto weight_tile = [&](int slot) {
     return reinterpret_cast<Scalar*>(tiles + slot * Shape::kWeightBytes);
@@ -145,16 +145,12 @@ __device__ __forceinline__ void multiply_out_of_bottleneck(unsigned char* shared
       multiply<kBlockR, false, true>(
           acc, a, Shape::kStrideR, weight_tile(slot) + in_step * Shape::kStrideR, Shape::kStrideR);
     }
-    store_product(out, Shape::kStrideOut, acc);
-    __syncwarp();
     const int64_t feature = first + static_cast<int64_t>(step) * kBlockH + in_step;
-    for_each_vector<16, Shape::kFeaturesPerWarp, kWarpSize>(
-        threadIdx.x % kWarpSize, [&](int row, int column) {
-          float u[kVector];
-          load_elements(u, out + row * Shape::kStrideOut + column, kVector);
-          store(place.row + row, feature + column, u);
+    hand_out(
+        room, acc, direct, [&](int column) { return features(feature + column); },
+        [&](auto is_direct, float (&u)[kVector], int row, int column, const auto& of_feature) {
+          store(is_direct, u, place.row + row, feature + column, of_feature);
         });
-    __syncwarp();  // before the next step overwrites what other lanes read here
   };
   __syncthreads();  // the bottleneck tile is complete, and the sums beside it are read
   pipeline<Shape::kStages>(static_cast<int>(ceil_div(last - first, kBlockH)), load, compute);
@@ -182,7 +178,7 @@ __device__ __forceinline__ void store_partial(const View& partial, int64_t split
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float v[kVector];
-        load_elements(v, sums + row * Shape::kBlockR + unit, kVector);
+        load_whole(v, sums + row * Shape::kBlockR + unit);
         store_vector(slice, first_token + row, unit, v);
       });
 }
@@ -192,7 +188,7 @@ template <typename Shape>
 __device__ __forceinline__ void store_bottleneck(unsigned char* shared, int row, int unit,
                                                  const float (&v)[kVector]) {
   using Scalar = typename Shape::Scalar;
-  store_elements(reinterpret_cast<Scalar*>(shared) + row * Shape::kStrideR + unit, v, kVector);
+  store_whole(reinterpret_cast<Scalar*>(shared) + row * Shape::kStrideR + unit, v);
 }
 
 }  // namespace adapterkern

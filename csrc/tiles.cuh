@@ -55,60 +55,126 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// What one memory instruction moves.
-template <typename T, int n>
-struct alignas(sizeof(T) * n) Pack {
-  T values[n];
-};
-
 __device__ __forceinline__ bool is_aligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// `n` elements from `from` on as float32, zeros from `count` on; wide accesses where the address
-// allows them.
+// Memory moves in words of 32 bits, up to four at once.
+template <typename T>
+constexpr int kPerWord = 4 / sizeof(T);
+
+template <int n>
+struct alignas(4 * n) Words {
+  uint32_t values[n];
+};
+
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The elements of one word.
+__device__ __forceinline__ void unpack(float* v, uint32_t word, float) {
+  v[0] = bits_as<float>(word);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, TFloat32) {
+  v[0] = bits_as<float>(word);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, __nv_bfloat16) {
+  v[0] = bits_as<float>(word << 16);
+  v[1] = bits_as<float>(word & 0xFFFF0000u);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, __half) {
+  const float2 pair = __half22float2(bits_as<__half2>(word));
+  v[0] = pair.x;
+  v[1] = pair.y;
+}
+
+// A word of elements, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack(const float* v, float) { return bits_as<uint32_t>(v[0]); }
+__device__ __forceinline__ uint32_t pack(const float* v, TFloat32) {
+  return bits_as<uint32_t>(v[0]);
+}
+__device__ __forceinline__ uint32_t pack(const float* v, __nv_bfloat16) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(v[0], v[1]));
+}
+__device__ __forceinline__ uint32_t pack(const float* v, __half) {
+  return bits_as<uint32_t>(__floats2half2_rn(v[0], v[1]));
+}
+
+// What one memory instruction moves of n elements, at least two of 16 bits.
+template <typename T, int n>
+constexpr int kWordsPerAccess = smaller(4, n / kPerWord<T>);
+
+// `n` elements from `from` on as float32; the address is a multiple of what one access moves.
+template <int n, typename T>
+__device__ __forceinline__ void load_whole(float (&v)[n], const T* from) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    const auto words = *reinterpret_cast<const Words<kWords>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) unpack(v + i + j * kPerWord<T>, words.values[j], T());
+  }
+}
+
+// The inverse, to shared memory.
+template <int n, typename T>
+__device__ __forceinline__ void store_whole(T* to, const float (&v)[n]) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    Words<kWords> words;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) words.values[j] = pack(v + i + j * kPerWord<T>, T());
+    *reinterpret_cast<Words<kWords>*>(to + i) = words;
+  }
+}
+
+// The same to global memory, where the compiler splits a vector into its words again.
+template <int n, typename T>
+__device__ __forceinline__ void store_whole_global(T* to, const float (&v)[n]) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    uint32_t words[kWords];
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) words[j] = pack(v + i + j * kPerWord<T>, T());
+    store_global(to + i, words);
+  }
+}
+
+// v += the elements from `from` on, as load_whole.
+template <int n, typename T>
+__device__ __forceinline__ void add_whole(float (&v)[n], const T* from) {
+  float more[n];
+  load_whole(more, from);
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] += more[i];
+}
+
+// The same of any number of elements at any address, and zeros from `count` on.
 template <int n, typename T>
 __device__ __forceinline__ void load_elements(float (&v)[n], const T* from, int count) {
-  constexpr int kPer = smaller(16 / sizeof(T), n);
-  if (count >= n && is_aligned(from, kPer * sizeof(T))) {
-#pragma unroll
-    for (int i = 0; i < n; i += kPer) {
-      const auto pack = *reinterpret_cast<const Pack<T, kPer>*>(from + i);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) v[i + j] = to_float(pack.values[j]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] = i < count ? to_float(from[i]) : 0.0f;
+  if constexpr (n >= kPerWord<T>) {
+    if (count >= n && is_aligned(from, 4 * kWordsPerAccess<T, n>)) return load_whole(v, from);
   }
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = i < count ? to_float(from[i]) : 0.0f;
 }
 
 template <int n, typename T>
 __device__ __forceinline__ void store_elements(T* to, const float (&v)[n], int count) {
-  constexpr int kPer = smaller(16 / sizeof(T), n);
-  if (count >= n && is_aligned(to, kPer * sizeof(T))) {
-#pragma unroll
-    for (int i = 0; i < n; i += kPer) {
-      Pack<T, kPer> pack;
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) pack.values[j] = from_float<T>(v[i + j]);
-      *reinterpret_cast<Pack<T, kPer>*>(to + i) = pack;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      if (i < count) to[i] = from_float<T>(v[i]);
-    }
+  if constexpr (n >= kPerWord<T>) {
+    if (count >= n && is_aligned(to, 4 * kWordsPerAccess<T, n>)) return store_whole_global(to, v);
   }
-}
-
-// v += the elements from `from` on, an aligned address.
-template <int n, typename T>
-__device__ __forceinline__ void add_elements(float (&v)[n], const T* from) {
-  float more[n];
-  load_elements(more, from, n);
 #pragma unroll
-  for (int i = 0; i < n; ++i) v[i] += more[i];
+  for (int i = 0; i < n; ++i) {
+    if (i < count) to[i] = from_float<T>(v[i]);
+  }
 }
 
 // A view and the part of it that exists.
@@ -126,6 +192,14 @@ struct Matrix {
   template <typename T>
   __device__ __forceinline__ T* at(int64_t row, int64_t column) const {
     return static_cast<T*>(view.data) + row * view.stride + column;
+  }
+
+  // Whether every row holds elements of type T and begins at 16 bytes, so that 16 bytes move as
+  // they lie. Asked once a tile, it keeps dtypes and addresses out of the loops.
+  template <typename T>
+  __device__ __forceinline__ bool is_direct() const {
+    return view.data != nullptr && view.dtype == kDTypeOf<T> && is_aligned(view.data, 16) &&
+           view.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
 };
 
@@ -185,16 +259,18 @@ struct Scaling {
   }
 
   template <int n>
+  __device__ __forceinline__ void load(float (&factor)[n], int64_t feature) const {
+    if (channel) return load_vector(factor, learned, 0, feature);
+    float one[1] = {scale};
+    if (learned.view.data != nullptr) load_vector(one, learned, 0, 0);
+#pragma unroll
+    for (int i = 0; i < n; ++i) factor[i] = one[0];
+  }
+
+  template <int n>
   __device__ __forceinline__ void multiply(float (&v)[n], int64_t feature) const {
     float factor[n];
-    if (channel) {
-      load_vector(factor, learned, 0, feature);
-    } else {
-      float one[1] = {scale};
-      if (learned.view.data != nullptr) load_vector(one, learned, 0, 0);
-#pragma unroll
-      for (int i = 0; i < n; ++i) factor[i] = one[0];
-    }
+    load(factor, feature);
 #pragma unroll
     for (int i = 0; i < n; ++i) v[i] *= factor[i];
   }
@@ -223,29 +299,46 @@ __host__ __device__ constexpr int tile_bytes(int rows, int columns) {
   return rows * (columns + kPadding<Scalar>)*static_cast<int>(sizeof(Scalar));
 }
 
+// load_tile of a direct matrix. A thread keeps to its columns, so all but the row is worked out
+// once.
+template <int kRows, int kColumns, int kThreads, typename Scalar>
+__device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
+                                          int64_t first_column) {
+  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
+  constexpr int kStride = kColumns + kPadding<Scalar>;
+  static_assert(kThreads % kAcross == 0, "a thread would change its columns");
+  constexpr int kRowsApart = kThreads / kAcross;
+  const int first = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kPer;
+  const auto rows = static_cast<int>(min(matrix.rows - first_row, int64_t{kRows}));
+  const int64_t columns = min(matrix.columns - first_column - column, int64_t{kPer});
+  const int bytes = columns > 0 ? static_cast<int>(columns * sizeof(Scalar)) : 0;
+  const Scalar* from = matrix.at<Scalar>(first_row + first, first_column + column);
+  Scalar* to = tile + first * kStride + column;
+#pragma unroll
+  for (int i = 0; i < ceil_div(kRows, kRowsApart); ++i) {
+    const int row = first + i * kRowsApart;
+    if (kRows % kRowsApart != 0 && row >= kRows) break;
+    copy_async_16(to + i * kRowsApart * kStride, from + i * kRowsApart * matrix.view.stride,
+                  row < rows ? bytes : 0);
+  }
+}
+
 // The part of `matrix` from (first_row, first_column) on, into a tile of the products' dtype; zeros
-// where nothing exists. cp.async where neither dtype nor alignment forbids it, else through
-// registers.
+// where nothing exists. cp.async where the matrix is direct, else through registers.
 template <int kRows, int kColumns, int kThreads, typename Scalar, typename Transform>
 __device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
                                           int64_t first_column, Transform transform) {
-  constexpr int kPer = 16 / sizeof(Scalar);
-  constexpr int kAcross = kColumns / kPer;
-  const bool same = matrix.view.dtype == kDTypeOf<Scalar> && !transform.is_active();
+  if (!transform.is_active() && matrix.is_direct<Scalar>()) {
+    return copy_tile<kRows, kColumns, kThreads>(tile, matrix, first_row, first_column);
+  }
+  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
+#pragma unroll 1
   for (int index = threadIdx.x; index < kRows * kAcross; index += kThreads) {
     const int row = index / kAcross, column = index % kAcross * kPer;
-    Scalar* to = tile + row * (kColumns + kPadding<Scalar>)+column;
-    const int count = matrix.count(first_row + row, first_column + column, kPer);
-    const Scalar* from = count == 0 ? static_cast<Scalar*>(matrix.view.data)
-                                    : matrix.at<Scalar>(first_row + row, first_column + column);
-    if (same && is_aligned(from, 16)) {
-      copy_async_16(to, from, count * sizeof(Scalar));
-    } else {
-      float v[kPer];
-      load_vector(v, matrix, first_row + row, first_column + column);
-      if (transform.is_active()) transform(v, first_column + column);
-      store_elements(to, v, kPer);
-    }
+    float v[kPer];
+    load_vector(v, matrix, first_row + row, first_column + column);
+    if (transform.is_active()) transform(v, first_column + column);
+    store_whole(tile + row * (kColumns + kPadding<Scalar>)+column, v);
   }
 }
 

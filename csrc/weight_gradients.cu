@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   for_each_vector<Shape::kUnits, Shape::kFeatures, kThreads>(
       threadIdx.x, [&](int unit, int feature) {
         float v[kVector];
-        load_elements(v, sums + unit * Shape::kFeatures + feature, kVector);
+        load_whole(v, sums + unit * Shape::kFeatures + feature);
         store_vector(out, first_unit + unit, first_feature + feature, v);
       });
 }

@@ -1,6 +1,7 @@
 """What each of two gloo processes does for test_distributed.py; rank 0 writes the results."""
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def main(rank, folder):
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 
 
 if __name__ == "__main__":

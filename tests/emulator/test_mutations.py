@@ -70,7 +70,12 @@ FAULTS = {
     ),
     "pipeline without its wait": ("tiles.cuh", "      copy_async_wait<kStages - 2>();\n", ""),
     "wait for one group too few": ("tiles.cuh", "wait<kStages - 2>", "wait<kStages - 1>"),
-    "tile not filled up with zeros": ("tiles.cuh", "count * sizeof(Scalar)", "16"),
+    "row mask off by one": ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
+    "tile not filled up with zeros across": (
+        "tiles.cuh",
+        "columns > 0 ? static_cast<int>(columns * sizeof(Scalar)) : 0",
+        "columns > -kColumns ? 16 : 0",
+    ),
     "wrong lane map of a": (
         "products.cuh",
         "a + (8 * low + in_matrix) * stride_a + k + 8 * high",
@@ -92,9 +97,9 @@ FAULTS = {
         "",
     ),
     "output read before other lanes wrote it": (
-        "row_block.cuh",
-        "    store_product(out, Shape::kStrideOut, acc);\n    __syncwarp();\n",
-        "    store_product(out, Shape::kStrideOut, acc);\n",
+        "products.cuh",
+        "  store_product(room, kStride, acc);\n  __syncwarp();\n",
+        "  store_product(room, kStride, acc);\n",
     ),
     "one slice of H left out": ("row_block.cuh", "split < num_splits", "split < num_splits - 1"),
     "one step of the tokens left out": (

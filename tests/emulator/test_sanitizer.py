@@ -35,6 +35,16 @@ def test_kernels_stay_within_their_tensors(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_row_mask_off_by_one_is_reported(tmp_path):
-    done = run_sanitized(tmp_path, {"tiles.cuh": [("row >= rows", "row > rows")]})
+@pytest.mark.parametrize(
+    ("file", "mask", "off_by_one"),
+    [
+        ("tiles.cuh", "row >= rows", "row > rows"),
+        ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
+        ("forward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
+        ("backward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
+    ],
+    ids=["elements", "tiles", "y", "dx"],
+)
+def test_mask_off_by_one_is_reported(tmp_path, file, mask, off_by_one):
+    done = run_sanitized(tmp_path, {file: [(mask, off_by_one)]})
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -128,7 +128,7 @@ def test_shuffle_exchanges_lanes(wrappers):
 def test_multiply_is_the_matrix_product(wrappers, name):
     kind = name.split()[1]
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-    a, b = drawn(16, 48).to(dtype), drawn(48, 32).to(dtype)
+    a, b = drawn(16, 64).to(dtype), drawn(64, 32).to(dtype)
     given = (a.T if "a^T" in name else a).contiguous(), (b.T if "b^T" in name else b).contiguous()
     out = wrappers.run(name, *given, torch.full((16, 32), torch.nan))
     if kind == "tf32":

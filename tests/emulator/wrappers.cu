@@ -125,10 +125,10 @@ __global__ void cluster_kernel(const __grid_constant__ WrapperParams params) {
   }
 }
 
-// out [16, 32] float32 = a [16, 48] b [48, 32], each or both given transposed.
+// out [16, 32] float32 = a [16, 64] b [64, 32], each or both given transposed.
 template <typename Scalar, bool kTransposedA, bool kTransposedB>
 __global__ void multiply_kernel(const __grid_constant__ WrapperParams params) {
-  constexpr int kRows = 16, kDepth = 48, kColumns = 32;
+  constexpr int kRows = 16, kDepth = 64, kColumns = 32;
   constexpr int kAcrossA = kTransposedA ? kRows : kDepth;
   constexpr int kAcrossB = kTransposedB ? kDepth : kColumns;
   constexpr int kDownA = kTransposedA ? kDepth : kRows, kDownB = kTransposedB ? kColumns : kDepth;

@@ -1,4 +1,5 @@
-// __half and __nv_bfloat16 as bits, rounding to nearest even as the GPU's conversions do.
+// __half and __nv_bfloat16 as bits, rounding to nearest even as the GPU's conversions do, and
+// their pairs.
 #pragma once
 
 #include <cmath>
@@ -33,6 +34,18 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
 }
 
+struct float2 {
+  float x, y;
+};
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
 inline float __half2float(__half value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, exponent = value.bits >> 10 & 31,
                  mantissa = value.bits & 0x3FF;
@@ -53,3 +66,13 @@ inline __half __float2half_rn(float value) {
   const uint32_t bits = bits_of(magnitude), rounded = (bits + 0xFFF + (bits >> 13 & 1)) >> 13;
   return {static_cast<uint16_t>(sign | (rounded - (112 << 10)))};
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+
+inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }

@@ -14,6 +14,14 @@ struct TFloat32 {
   float value;
 };
 
+template <int n>
+inline void store_global(void* to, const uint32_t (&words)[n]) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(words) != 0) {
+    emulator::fail("store_global: misaligned address in global memory");
+  }
+  std::memcpy(to, words, sizeof(words));
+}
+
 inline void carry_out(const emulator::Copy& copy) {
   if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, copy.bytes);
   std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0, 16 - copy.bytes);
