@@ -17,7 +17,7 @@ CAPABILITIES = tuple(triton_compile.DEVICES)
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Job to outcome, for all jobs of this module, compiled in a pool of processes."""
-    jobs = triton_compile.jobs() + triton_compile.option_jobs()
+    jobs = triton_compile.jobs() + triton_compile.option_jobs() + triton_compile.largest_jobs()
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
     try:
         with get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -95,6 +95,19 @@ def test_products_run_on_tensor_cores(compiled, capability):
         and ("dx_ptr", None) not in job.options
     ]
     assert not without
+
+
+def test_float32_weights_and_gradients_count_among_the_tiles():
+    """Tiles for 2-byte tensors do not fit 99 KB where dy or the weights are float32."""
+    kernel, limit = "bottleneck_bwd_split_dz_kernel", triton_compile.DEVICES[86].shared_memory
+    config = triton_compile.largest(86, "bf16")[kernel]
+    options = (("CHANNEL_SCALING", False), ("scaling_ptr", None))
+    for dtype in ("bf16", *triton_compile.MIXED):
+        job = triton_compile.Job(86, kernel, dtype, config, options)
+        needs_other_tiles = triton_compile.compile_job(job)["shared"] > limit
+        assert needs_other_tiles == (dtype in triton_compile.MIXED)
+        planned = {(job.kernel, job.config) for job in triton_compile.jobs((86,), (dtype,))}
+        assert ((kernel, config) in planned) != needs_other_tiles
 
 
 def test_compiler_report_sees_a_spill():

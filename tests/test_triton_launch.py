@@ -11,6 +11,7 @@ from fake_gpu import FakeGpu, fake_gpu, pointers
 
 from adapterkern.backends import get
 from adapterkern.backends.base import Needs
+from adapterkern.backends.triton.launch_config import Device
 from adapterkern.spec import AdapterCall
 
 HIDDEN, BOTTLENECK = 256, 48
@@ -130,6 +131,41 @@ def test_launches_compile_in_every_dtype_and_scaling(dtype, tokens):
     assert gradients.scaling.shape == (1,)
     product = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
     assert {a["DTYPE"].name for a in arguments_of(launches) if "DTYPE" in a} == {product}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "bottleneck", "types"),
+    [
+        (4096, 256, {"weights": torch.float32}),
+        (768, 384, {"residual": torch.float32}),
+        (768, 48, {"residual": torch.float32}),
+        (768, 48, {"scaling": torch.float32}),
+        (768, 48, {"weights": torch.float32, "residual": torch.float32}),
+    ],
+    ids=["weights", "residual-split", "residual", "scaling", "weights-and-residual"],
+)
+def test_float32_beside_bfloat16_fits_the_smallest_shared_memory(hidden, bottleneck, types):
+    """The launch asks for less than the 99 KB of a consumer card, or `run` raises."""
+    tokens, weights = 16384, types.get("weights", torch.bfloat16)
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+    external = {"residual": torch.empty(tokens, hidden), "add_input": False}
+    call = make_call(
+        tokens,
+        hidden=hidden,
+        x=x,
+        down_weight=torch.empty(bottleneck, hidden, dtype=weights),
+        up_weight=torch.empty(hidden, bottleneck, dtype=weights),
+        down_bias=None,
+        up_bias=None,
+        skip=None,
+        scaling=torch.empty(hidden) if "scaling" in types else None,
+        **(external if "residual" in types else {}),
+    )
+    gpu = FakeGpu(capability=89, device=Device(num_sms=128, shared_memory=99 * 1024))
+    needs = Needs(True, True, True, False, False, call.scaling is not None)
+    y, _, _, launches = run(gpu, call, needs)
+    assert y.dtype == (torch.bfloat16 if types.keys() == {"weights"} else torch.float32)
+    assert len(launches) >= 3
 
 
 def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once():

@@ -7,22 +7,27 @@ tests/test_triton_compile.py holds the bounds.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from multiprocessing import Pool
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adapterkern.backends.triton import backward, forward, launch_config
+from adapterkern.backends.triton import backend, backward, forward, launch_config
 from adapterkern.backends.triton.activations import gelu, gelu_derivative
-from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem, RowBlock
+from adapterkern.backends.triton.launch_config import Device, LaunchConfig, RowBlock
+from adapterkern.spec import AdapterCall
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KB = 1024
@@ -37,13 +42,34 @@ DEVICES = {  # capability: a typical card of it
 HIDDEN_SIZES = (384, 768, 1024, 4096, 8192)
 BOTTLENECK_SIZES = (8, 16, 48, 64, 128, 256, 384, 512, 1024)
 NUM_TOKENS = (1, 16, 32, 128, 1024, 2048, 4096, 8192, 16384, 65536, 1 << 20)
-# Name: (element type of x, of the weights, of the products; float32 in full precision).
-DTYPES = {
-    "bf16": ("bf16", "bf16", "bf16", False),
-    "autocast": ("fp32", "fp32", "bf16", False),
-    "tf32": ("fp32", "fp32", "fp32", False),
-    "fp32": ("fp32", "fp32", "fp32", True),
+TORCH_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Mix(NamedTuple):
+    """Element types of x and dx, of the parameters, of y, dy and what is added to y, of the
+    products; and whether float32 products keep full precision.
+    """
+
+    x: str
+    weights: str
+    y: str
+    products: str
+    ieee: bool = False
+
+
+UNIFORM = {
+    "bf16": Mix("bf16", "bf16", "bf16", "bf16"),
+    "autocast": Mix("fp32", "fp32", "fp32", "bf16"),
+    "tf32": Mix("fp32", "fp32", "fp32", "fp32"),
+    "fp32": Mix("fp32", "fp32", "fp32", "fp32", ieee=True),
 }
+MIXED = {
+    "master": Mix("bf16", "fp32", "bf16", "bf16"),  # float32 master weights
+    "wide-y": Mix("bf16", "bf16", "fp32", "bf16"),  # a float32 residual, skip or scaling
+    "master-wide-y": Mix("bf16", "fp32", "fp32", "bf16"),
+}
+WIDEST = "master-wide-y"
+DTYPES = UNIFORM | MIXED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,36 +83,84 @@ class Job:
     ] = ()  # arguments to replace, for the variants of one kernel
 
 
-def jobs(capabilities=tuple(DEVICES), dtypes=tuple(DTYPES)) -> list[Job]:
+def jobs(capabilities=tuple(DEVICES), dtypes=tuple(UNIFORM)) -> list[Job]:
     """Every distinct kernel launch over the grid, without those that only differ in sizes."""
+    grid = itertools.product(capabilities, dtypes, NUM_TOKENS, HIDDEN_SIZES, BOTTLENECK_SIZES)
     found: dict[Job, None] = {}
-    for capability in capabilities:
-        for dtype in dtypes:
-            for hidden in HIDDEN_SIZES:
-                for bottleneck in BOTTLENECK_SIZES:
-                    for tokens in NUM_TOKENS:
-                        problem = Problem(
-                            tokens, hidden, bottleneck, ieee=DTYPES[dtype][3], wide=dtype != "bf16"
-                        )
-                        for kernel, config in launches(problem, DEVICES[capability]):
-                            found[Job(capability, kernel, dtype, config)] = None
+    for capability, dtype, *sizes in grid:
+        for kernel, config in launches(DTYPES[dtype], *sizes, DEVICES[capability]):
+            found[Job(capability, kernel, dtype, config)] = None
     return list(found)
 
 
-def launches(problem: Problem, device: Device):
-    """(kernel, config) of one forward and backward."""
-    plan = launch_config.token_plan(problem, device)
-    if isinstance(plan, RowBlock):
-        yield "bottleneck_fwd_kernel", plan.kernel
-        yield "bottleneck_bwd_dx_kernel", plan.kernel
+def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device):
+    """(kernel, config) of one forward and backward, as the backend plans them."""
+
+    def empty(kind: str, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=TORCH_TYPES[kind], device="meta")
+
+    x, dy = empty(mix.x, tokens, hidden), empty(mix.y, tokens, hidden)
+    call = AdapterCall(
+        *(x, empty(mix.weights, bottleneck, hidden), empty(mix.weights, hidden, bottleneck)),
+        *(None, None, None, None, None, 1.0, True, "gelu", TORCH_TYPES[mix.products]),
+    )
+    with unittest.mock.patch.object(backend, "allow_tf32", return_value=not mix.ieee):
+        problems = backend.forward_problem(call, x, device), backend.dx_problem(call, dy, device)
+        weights_problem = backend.weights_problem(call, x, dy, device)
+    forward_plan, dx_plan = (launch_config.token_plan(problem, device) for problem in problems)
+    if isinstance(forward_plan, RowBlock):
+        yield "bottleneck_fwd_kernel", forward_plan.kernel
     else:
-        yield "bottleneck_fwd_down_kernel", plan.narrow
-        yield "bottleneck_fwd_up_kernel", plan.widen
-        yield "bottleneck_bwd_split_dz_kernel", plan.narrow
-        yield "bottleneck_bwd_split_dx_kernel", plan.widen
-    plan = launch_config.weight_gradient_plan(problem, device)
+        yield "bottleneck_fwd_down_kernel", forward_plan.narrow
+        yield "bottleneck_fwd_up_kernel", forward_plan.widen
+    if isinstance(dx_plan, RowBlock):
+        yield "bottleneck_bwd_dx_kernel", dx_plan.kernel
+    else:
+        yield "bottleneck_bwd_split_dz_kernel", dx_plan.narrow
+        yield "bottleneck_bwd_split_dx_kernel", dx_plan.widen
+    plan = launch_config.weight_gradient_plan(weights_problem, device)
     yield "bottleneck_bwd_dw_kernel", plan.kernel
     yield "bottleneck_bwd_dw_sum_kernel", launch_config.SUM
+
+
+def largest_jobs(capabilities=tuple(DEVICES)) -> list[Job]:
+    """What `jobs` leaves out, each kernel with its largest tiles: the mixes of types, and a float
+    for a scaling, which lets the kernels that scale dy stage more than a learned one.
+    """
+    found = []
+    for capability in capabilities:
+        widest = largest(capability, WIDEST)
+        for dtype in DTYPES:
+            for kernel, config in largest(capability, dtype).items():
+                names = arguments_of(kernel)
+                scales_dy = "DERIVATIVE" in names and "CHANNEL_SCALING" in names
+                # The same tiles hold more in the widest mix.
+                mixed = dtype == WIDEST or (dtype in MIXED and config != widest[kernel])
+                if not (mixed or (scales_dy and dtype in UNIFORM)):
+                    continue
+                options = {"CHANNEL_SCALING": False, "scaling_ptr": None}
+                options = {name: value for name, value in options.items() if name in names}
+                found.append(Job(capability, kernel, dtype, config, tuple(options.items())))
+                if "PARTIAL" in names and (scales_dy or dtype == WIDEST):
+                    options["PARTIAL"] = True
+                    found.append(Job(capability, kernel, dtype, config, tuple(options.items())))
+    return found
+
+
+def largest(capability: int, dtype: str) -> dict[str, LaunchConfig]:
+    """Of each kernel the configuration with the most elements in its tiles in flight."""
+
+    def staged(config: LaunchConfig) -> int:
+        return (config.block_t + config.block_r) * config.block_h * config.num_stages
+
+    configs: dict[str, LaunchConfig] = {}
+    for job in jobs((capability,), (dtype,)):
+        configs[job.kernel] = max(configs.get(job.kernel, job.config), job.config, key=staged)
+    return configs
+
+
+def arguments_of(kernel: str) -> list[str]:
+    return (getattr(forward, kernel, None) or getattr(backward, kernel)).arg_names
 
 
 def option_jobs(capability: int = 90) -> list[Job]:
@@ -121,7 +195,7 @@ def option_jobs(capability: int = 90) -> list[Job]:
             continue  # the first configuration of each kernel
         variants = [{name: None} for name in none.pop(job.kernel)]
         for flag in flags:
-            names = (getattr(forward, job.kernel, None) or getattr(backward, job.kernel)).arg_names
+            names = arguments_of(job.kernel)
             if set(flag) <= set(names):
                 variants.append(flag)
             if "ADD_INPUT" in flag and "residual_ptr" in names:
@@ -133,12 +207,12 @@ def option_jobs(capability: int = 90) -> list[Job]:
 def compile_job(job: Job) -> dict:
     """{shared, registers, stack, tensor_instructions} of one kernel with all of its options on."""
     kernel = getattr(forward, job.kernel, None) or getattr(backward, job.kernel)
-    x_type, weight_type, product_type, ieee = DTYPES[job.dtype]
+    mix = DTYPES[job.dtype]
     constants = {
         "ACTIVATION": gelu,
         "DERIVATIVE": gelu_derivative,
-        "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[product_type],
-        "PRECISION": "ieee" if ieee else "tf32",
+        "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[mix.products],
+        "PRECISION": "ieee" if mix.ieee else "tf32",
         "ADD_INPUT": True,
         "CHANNEL_SCALING": True,
         "PARTIAL": False,  # the variant with the longer epilogue
@@ -168,11 +242,12 @@ def compile_job(job: Job) -> dict:
         if name == "scale":
             return "fp32"
         if name in ("z_ptr", "dz_ptr"):
-            return f"*{product_type}"
+            return f"*{mix.products}"
         if name == "partial_ptr" or name.startswith("part_") or name == "d_scaling_ptr":
             return "*fp32"
         if name.endswith("_ptr"):
-            return f"*{weight_type if 'weight' in name or 'bias' in name else x_type}"
+            of_y = name in ("y_ptr", "dy_ptr", "residual_ptr", "skip_ptr", "scaling_ptr")
+            return f"*{mix.x if name in ('x_ptr', 'dx_ptr') else mix.y if of_y else mix.weights}"
         return "i32"
 
     aligned = [

@@ -94,6 +94,17 @@ class Backend(ABC):
         """The gradients in `needs`, from the saved pre-activation and the gradient of y."""
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def packed(tensor: Tensor | None) -> Tensor | None:
+    """A parameter without gaps, where there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def allow_tf32() -> bool:
     """Whether torch's settings let float32 matrix products run in TF32
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32`, or the newer

@@ -13,6 +13,8 @@ from adapterkern.backends.base import (
     Gradients,
     Needs,
     allow_tf32,
+    packed,
+    rows,
 )
 from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.launch_config import (
@@ -87,14 +89,14 @@ class CudaBackend(Backend):
         kernels = self._loaded_kernels()
         # What is made here stays bound to a name until the launch: addresses keep nothing alive.
         inputs = {
-            "x": _rows(call.x),
-            "down_weight": _rows(call.down_weight),
-            "up_weight": _rows(call.up_weight),
-            "down_bias": _packed(call.down_bias),
-            "up_bias": _packed(call.up_bias),
-            "residual": None if call.residual is None else _rows(call.residual),
-            "skip": None if call.skip is None else _rows(call.skip),
-            "scaling": _packed(call.scaling),
+            "x": rows(call.x),
+            "down_weight": rows(call.down_weight),
+            "up_weight": rows(call.up_weight),
+            "down_bias": packed(call.down_bias),
+            "up_bias": packed(call.up_bias),
+            "residual": None if call.residual is None else rows(call.residual),
+            "skip": None if call.skip is None else rows(call.skip),
+            "scaling": packed(call.scaling),
         }
         device, num_tokens = call.x.device, call.x.numel() // call.hidden_size
         y = torch.empty(call.x.shape, dtype=call.output_dtype, device=device)
@@ -116,13 +118,13 @@ class CudaBackend(Backend):
     ) -> Gradients:
         kernels = self._loaded_kernels()
         inputs = {
-            "x": _rows(call.x),
-            "dy": _rows(grad_output),
+            "x": rows(call.x),
+            "dy": rows(grad_output),
             "z": z,
-            "down_weight": _rows(call.down_weight),
-            "up_weight": _rows(call.up_weight),
-            "up_bias": _packed(call.up_bias),
-            "scaling": _packed(call.scaling),
+            "down_weight": rows(call.down_weight),
+            "up_weight": rows(call.up_weight),
+            "up_bias": packed(call.up_bias),
+            "scaling": packed(call.scaling),
         }
         device, num_tokens = call.x.device, call.x.numel() // call.hidden_size
         out = _gradients(call, needs)
@@ -157,16 +159,6 @@ class CudaBackend(Backend):
         if self._unavailable is not None or self._kernels is None:
             raise BackendUnsupportedError(f'backend "{self.name}": {self._unavailable}')
         return self._kernels
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
-    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _packed(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _views(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
@@ -247,10 +239,10 @@ def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str
         ("sum_up_bias", up_bias, 1, hidden),
     )
     offsets, size = {}, 0
-    for name, want, rows, width in wanted:
+    for name, want, height, width in wanted:
         if want:
             offsets[name] = size
-            size += -(-count * rows * width // 4) * 4  # so that each begins at 16 bytes
+            size += -(-count * height * width // 4) * 4  # so that each begins at 16 bytes
     room = torch.empty(size, dtype=torch.float32, device=call.x.device)
     address, code = room.data_ptr(), DTYPES[torch.float32]
     views = {

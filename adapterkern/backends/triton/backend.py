@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkern import _env
-from adapterkern.backends.base import Backend, Gradients, Needs, allow_tf32
+from adapterkern.backends.base import Backend, Gradients, Needs, allow_tf32, packed, rows
 from adapterkern.backends.triton.launch_config import (
     SUM,
     Device,
@@ -78,7 +78,7 @@ class TritonBackend(Backend):
         )
 
     def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
-        x = _rows(call.x)
+        x = rows(call.x)
         num_tokens, bottleneck = x.shape[0], call.bottleneck_size
         y = torch.empty(call.x.shape, dtype=call.output_dtype, device=x.device)
         z = torch.empty(
@@ -86,7 +86,8 @@ class TritonBackend(Backend):
         )
         if num_tokens == 0:
             return y, z
-        plan = token_plan(_problem(call, num_tokens), _device(x.device))
+        device = _device(x.device)
+        plan = token_plan(forward_problem(call, x, device), device)
         with _on(x.device):
             if isinstance(plan, RowBlock):
                 self._forward_row_block(call, x, y, z if save_z else None, plan.kernel)
@@ -99,9 +100,9 @@ class TritonBackend(Backend):
     ) -> None:
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
         fwd.bottleneck_fwd_kernel[(cdiv(x.shape[0], config.block_t),)](
-            x, _packed(call.down_weight), _packed(call.up_weight),
-            _packed(call.down_bias), _packed(call.up_bias), residual, skip,
-            _packed(call.scaling), call.scale, y, z,
+            x, packed(call.down_weight), packed(call.up_weight),
+            packed(call.down_bias), packed(call.up_bias), residual, skip,
+            packed(call.scaling), call.scale, y, z,
             x.shape[0], call.hidden_size, call.bottleneck_size,
             x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
@@ -111,7 +112,7 @@ class TritonBackend(Backend):
     def _forward_split(self, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
-        down_bias = _packed(call.down_bias)
+        down_bias = packed(call.down_bias)
         partial = None
         if plan.num_splits > 1:
             partial = x.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
@@ -121,15 +122,15 @@ class TritonBackend(Backend):
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
         fwd.bottleneck_fwd_down_kernel[grid](
-            x, _packed(call.down_weight), down_bias, z if partial is None else partial,
+            x, packed(call.down_weight), down_bias, z if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0),
             **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
         blocks = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
         fwd.bottleneck_fwd_up_kernel[blocks](
-            partial, z, x, _packed(call.up_weight), down_bias, _packed(call.up_bias),
-            residual, skip, _packed(call.scaling), call.scale, y,
+            partial, z, x, packed(call.up_weight), down_bias, packed(call.up_bias),
+            residual, skip, packed(call.scaling), call.scale, y,
             num_tokens, hidden, bottleneck, plan.num_splits,
             x.stride(0), _stride(residual), _stride(skip),
             VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
@@ -139,7 +140,7 @@ class TritonBackend(Backend):
     def backward(
         self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
     ) -> Gradients:
-        x, dy = _rows(call.x), _rows(grad_output)
+        x, dy = rows(call.x), rows(grad_output)
         num_tokens = x.shape[0]
         if num_tokens == 0:
             return _zeros(call, needs)
@@ -147,9 +148,10 @@ class TritonBackend(Backend):
         dz = None
         if needs.down_weight or needs.down_bias:
             dz = torch.empty_like(z)
+        device = _device(x.device)
         with _on(x.device):
             if dx is not None or dz is not None:
-                plan = token_plan(_problem(call, num_tokens), _device(x.device))
+                plan = token_plan(dx_problem(call, dy, device), device)
                 if isinstance(plan, RowBlock):
                     self._dx_row_block(call, z, dy, dx, dz, plan.kernel)
                 else:
@@ -168,8 +170,8 @@ class TritonBackend(Backend):
         config: LaunchConfig,
     ) -> None:
         bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
-            dy, z, _packed(call.down_weight), _packed(call.up_weight),
-            _packed(call.scaling), call.scale, dx, dz,
+            dy, z, packed(call.down_weight), packed(call.up_weight),
+            packed(call.scaling), call.scale, dx, dz,
             dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0),
             DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input,
             **_channel(call), **_tiles(call, config),
@@ -189,7 +191,7 @@ class TritonBackend(Backend):
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
         bwd.bottleneck_bwd_split_dz_kernel[grid](
-            dy, z, _packed(call.up_weight), _packed(call.scaling), call.scale,
+            dy, z, packed(call.up_weight), packed(call.scaling), call.scale,
             dz if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
             derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call),
@@ -200,7 +202,7 @@ class TritonBackend(Backend):
         config = plan.widen
         feature_blocks = cdiv(hidden, config.block_h) if dx is not None else 1
         bwd.bottleneck_bwd_split_dx_kernel[cdiv(num_tokens, config.block_t), feature_blocks](
-            partial, dz, dy, z, _packed(call.down_weight), dx,
+            partial, dz, dy, z, packed(call.down_weight), dx,
             num_tokens, hidden, bottleneck, plan.num_splits, dy.stride(0),
             derivative, **_dtypes(call), ADD_INPUT=call.add_input, **_tiles(call, config),
         )  # fmt: skip
@@ -215,7 +217,8 @@ class TritonBackend(Backend):
             torch.empty(p.shape, dtype=p.dtype, device=p.device) if need else None
             for p, need in zip(parameters, needs[1:5], strict=True)
         ]
-        plan = weight_gradient_plan(_problem(call, num_tokens), _device(x.device))
+        device = _device(x.device)
+        plan = weight_gradient_plan(weights_problem(call, x, dy, device), device)
         config = plan.kernel
         partial = plan.num_splits > 1 or needs.scaling
         sums = out
@@ -231,7 +234,7 @@ class TritonBackend(Backend):
             ]
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
         bwd.bottleneck_bwd_dw_kernel[grid](
-            x, dy, z, dz, _packed(call.scaling), call.scale, *sums,
+            x, dy, z, dz, packed(call.scaling), call.scale, *sums,
             num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
             VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call),
             **_tiles(call, config),
@@ -243,8 +246,8 @@ class TritonBackend(Backend):
         )
         units = bottleneck if needs.scaling else SUM.block_r
         bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
-            *sums, _packed(call.up_weight), _packed(call.up_bias),
-            _packed(call.scaling), call.scale, *out, d_scaling,
+            *sums, packed(call.up_weight), packed(call.up_bias),
+            packed(call.scaling), call.scale, *out, d_scaling,
             hidden, bottleneck, plan.num_splits, units,
             **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
             num_warps=SUM.num_warps, num_stages=SUM.num_stages,
@@ -266,32 +269,41 @@ def _zeros(call: AdapterCall, needs: Needs) -> Gradients:
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[T, H] with unit stride across: a view where the strides allow it, else one copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _optional_rows(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _rows(tensor)
+    return None if tensor is None else rows(tensor)
 
 
-def _packed(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
 
 
-def _stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
+def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:
+    """What the launch of y depends on; x [T, H]."""
+    return _problem(call, device, x, call.down_weight, call.up_weight)
 
 
-def _problem(call: AdapterCall, num_tokens: int) -> Problem:
+def dx_problem(call: AdapterCall, dy: Tensor, device: Device) -> Problem:
+    """What the launch of dz and dx depends on; dy [T, H]."""
+    return _problem(call, device, dy, call.down_weight, call.up_weight)
+
+
+def weights_problem(call: AdapterCall, x: Tensor, dy: Tensor, device: Device) -> Problem:
+    """What the launch of the weight gradients depends on; x and dy [T, H]."""
+    return _problem(call, device, x, dy)
+
+
+def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:
+    """`staged` tensors wait in shared memory in their own dtype: where that is small, one of
+    float32 beside a half-precision x takes the wide tiles too.
+    """
     single = call.compute_dtype == torch.float32
+    mixed = device.small and any(tensor.dtype == torch.float32 for tensor in staged)
     return Problem(
-        num_tokens=num_tokens,
+        num_tokens=staged[0].shape[0],
         hidden_size=call.hidden_size,
         bottleneck_size=call.bottleneck_size,
         ieee=single and not allow_tf32(),
-        wide=single or call.x.dtype == torch.float32,
+        wide=single or call.x.dtype == torch.float32 or mixed,
     )
 
 
