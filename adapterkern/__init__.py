@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.dispatch import Explanation, explain, use_backend
 from adapterkern.dispatch import available as backends
+from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import bottleneck_adapter
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -12,6 +13,8 @@ __all__ = [
     "BackendUnsupportedError",
     "BottleneckAdapter",
     "Explanation",
+    "FallbackWarning",
+    "UnsupportedAdapterError",
     "backends",
     "bottleneck_adapter",
     "explain",

@@ -1,15 +1,14 @@
 """Every environment variable of the package, typed, read here only and once, at import.
 
 Reading once keeps the hot path free of lookups and lets torch.compile treat each value as a
-constant.
+constant. Values are taken as they are: `dispatch.check_environment` knows the backends and
+refuses what is none of a variable's values, at the first call and in every command.
 `docs/environment.md` is generated from VARIABLES (`python adapterkern/_env.py`).
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-BACKEND_CHOICES = ("auto", "cuda", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class Variable:
 VARIABLES = (
     Variable(
         "ADAPTERKERN_BACKEND",
-        " | ".join(BACKEND_CHOICES),
+        "auto | NAME",
         "auto",
-        "Backend of every call that does not name one. A named backend raises when it cannot run "
-        "the call; only `auto` falls back.",
+        "Backend of every call that does not name one; `adapterkern info` lists the names. A named "
+        "backend raises when it cannot run the call; only `auto` falls back.",
     ),
     Variable(
         "ADAPTERKERN_STRICT",
@@ -57,19 +56,12 @@ VARIABLES = (
 )
 
 
-def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default).strip().lower() or default
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-    return value
+def _value(name: str, default: str) -> str:
+    return os.environ.get(name, default).strip().lower() or default
 
 
-def _flag(name: str) -> bool:
-    return _choice(name, "0", ("0", "1")) == "1"
-
-
-BACKEND = _choice("ADAPTERKERN_BACKEND", "auto", BACKEND_CHOICES)
-STRICT = _flag("ADAPTERKERN_STRICT")
+BACKEND = _value("ADAPTERKERN_BACKEND", "auto")
+STRICT = _value("ADAPTERKERN_STRICT", "0")
 # Triton accepts more spellings than we document; any of its true values counts.
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in (
     "1",

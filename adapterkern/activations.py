@@ -83,8 +83,11 @@ def canonical_name(name: str) -> str:
     """The table's name for `name` or one of its aliases.
 
     Raises:
+        TypeError: it is no name.
         ValueError: the name is not in the table; the message lists the names that are.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'activation must be a name, such as "gelu", got {name!r}.')
     found = _CANONICAL.get(name)
     if found is None:
         known = ", ".join(

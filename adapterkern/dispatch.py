@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Decision(NamedTuple):
 
 _forced: str | None = None  # set by use_backend; process-wide, like the flags under torch.backends
 _decisions: dict[tuple, Decision] = {}
+_MOST_DECISIONS = 4096  # kept; a process that sees more kinds of calls decides some of them again
 _logged: set[str] = set()
 
 
@@ -53,7 +55,8 @@ def select(call: AdapterCall, requested: str = "auto") -> Decision:
     registered backend without a reason against the call runs it, the reference at the latest.
 
     Raises:
-        TypeError, ValueError: the call is not valid, see `spec.validate`; unknown backend name.
+        TypeError, ValueError: the call is not valid, see `spec.validate`; unknown backend name;
+            an environment variable has a value outside its list.
         BackendUnsupportedError: the named backend cannot run the call, or ADAPTERKERN_STRICT=1 and
             a call on a GPU would fall back to the reference.
     """
@@ -61,11 +64,13 @@ def select(call: AdapterCall, requested: str = "auto") -> Decision:
     if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
         return _decide(call.spec(), wanted)
     try:
-        key = (wanted, *_key(call))
+        key = wanted, _key(call)
         decision = _decisions.get(key)
-    except (AttributeError, TypeError):  # not all are tensors, or sizes are symbolic
+    except (AttributeError, IndexError, TypeError):  # not valid, or sizes are symbolic
         return _decide(call.spec(), wanted)
     if decision is None:
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
         decision = _decisions[key] = _decide(call.spec(), wanted)
     return decision
 
@@ -74,31 +79,49 @@ def _wanted(requested: str) -> str:
     return requested if requested != "auto" else _forced or _env.BACKEND
 
 
+def check_environment() -> None:
+    """Refuse what is none of a variable's values, before it decides anything.
+
+    Raises:
+        ValueError: ADAPTERKERN_BACKEND or ADAPTERKERN_STRICT has such a value.
+    """
+    for name, value, known in (
+        ("ADAPTERKERN_BACKEND", _env.BACKEND, ("auto", *NAMES)),
+        ("ADAPTERKERN_STRICT", _env.STRICT, ("0", "1")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"the environment variable {name} must be one of {', '.join(known)}, "
+                f"got {value!r}.\n  hint: unset {name}, or set it to one of these."
+            )
+
+
+_signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
+
+
 def _key(call: AdapterCall) -> tuple:
     """All that validation and choice read, so that a module's second call costs one lookup."""
-    x, down, up, down_bias, up_bias, residual, skip, scaling, scale, *options = call
+    x, down, up, down_bias, up_bias, residual, skip, scaling = call[:8]
     shape = x.shape
     return (
-        *(shape[-1:], x.dtype, x.device, type(x)),
-        *(_signature(down), _signature(up), _signature(down_bias), _signature(up_bias)),
-        *(_signature(scaling), _signature_beside(residual, shape), _signature_beside(skip, shape)),
-        *(scale == 1.0, *options),
-        *(forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()),
-    )
+        shape[-1], x.dtype, x.device, x.layout, type(x), _signature(down), _signature(up),
+        down_bias is not None and _signature(down_bias),
+        up_bias is not None and _signature(up_bias),
+        scaling is not None and _signature(scaling),
+        residual is not None and _signature_beside(residual, shape),
+        skip is not None and _signature_beside(skip, shape),
+        call.scale == 1.0, call[9:],
+        forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active(),
+    )  # fmt: skip
 
 
-def _signature(tensor: Tensor | None) -> tuple | None:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, type(tensor))
-
-
-def _signature_beside(tensor: Tensor | None, shape: torch.Size) -> tuple | None:
+def _signature_beside(tensor: Tensor, shape: torch.Size) -> tuple:
     """As `_signature`, of a tensor that must have the shape of x, whose number of tokens varies."""
-    if tensor is None:
-        return None
     return tensor.shape == shape, tensor.dtype, tensor.device, type(tensor)
 
 
 def _decide(spec: AdapterSpec, wanted: str) -> Decision:
+    check_environment()
     plain = not PLAIN_FEATURES.isdisjoint(spec.features)
     if wanted != "auto":
         reasons = get(wanted).unsupported_reasons(spec)
@@ -130,7 +153,7 @@ def _report_fallback(spec: AdapterSpec, refused: dict[str, list[str]]) -> None:
 
 def _report(device: torch.device, call: str, why: str) -> None:
     """One log line per distinct reason; under ADAPTERKERN_STRICT=1 an error for a call on a GPU."""
-    if _env.STRICT and device.type not in ("cpu", "meta"):
+    if _env.STRICT == "1" and device.type not in ("cpu", "meta"):
         raise BackendUnsupportedError(
             f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
         )
@@ -146,6 +169,7 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
         BackendUnsupportedError: a backend other than the reference is named (see `select`), or
             ADAPTERKERN_STRICT=1 and the call is on a GPU.
     """
+    check_environment()
     wanted = _wanted(requested)
     if wanted not in ("auto", "reference"):
         raise BackendUnsupportedError(_refusal(wanted, call, [why]))
@@ -189,6 +213,7 @@ def explain(adapter: Any, x: Tensor | None = None, **options: Any) -> Explanatio
         TypeError, ValueError: the call is not valid.
         LookupError: the callable called no adapter.
     """
+    check_environment()
     unfused = getattr(adapter, "unfused_reason", lambda: None)()
     if unfused is not None:
         return Explanation(str(adapter), "PyTorch modules", dict.fromkeys(NAMES, (unfused,)))

@@ -4,7 +4,9 @@ The ops are defined with `Library.define` + `impl` + `register_fake`, and their 
 ctx-style `autograd.Function`: `custom_op` + `register_autograd` and `setup_context` each cost more
 host time than the eager adapter's four ops, and the former drops forward-mode tangents silently
 (pytorch#176592, #139500, #192985). Eager calls enter that Function directly; graphs that
-torch.compile or torch.export made hold the op, whose autograd kernel enters it. Not public.
+torch.compile or torch.export made hold the op, whose autograd kernel enters it. Below autograd,
+where nobody watches operations, an eager call goes straight to its backend: the op's way through
+torch's dispatcher costs 4 us, as much as all else here. Not public.
 """
 
 import functools
@@ -20,7 +22,7 @@ from torch.autograd import forward_ad
 from adapterkern import reference
 from adapterkern.backends import get
 from adapterkern.backends.base import Gradients, Needs
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import ORDINARY, AdapterCall
 
 logger = logging.getLogger("adapterkern")
 
@@ -68,17 +70,29 @@ for _name, _impl, _fake in (
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
 ):
-    _library.impl(_name, _impl, "CPU")
-    _library.impl(_name, _impl, "CUDA")
+    # For every device: the reference runs wherever PyTorch does, and dispatch keeps others off.
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adapterkern::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.adapterkern.forward.default
 _backward_op = torch.ops.adapterkern.backward.default
 
 
-def _forward_below_autograd(*args) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*args)
+def _is_watched(x: Tensor) -> bool:
+    """Whether operations are traced, counted, faked or profiled, so that the op must be seen."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in ORDINARY
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _forward_below_autograd(call: AdapterCall, backend: str, save_z: bool) -> tuple[Tensor, Tensor]:
+    if _is_watched(call.x):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(*call[:_CALL_SIZE], backend, save_z)
+    return get(backend).forward(call, save_z)
 
 
 def _differentiable(call: AdapterCall) -> tuple[Tensor | None, ...]:
@@ -89,12 +103,15 @@ def _differentiable(call: AdapterCall) -> tuple[Tensor | None, ...]:
 class _BottleneckAdapter(torch.autograd.Function):
     """Autograd of one call; the forward's backend runs the backward. Saves x, z and parameters."""
 
+    # ctx style: see the top. `tensors` are those of `call`, which autograd does not look into.
     @staticmethod
-    def forward(ctx, backend: str, *call) -> tuple[Tensor, Tensor]:  # ctx style: see the top
-        y, z = _forward_below_autograd(*call, backend, True)
-        x, down_weight, up_weight, down_bias, up_bias, residual, skip, scaling, *options = call
+    def forward(
+        ctx, backend: str, call: AdapterCall, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, z = _forward_below_autograd(call, backend, True)
+        x, down_weight, up_weight, down_bias, up_bias, residual, skip, scaling = tensors
         ctx.save_for_backward(x, down_weight, up_weight, down_bias, up_bias, scaling, z)
-        ctx.options = options
+        ctx.options = call[8:_CALL_SIZE]
         ctx.backend = backend
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.skip_dtype = None if skip is None else skip.dtype
@@ -110,7 +127,7 @@ class _BottleneckAdapter(torch.autograd.Function):
         call = AdapterCall(
             x, down_weight, up_weight, down_bias, up_bias, None, None, scaling, *ctx.options
         )
-        asked = ctx.needs_input_grad[1:9]  # after `backend`, the eight tensors of AdapterCall
+        asked = ctx.needs_input_grad[2:]  # of the eight tensors
         needs = Needs._make((*asked[:5], asked[7]))
         if not any(needs):
             gradients = Gradients()
@@ -125,26 +142,34 @@ class _BottleneckAdapter(torch.autograd.Function):
             gradients = Gradients(*(next(computed) if need else None for need in needs))
         d_residual = grad_output.to(ctx.residual_dtype) if asked[5] else None
         d_skip = grad_output.to(ctx.skip_dtype) if asked[6] else None
-        no_options = (None,) * len(ctx.options)
-        return None, *gradients[:5], d_residual, d_skip, gradients.scaling, *no_options
+        return None, None, *gradients[:5], d_residual, d_skip, gradients.scaling
+
+
+# Less what `Function.apply` does before, for setup_context and functorch: neither is in `run`.
+_apply = super(torch.autograd.Function, _BottleneckAdapter).apply
 
 
 def _forward_autograd(*args) -> tuple[Tensor, Tensor]:
     """The autograd kernel of the forward op, for calls from a graph."""
     backend, save_z = args[_CALL_SIZE:]
+    call = AdapterCall(*args[:_CALL_SIZE])
     if forward_ad._current_level >= 0:  # known to no graph, which was traced without tangents
-        return reference.forward(AdapterCall(*args[:_CALL_SIZE]))
-    if not _needs_gradient(args[:8]):
-        return _forward_below_autograd(*args)
-    y, z = _BottleneckAdapter.apply(backend, *args[:_CALL_SIZE])
+        return reference.forward(call)
+    if not _needs_gradient(call):
+        return _forward_below_autograd(call, backend, save_z)
+    y, z = _BottleneckAdapter.apply(backend, call, *call[:8])
     return y, z if save_z else z.new_empty(0)
 
 
 _library.impl("forward", _forward_autograd, "Autograd")
 
 
-def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_gradient(call: AdapterCall) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in call[:8]:  # a third of the time of any() over a generator
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 @functools.cache
@@ -177,12 +202,12 @@ def _differentiable_backward(call: AdapterCall, grad_output: Tensor, needs: Need
 
 def run(call: AdapterCall, backend: str) -> Tensor:
     """y of a validated call on the backend of that name, recorded where a gradient is needed."""
-    needs_gradient = _needs_gradient(call[:8])
+    needs_gradient = _needs_gradient(call)
     if torch.compiler.is_compiling():
         return _forward_op(*call[:_CALL_SIZE], backend, needs_gradient)[0]
     if needs_gradient:
-        return _BottleneckAdapter.apply(backend, *call[:_CALL_SIZE])[0]
-    return _forward_below_autograd(*call[:_CALL_SIZE], backend, False)[0]
+        return _apply(backend, call, *call[:8])[0]
+    return _forward_below_autograd(call, backend, False)[0]
 
 
 def _flops(products: int, x_shape: Sequence[int], down_weight_shape: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LAYOUTS = (torch.strided, torch.jagged)  # the second of NestedTensor, which brings its own linear
 
 # What a registered op would answer with a wrong or no derivative, or would not understand: such a
 # call runs as plain PyTorch operations under plain autograd.
@@ -113,7 +114,7 @@ class AdapterSpec:
         )
 
 
-_ORDINARY = (Tensor, nn.Parameter)
+ORDINARY = (Tensor, nn.Parameter)
 
 
 def _is_foreign(tensor: Tensor) -> bool:
@@ -121,7 +122,7 @@ def _is_foreign(tensor: Tensor) -> bool:
 
     The subclasses with which torch traces are ordinary.
     """
-    if type(tensor) in _ORDINARY:
+    if type(tensor) in ORDINARY:
         return False
     from torch._subclasses import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
@@ -138,21 +139,50 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def validate(call: AdapterCall) -> None:
-    """Check shapes, dtypes and devices of a call.
+    """Check layouts, shapes, dtypes and devices of a call.
 
     Raises:
-        TypeError: something that must be a tensor is not.
-        ValueError: shapes, dtypes or devices disagree; the message lists every problem and the
-            likely cure.
+        TypeError: something that must be a tensor or a number is not.
+        ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message lists
+            every problem and the likely cure.
     """
     for name, tensor in call.tensors().items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    problems = _shape_problems(call) + _dtype_problems(call) + _device_problems(call)
-    if not 0.0 <= call.dropout < 1.0:
-        problems.append(f"dropout must be in [0, 1), got {call.dropout}.")
+    problems = (
+        _layout_problems(call)
+        + _shape_problems(call)
+        + _dtype_problems(call)
+        + _device_problems(call)
+        + dropout_problems(call.dropout)
+    )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def dropout_problems(dropout: float) -> list[str]:
+    """What is wrong with a probability of dropout.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if not isinstance(dropout, float | int):
+        raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}.")
+    if 0.0 <= dropout < 1.0:
+        return []
+    return [
+        f"dropout must be in [0, 1), got {dropout}.\n"
+        "  hint: it is a probability: 0.1 drops one element in ten, 0 none."
+    ]
+
+
+def _layout_problems(call: AdapterCall) -> list[str]:
+    return [
+        f"{name} must be a dense (strided) tensor, got {str(tensor.layout).removeprefix('torch.')}."
+        f"\n  hint: use {name}.to_dense()."
+        for name, tensor in call.tensors().items()
+        if tensor is not None and tensor.layout not in LAYOUTS
+    ]
 
 
 def _shape_problems(call: AdapterCall) -> list[str]:
@@ -180,6 +210,10 @@ def _shape_problems(call: AdapterCall) -> list[str]:
         if down.shape[0] == hidden:
             problem += _transpose_hint("down_weight")
             bottleneck = down.shape[1]
+        elif up.shape[0] == down.shape[1]:
+            problem += (
+                f"\n  hint: both weights are for hidden_size {up.shape[0]}; is x the one meant?"
+            )
         problems.append(problem)
     if tuple(up.shape) != (hidden, bottleneck):
         problem = (
@@ -197,20 +231,37 @@ def _vector_problems(call: AdapterCall, hidden: int, bottleneck: int) -> list[st
     biases = (("down_bias", call.down_bias, bottleneck), ("up_bias", call.up_bias, hidden))
     for name, bias, size in biases:
         if bias is not None and tuple(bias.shape) != (size,):
-            problems.append(f"{name} must have shape [{size}], got {list(bias.shape)}.")
+            problems.append(
+                f"{name} must have shape [{size}], got {list(bias.shape)}."
+                + (f"\n  hint: use {name}.reshape({size})." if bias.numel() == size else "")
+            )
     for name, tensor in (("residual", call.residual), ("skip", call.skip)):
         if tensor is not None and tensor.shape != call.x.shape:
             problems.append(
                 f"{name} must have the shape of x, {list(call.x.shape)}, got {list(tensor.shape)}."
+                + _shape_hint(name, tensor, call.x)
             )
     scaling = call.scaling
     if scaling is not None and tuple(scaling.shape) not in ((1,), (hidden,)):
         problems.append(
             f"scaling must be a float or a tensor of shape [1] or [{hidden}], "
             f"got {list(scaling.shape)}."
-            + ("\n  hint: use scaling.reshape(1)." if scaling.numel() == 1 else "")
+            + (
+                f"\n  hint: use scaling.reshape({scaling.numel()})."
+                if scaling.numel() in (1, hidden)
+                else ""
+            )
         )
     return problems
+
+
+def _shape_hint(name: str, tensor: Tensor, x: Tensor) -> str:
+    if tensor.numel() == x.numel():
+        return f"\n  hint: use {name}.reshape(x.shape)."
+    given, wanted = tensor.shape[::-1], x.shape[::-1]
+    if len(given) <= len(wanted) and all(a in (1, b) for a, b in zip(given, wanted, strict=False)):
+        return f"\n  hint: nothing is broadcast; use {name}.expand_as(x)."
+    return ""
 
 
 def _transpose_hint(name: str) -> str:
@@ -224,6 +275,7 @@ def _dtype_problems(call: AdapterCall) -> list[str]:
     allowed = ", ".join(map(name_of, FLOAT_DTYPES))
     problems = [
         f"{name} must be a floating-point tensor ({allowed}), got {name_of(tensor.dtype)}."
+        + ("" if tensor.is_complex() else f"\n  hint: convert it, as in {name}.float().")
         for name, tensor in call.tensors().items()
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES
     ]

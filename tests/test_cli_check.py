@@ -146,13 +146,25 @@ def test_check_refuses_wrong_usage(capsys, words, hint):
     ("device", "message"),
     [
         ("gpu", "unknown device 'gpu'; use cpu, cuda"),
-        ("cuda", "--device cuda: no CUDA device here"),
+        ("cuda", "--device cuda: no such CUDA device here (has: none)"),
+        ("cuda:99", "--device cuda:99: no such CUDA device here (has: none)"),
+        ("mps", "--device mps is not supported; use cpu, cuda or cuda:N"),
+        ("xpu:0", "--device xpu:0 is not supported; use cpu, cuda or cuda:N"),
+        ("meta", "--device meta is not supported; use cpu, cuda or cuda:N"),
     ],
 )
 def test_check_refuses_a_device_that_is_not_here(monkeypatch, capsys, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["check", "--device", device]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_check_lists_the_gpus_that_are_here(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["check", "--device", "cuda:2"]) == 2
+    assert "no such CUDA device here (has: cuda:0, cuda:1)" in capsys.readouterr().err
 
 
 def test_check_leaves_deterministic_mode_as_it_was():

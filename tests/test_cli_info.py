@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 import adapterkern
+from adapterkern import _env
 from adapterkern.cli import info, main
 from adapterkern.cli.info import probes, problems, text
 
 
-def call(*words: str) -> subprocess.CompletedProcess:
+def call(*words: str, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "adapterkern", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def run_in_process(capsys, *words: str) -> tuple[int, str, str]:
@@ -156,6 +159,23 @@ def test_interrupt_ends_a_command_without_a_traceback(capsys, monkeypatch):
     assert run_in_process(capsys, "info") == (130, "", "")
 
 
+@pytest.mark.parametrize("words", [("--help",), ("info",), ("check", "--quick"), ()])
+@pytest.mark.parametrize(("attribute", "value"), [("BACKEND", "foo"), ("STRICT", "yes")])
+def test_a_bad_environment_variable_is_a_usage_error(capsys, monkeypatch, words, attribute, value):
+    monkeypatch.setattr(_env, attribute, value)
+    code, out, err = run_in_process(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"adapterkern: error: the environment variable ADAPTERKERN_{attribute} ")
+    assert f"got '{value}'" in err
+
+
+def test_a_process_with_a_bad_environment_variable_ends_without_a_traceback():
+    done = call("info", ADAPTERKERN_BACKEND="foo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ADAPTERKERN_BACKEND must be one of auto, " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_info_json_is_one_object_with_every_probe_and_no_failure():
     done = call("info", "--json")
     assert done.returncode == 0, done.stderr
@@ -292,6 +312,16 @@ def test_a_healthy_machine_has_no_problems():
             machine(cache={"network": True, "filesystem": "nfs4"}),
             "is on a network disk (nfs4), where processes race",
             id="network-cache",
+        ),
+        pytest.param(
+            machine(
+                environment={"ADAPTERKERN_BACKEND": "Triton"},
+                backends={"triton": "no CUDA device"},
+                choice={"float16": "none: triton was named and raises"},
+            ),
+            "ADAPTERKERN_BACKEND=Triton makes every call raise on cuda in float16 "
+            "(no CUDA device): unset it, or name another backend",
+            id="forced-backend-that-cannot-run",
         ),
     ],
 )

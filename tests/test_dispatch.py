@@ -164,6 +164,15 @@ def test_a_decision_is_made_once_and_not_for_another_scale_or_batch(spy):
     assert len(dispatch._decisions) == 2
 
 
+def test_decisions_are_forgotten_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(dispatch, "_MOST_DECISIONS", 5)
+    for hidden in range(1, 13):
+        given = torch.ones(2, hidden), torch.ones(1, hidden), torch.ones(hidden, 1)
+        y = ak.bottleneck_adapter(*given, activation="identity")
+        torch.testing.assert_close(y, torch.full((2, hidden), 1.0 + hidden))
+        assert len(dispatch._decisions) <= 5
+
+
 def test_environment_names_the_backend():
     code = (
         "import torch, adapterkern as ak\n"
@@ -178,16 +187,8 @@ def test_environment_names_the_backend():
     assert 'BackendUnsupportedError: backend "cuda" cannot run this call' in ran.stderr
 
 
-def test_environment_refuses_unknown_values():
-    ran = in_new_process("import adapterkern", ADAPTERKERN_BACKEND="cublas")
-    expected = "ADAPTERKERN_BACKEND must be one of auto, cuda, triton, reference, got 'cublas'."
-    assert expected in ran.stderr
-    ran = in_new_process("import adapterkern", ADAPTERKERN_STRICT="maybe")
-    assert "ADAPTERKERN_STRICT must be one of 0, 1, got 'maybe'." in ran.stderr
-
-
 def test_fallback_on_a_gpu_is_logged_once_per_reason(monkeypatch, clean_dispatch, caplog):
-    monkeypatch.setattr(_env, "STRICT", False)
+    monkeypatch.setattr(_env, "STRICT", "0")
     caplog.set_level(logging.WARNING, "adapterkern")
     float64 = {"compute_dtype": torch.float64, "dtypes": (("x", torch.float64),)}
     for _ in range(3):
@@ -204,7 +205,7 @@ def test_fallback_on_a_gpu_is_logged_once_per_reason(monkeypatch, clean_dispatch
 
 
 def test_reference_on_the_cpu_is_no_fallback(monkeypatch, clean_dispatch, caplog):
-    monkeypatch.setattr(_env, "STRICT", True)
+    monkeypatch.setattr(_env, "STRICT", "1")
     call()
     torch.func.grad(lambda x: ak.bottleneck_adapter(x, torch.ones(2, 3), torch.ones(3, 2)).sum())(
         torch.ones(3)
@@ -220,7 +221,7 @@ def test_dropout_says_once_that_the_reference_runs(clean_dispatch, caplog):
 
 
 def test_strict_raises_where_the_reference_would_stand_in(monkeypatch, clean_dispatch):
-    monkeypatch.setattr(_env, "STRICT", True)
+    monkeypatch.setattr(_env, "STRICT", "1")
     with pytest.raises(
         ak.BackendUnsupportedError, match="ADAPTERKERN_STRICT=1 and no fused backend"
     ):

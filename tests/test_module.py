@@ -293,3 +293,82 @@ def test_dropout_reaches_the_module_path_too():
     adapter = adapter_of(dropout=0.5)
     adapter.up_proj.register_forward_hook(lambda *a: None)
     assert 0.3 < (adapter(torch.randn(100, 12), residual=None) == 0).float().mean() < 0.7
+
+
+def hooked(**options):
+    adapter = adapter_of(**options)
+    adapter.down_proj.register_forward_hook(lambda *a: None)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"residual": "inptu"}, ValueError, 'residual must be "input", a tensor or None'),
+        (
+            {"residual": torch.zeros(12)},
+            ValueError,
+            r"residual must have the shape of x, \[3, 12\]",
+        ),
+        ({"skip": torch.zeros(1, 12)}, ValueError, r"skip must have the shape of x, \[3, 12\]"),
+        ({"x": torch.zeros(3, 9)}, ValueError, r"down_weight must .* to match x \[3, 9\]"),
+        ({"x": torch.zeros(3, 12).long()}, ValueError, "x must be a floating-point tensor"),
+        ({"x": torch.zeros(3, 12).double()}, ValueError, "down_weight is float32 but"),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    ],
+    ids=["name", "residual", "skip", "hidden-size", "integer", "float64", "list"],
+)
+def test_module_path_refuses_what_the_fused_path_refuses(arguments, error, message):
+    arguments = {"x": torch.zeros(3, 12), **arguments}
+    for adapter in (hooked(), adapter_of()):
+        with pytest.raises(error, match=message) as caught:
+            adapter(**arguments)
+    assert "down_weight must be a floating" not in str(caught.value)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("scaling", [0.5, "channel"])
+@pytest.mark.parametrize("residual", ["input", None, "float32"])
+def test_module_path_casts_as_the_fused_path_does(autocast, scaling, residual):
+    """Float32 master weights with bfloat16 x, or under autocast with float32 x."""
+    fused, x = adapter_of(scaling=scaling), torch.randn(5, 12)
+    plain = copy.deepcopy(fused)
+    plain.up_proj.register_forward_hook(lambda *a: None)
+    if not autocast:
+        x = x.bfloat16()
+    if residual == "float32":
+        residual = torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, expected = plain(x, residual=residual), fused(x, residual=residual)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_module_path_takes_an_alias_that_was_assigned_later():
+    adapter, x = hooked(), torch.randn(3, 12)
+    adapter.activation = "swish"
+    y = adapter(x)
+    adapter.activation = "silu"
+    torch.testing.assert_close(y, expected_of(adapter, x), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_size": "12"}, "hidden_size must be an integer, got '12'."),
+        ({"bottleneck_size": 2.5}, "bottleneck_size must be an integer, got 2.5."),
+        ({"reduction_factor": "16"}, "reduction_factor must be a number, got '16'."),
+        ({"dropout": "x"}, "dropout must be a number in [0, 1), got 'x'."),
+        ({"activation": ["gelu"]}, "activation must be a name, such as \"gelu\", got ['gelu']."),
+        ({"activation": None}, 'activation must be a name, such as "gelu", got None.'),
+    ],
+)
+def test_an_argument_of_another_type_is_a_type_error(arguments, message):
+    with pytest.raises(TypeError) as caught:
+        ak.BottleneckAdapter(**{"hidden_size": 12, **arguments})
+    assert str(caught.value) == message
+
+
+def test_a_dtype_that_is_not_floating_point_is_refused():
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, got torch.int32"):
+        ak.BottleneckAdapter(12, 4, dtype=torch.int32)

@@ -99,6 +99,49 @@ def test_x_that_is_not_floating_point_is_refused(dtype, autocast):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("x", torch.zeros(3, 5, H).long(), "hint: convert it, as in x.float()."),
+        ("x", torch.zeros(3, 5, H + 2), f"hint: both weights are for hidden_size {H};"),
+        ("down_bias", torch.zeros(1, R), f"hint: use down_bias.reshape({R})."),
+        ("residual", torch.zeros(5, H), "hint: nothing is broadcast; use residual.expand_as(x)."),
+        ("skip", torch.zeros(3, 5, 1), "hint: nothing is broadcast; use skip.expand_as(x)."),
+        ("skip", torch.zeros(15, H), "hint: use skip.reshape(x.shape)."),
+        ("scaling", torch.zeros(1, H), f"hint: use scaling.reshape({H})."),
+        ("dropout", 50, "hint: it is a probability: 0.1 drops one element in ten, 0 none."),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_a_likely_cure_is_named(name, value, hint):
+    assert hint in message(**{name: value})
+
+
+def test_a_cure_is_not_made_up():
+    assert "hint" not in message(residual=torch.zeros(2, 5, H))
+    assert "hint" not in message(up_bias=torch.zeros(R))
+    assert "hint" not in message(x=torch.zeros(3, 5, H, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("name", ["x", "up_weight"])
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_layout_without_strides_is_refused(name, layout):
+    given = {name: t.detach() for name, t in tensors((3,), H, R, torch.float32).items()}
+    ak.bottleneck_adapter(**given)  # the dense call of the same shapes does not vouch for it
+    dense = given[name]
+    given[name] = (
+        dense.to_mkldnn() if layout == "_mkldnn" else dense.to_sparse(layout=getattr(torch, layout))
+    )
+    with pytest.raises(ValueError, match=rf"{name} must be a dense \(strided\) tensor") as caught:
+        ak.bottleneck_adapter(**given)
+    assert f"got {layout}.\n  hint: use {name}.to_dense()." in str(caught.value)
+
+
+def test_dropout_of_another_type_is_a_type_error():
+    assert message(TypeError, dropout="x") == "dropout must be a number in [0, 1), got 'x'."
+
+
 def test_half_precision_weights_do_not_meet_float32_x_outside_autocast():
     text = message(down_weight=torch.zeros(R, H, dtype=torch.bfloat16))
     assert "down_weight is bfloat16 but the computation runs in float32." in text

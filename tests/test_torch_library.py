@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapterkern as ak
+from adapterkern import ops
 from adapterkern.ops import _CALL_SIZE
 from adapterkern.spec import AdapterCall
 
@@ -73,6 +74,21 @@ def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
     assert len(spy.backwards) == 1
 
 
+@pytest.mark.parametrize("device", ["MPS", "XPU", "PrivateUse1"])
+def test_ops_have_a_kernel_for_devices_beside_cpu_and_cuda(device):
+    """What such a device's tensors reach; here they are the CPU's."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    call = [t.detach() if isinstance(t, torch.Tensor) else t for t in op_arguments()]
+    y, z = FORWARD.redispatch(keys, *call, "reference", True)
+    eager = eager_adapter(*call[:5], scaling=0.5)
+    torch.testing.assert_close(y, eager, rtol=1e-5, atol=1e-5)
+    needs = [False, True, False, False, False, False]
+    found = BACKWARD.redispatch(keys, *call, "reference", z, torch.ones_like(y), needs)
+    down_weight = call[1].clone().requires_grad_()
+    eager_adapter(call[0], down_weight, *call[2:5], scaling=0.5).sum().backward()
+    torch.testing.assert_close(found[0], down_weight.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_ops_appear_by_name_in_the_profiler():
     adapter, x = ak.BottleneckAdapter(8, 4), torch.randn(3, 8)
     with torch.profiler.profile() as profile:
@@ -82,6 +98,25 @@ def test_ops_appear_by_name_in_the_profiler():
     names = [event.name for event in profile.events()]
     assert names.count("adapterkern::forward") == 2
     assert names.count("adapterkern::backward") == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["recorded", "no-grad"])
+def test_only_watched_calls_take_the_op_s_way_through_the_dispatcher(spy, monkeypatch, grad):
+    adapter, x = ak.BottleneckAdapter(8, 4), torch.randn(3, 8)
+    taken, op = [], ops._forward_op
+    monkeypatch.setattr(ops, "_forward_op", lambda *args: taken.append(args) or op(*args))
+    with torch.set_grad_enabled(grad):
+        expected = adapter(x)
+        assert not taken
+        with FlopCounterMode(display=False):
+            torch.testing.assert_close(adapter(x), expected)
+        with torch.profiler.profile():
+            adapter(x)
+        traced = torch.jit.trace(adapter, x, check_trace=False)
+    assert len(taken) == 3
+    assert grad or "adapterkern::forward" in str(traced.inlined_graph)
+    assert len(spy.forwards) == 4
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         return _usage_error(f"unknown device {arguments.device!r}; use cpu, cuda or cuda:N.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return _usage_error("--device cuda: no CUDA device here.")
+    if device.type not in ("cpu", "cuda"):
+        return _usage_error(f"--device {device} is not supported; use cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        return _usage_error(
+            f"--device {device}: no such CUDA device here (has: {there or 'none'})."
+        )
     reports = [_report(name, device, arguments) for name in arguments.backend or NAMES]
     passed = all(_passed(report, named=bool(arguments.backend)) for report in reports)
     if arguments.json:

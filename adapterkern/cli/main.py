@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from adapterkern import __version__
+from adapterkern import __version__, dispatch
 
 # name -> (module, one line of help). The module offers add_parser(subparsers), whose parser sets
 # the default `run`: a function of the parsed arguments that returns the exit code.
@@ -52,6 +52,11 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code."""
+    try:
+        dispatch.check_environment()
+    except ValueError as error:
+        print(f"adapterkern: error: {error}", file=sys.stderr)
+        return 2
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = build_parser(chosen)

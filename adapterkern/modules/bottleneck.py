@@ -1,5 +1,8 @@
 """`BottleneckAdapter`: the operation with its parameters."""
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +10,7 @@ from adapterkern import dispatch
 from adapterkern.activations import ACTIVATIONS, canonical_name
 from adapterkern.backends import NAMES
 from adapterkern.functional import make_call, run_call
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import FLOAT_DTYPES, AdapterCall, dropout_problems, name_of, validate
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
@@ -37,8 +40,9 @@ class BottleneckAdapter(nn.Module):
     up_proj.weight [H, R], up_proj.bias [H], scaling [1] or [H] where it is learned.
 
     Raises:
-        TypeError: scaling is neither a number nor a name.
-        ValueError: a size below 1, an unknown name, or a dropout outside [0, 1).
+        TypeError: a size, a number or a name is something else.
+        ValueError: a size below 1, an unknown name, a dropout outside [0, 1), or a dtype that is
+            not a floating-point one.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; learned
     scaling: He et al. 2021, arXiv:2110.04366; channel scaling: Steitz and Roth 2024,
@@ -65,7 +69,13 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes: dict[str, Any] = {"hidden_size": hidden_size, "bottleneck_size": bottleneck_size}
+        for name, size in sizes.items():
+            if size is not None and not isinstance(size, numbers.Integral):
+                raise TypeError(f"{name} must be an integer, got {size!r}.")
         if bottleneck_size is None:
+            if not isinstance(reduction_factor, float | int):
+                raise TypeError(f"reduction_factor must be a number, got {reduction_factor!r}.")
             if not reduction_factor > 0:
                 raise ValueError(f"reduction_factor must be positive, got {reduction_factor}.")
             bottleneck_size = max(1, int(hidden_size // reduction_factor))
@@ -86,8 +96,12 @@ class BottleneckAdapter(nn.Module):
             raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
         if not isinstance(scaling, str | float | int):
             raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        problems = dropout_problems(dropout)
+        if problems:
+            raise ValueError(*problems)
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(map(name_of, FLOAT_DTYPES))
+            raise ValueError(f"dtype must be one of {allowed}, got {dtype}.")
         self.hidden_size = hidden_size
         self.bottleneck_size = bottleneck_size
         self.activation = canonical_name(activation)
@@ -133,10 +147,7 @@ class BottleneckAdapter(nn.Module):
         """y [..., H]; `residual` and `skip` as in `adapterkern.bottleneck_adapter`."""
         unfused = self.unfused_reason()
         if unfused is not None:
-            dispatch.report_unfused(
-                x.device, f"BottleneckAdapter({self.extra_repr()})", unfused, self.backend
-            )
-            return self._forward_through_modules(x, residual, skip)
+            return self._forward_through_modules(x, residual, skip, unfused)
         return run_call(self.as_call(x, residual, skip), self.backend)
 
     def as_call(
@@ -149,6 +160,25 @@ class BottleneckAdapter(nn.Module):
             *(x, down.weight, up.weight, down.bias, up.bias, residual, skip),
             *(self.activation, self.scaling, dropout),
         )
+
+    def _stand_in_call(
+        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None
+    ) -> AdapterCall:
+        """As `as_call` where the weights cannot be read: others of the same shape stand in."""
+        call = make_call(
+            *(x, x, x, None, None, residual, skip, self.activation, self.scaling),
+            self.dropout if self.training else 0.0,
+        )
+        shapes = (self.bottleneck_size, self.hidden_size), (self.hidden_size, self.bottleneck_size)
+        dtypes = [
+            _weight_dtype(projection) or torch.promote_types(call.compute_dtype, torch.float32)
+            for projection in (self.down_proj, self.up_proj)
+        ]
+        down, up = (
+            torch.empty(1, dtype=dtype, device=x.device).expand(shape)
+            for dtype, shape in zip(dtypes, shapes, strict=True)
+        )
+        return call._replace(down_weight=down, up_weight=up)
 
     def unfused_reason(self) -> str | None:
         """Why a projection must be called, not read: wrapped, quantised, hooked. Else None."""
@@ -165,14 +195,27 @@ class BottleneckAdapter(nn.Module):
         return None
 
     def _forward_through_modules(
-        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None
+        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None, reason: str
     ) -> Tensor:
-        u = self.up_proj(ACTIVATIONS[self.activation].value(self.down_proj(x))) * self.scaling
-        if self.dropout and self.training:
-            u = nn.functional.dropout(u, self.dropout)
-        if residual is not None:
-            u = u + (x if isinstance(residual, str) else residual)
-        return u if skip is None else u + skip
+        """As `reference.forward`, with the projections called, each in the dtype of its weight."""
+        call = self._stand_in_call(x, residual, skip)
+        validate(call)
+        dispatch.report_unfused(
+            x.device, f"BottleneckAdapter({self.extra_repr()})", reason, self.backend
+        )
+
+        def project(projection: nn.Module, inputs: Tensor) -> Tensor:
+            inputs = inputs.to(_weight_dtype(projection) or call.compute_dtype)
+            return projection(inputs).to(call.compute_dtype)
+
+        a = ACTIVATIONS[call.activation].value(project(self.down_proj, x))
+        y = project(self.up_proj, a) * (call.scale if call.scaling is None else call.scaling)
+        if call.dropout > 0:
+            y = nn.functional.dropout(y, call.dropout)
+        added = x if call.add_input else call.residual
+        if added is not None:
+            y = y + added
+        return y if call.skip is None else y + call.skip
 
     def extra_repr(self) -> str:
         scaling: float | str | nn.Parameter = self.scaling
@@ -183,3 +226,9 @@ class BottleneckAdapter(nn.Module):
             f"activation={self.activation}, bias={self.down_proj.bias is not None}, "
             f"scaling={scaling}, dropout={self.dropout}, init={self.init}, backend={self.backend}"
         )
+
+
+def _weight_dtype(projection: nn.Module) -> torch.dtype | None:
+    """Of its weight; None where that is packed, or none of a number's own types."""
+    dtype = getattr(getattr(projection, "weight", None), "dtype", None)
+    return dtype if dtype in FLOAT_DTYPES else None

@@ -113,9 +113,23 @@ def triton_problems(report: dict) -> list[str]:
     return problems
 
 
+def backend_problems(report: dict) -> list[str]:
+    """A backend named by the environment that cannot run a plain adapter here."""
+    choice, name = report["choice"], report["environment"].get("ADAPTERKERN_BACKEND")
+    failing = [dtype for dtype, chosen in choice.items() if chosen.startswith("none")]
+    if name is None or not failing:
+        return []
+    reason = report["backends"][name.strip().lower()] or "adapterkern.explain tells why"
+    return [
+        f"ADAPTERKERN_BACKEND={name} makes every call raise on {choice['device']} in "
+        f"{', '.join(failing)} ({reason}): unset it, or name another backend"
+    ]
+
+
 RULES: tuple[Callable[[dict], list[str]], ...] = (
     version_problems,
     driver_problems,
     gpu_problems,
     triton_problems,
+    backend_problems,
 )
