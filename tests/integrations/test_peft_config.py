@@ -75,6 +75,7 @@ def test_config_file_does_not_depend_on_set_order(tmp_path):
         ({"init": "zeros"}, "unknown init 'zeros'"),
         ({"target_modules": "x.*", "layers_to_transform": 0}, "target_modules as a list"),
         ({"layers_pattern": "h"}, "set layers_to_transform"),
+        ({"layers_to_transform": range(0)}, "layers_to_transform is empty"),
         ({"task_type": "POETRY"}, "POETRY"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -82,6 +83,33 @@ def test_config_file_does_not_depend_on_set_order(tmp_path):
 def test_config_refuses_bad_values_at_once(fields, message):
     with pytest.raises(ValueError, match=message):
         BottleneckConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bottleneck_size": 2.5}, "bottleneck_size must be an integer, got 2.5"),
+        ({"reduction_factor": "16"}, "reduction_factor must be a number, got '16'"),
+        ({"dropout": "x"}, r"dropout must be a number in \[0, 1\), got 'x'"),
+        ({"activation": ["gelu"]}, r"activation must be a name, .* got \['gelu'\]"),
+        ({"modules_to_save": "pooler"}, "modules_to_save must be a list, got 'pooler'"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be the number .* got '1'"),
+        ({"layers_to_transform": [0, 1.0]}, r"layers_to_transform must .* got \[0, 1.0\]"),
+        ({"layers_to_transform": -1}, "layers_to_transform must .* counted from 0, .* got -1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_config_refuses_another_type_at_once(fields, message):
+    with pytest.raises(TypeError, match=message):
+        BottleneckConfig(**fields)
+
+
+@pytest.mark.parametrize("layers", [1, [1], (1,), range(1, 2), {1}], ids=str)
+def test_layers_to_transform_become_a_list_that_can_be_saved(tmp_path, layers):
+    config = BottleneckConfig(layers_to_transform=layers)
+    assert config.layers_to_transform == [1]
+    config.save_pretrained(tmp_path)
+    assert BottleneckConfig.from_pretrained(tmp_path).layers_to_transform == [1]
 
 
 def test_registration_keeps_to_itself():

@@ -148,6 +148,10 @@ def test_beams_of_the_generation_config_are_counted(mixed, batch):
     [
         (["french", "english", "klingon", "legal"], "unknown adapters: english, klingon"),
         ("french", "must be a list, a name for each input, got 'french'"),
+        (
+            [["french", "legal"]] * 4,
+            r"must be a list, a name for each input, got \[\['french'.*\n  hint: stacked adapters",
+        ),
     ],
 )
 def test_unknown_names_are_an_error(mixed, batch, output, names, message):

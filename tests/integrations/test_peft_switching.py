@@ -78,6 +78,20 @@ def test_stack_goes_through_every_method_of_the_model(two, batch, output, tmp_pa
     assert torch.equal(output(two, batch("bert")), stacked)
 
 
+def test_a_tuple_stacks_as_a_list_does(two, batch, output):
+    two.set_adapter(["legal", "french"])
+    stacked = output(two, batch("bert"))
+    two.set_adapter("french")
+    two.set_adapter(("legal", "french"))
+    assert two.active_adapters == ["legal", "french"]
+    assert two.active_peft_config is two.peft_config["legal"]
+    assert torch.equal(output(two, batch("bert")), stacked)
+    with pytest.raises(ValueError, match="not found"):
+        two.set_adapter(("legal", "english"))
+    two.delete_adapter("legal")
+    assert two.active_adapters == ["french"]
+
+
 def test_disabled_adapters_leave_the_base_model(two, tiny, batch, output):
     adapted = output(two, batch("bert"))
     with two.disable_adapter():

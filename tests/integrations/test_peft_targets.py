@@ -107,6 +107,40 @@ def test_targets_can_be_chosen(tiny, batch, output, fields, expected):
     assert torch.equal(output(model, batch("bert")), output(tiny("bert"), batch("bert")))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_to_transform": [1, 7, 9]}, r"without a target: 7, 9.\n.* are in layers 0, 1$"),
+        ({"layers_to_transform": 2}, r"without a target: 2.\n.* are in layers 0, 1$"),
+        (
+            {"layers_to_transform": range(2), "exclude_modules": r".*layer\.0.*"},
+            r"without a target: 0.\n.* are in layers 1$",
+        ),
+        ({"modules_to_save": ["pooler", "nosuch"]}, r"names no module .*: nosuch.\n.*pooler"),
+        ({"modules_to_save": ["score"]}, r"names no module of this model: score"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_names_and_numbers_that_the_model_lacks_are_refused(tiny, batch, output, fields, message):
+    base = tiny("bert")
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(base, BottleneckConfig(**fields))
+    assert not any(isinstance(module, BottleneckLinear) for module in base.modules())
+    assert torch.equal(output(base, batch("bert")), output(tiny("bert"), batch("bert")))
+
+
+def test_heads_that_a_task_may_have_need_not_be_there(tiny):
+    """PEFT adds both `classifier` and `score`, of which BERT has the first."""
+    config = BottleneckConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])
+    model = peft.get_peft_model(tiny("bert-classifier"), config)
+    saved = {name for name, p in model.named_parameters() if ".modules_to_save." in name}
+    assert len(saved) == 4
+    assert {name.split(".modules_to_save")[0].rpartition(".")[2] for name in saved} == {
+        "classifier",
+        "pooler",
+    }
+
+
 def test_all_linear_reaches_layers_that_have_adapters(tiny):
     model = peft.get_peft_model(tiny("bert"), BottleneckConfig())
     model.add_adapter("wide", BottleneckConfig(target_modules="all-linear"))

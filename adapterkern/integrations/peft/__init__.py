@@ -6,10 +6,13 @@
 Saved folders load with `PeftModel.from_pretrained` wherever this package was imported first.
 """
 
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
 try:
-    from peft import mapping
+    from peft import PeftModel, mapping
     from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError(
@@ -22,6 +25,7 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         '  hint: pip install --upgrade "peft>=0.21"'
     )
 
+from adapterkern.integrations.peft.checkpoint import staged
 from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
 from adapterkern.integrations.peft.layer import BottleneckLinear
 from adapterkern.integrations.peft.model import BottleneckModel
@@ -44,6 +48,23 @@ def _register() -> None:
     configs[method] = BottleneckConfig
     tuners[method] = BottleneckModel
     prefixes[method] = BottleneckModel.prefix
+    save = PeftModel.save_pretrained
+    PeftModel.save_pretrained = _saving_whole(save)  # type: ignore[method-assign]
+
+
+def _saving_whole(save: Callable[..., None]) -> Callable[..., None]:
+    """PEFT's `save_pretrained`, which writes file by file into the folder, as one step for the
+    models of this method; PEFT has no hook for it.
+    """
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
+        if not isinstance(self.base_model, BottleneckModel) or os.path.isfile(save_directory):
+            return save(self, save_directory, *args, **options)
+        with staged(save_directory) as folder:
+            save(self, folder, *args, **options)
+
+    return save_pretrained
 
 
 _register()

@@ -1,16 +1,47 @@
-"""Saved keys, and whether saved weights fit a model: nothing is copied before that is answered."""
+"""Saved folders: written whole, and nothing of one is copied into a model that it does not fit."""
 
 import os
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 CONTAINER = "bottleneck_adapter"  # the module of a layer that holds its adapters by name
 SHOWN = 4  # problems spelled out in an error; the rest is counted
+MODEL_CARD = "README.md"
+
+
+@contextmanager
+def staged(folder: str) -> Iterator[str]:
+    """A folder to save into, whose files move into `folder` once the block has ended well.
+
+    Until then a saved adapter in `folder` is as it was. While files are exchanged it has no
+    configuration, so weights never meet another adapter's settings: a process killed in those few
+    renames leaves a folder that loading refuses.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as fresh:
+        if os.path.isfile(os.path.join(folder, MODEL_CARD)):  # PEFT adds to one that is there
+            shutil.copy(os.path.join(folder, MODEL_CARD), fresh)
+        yield fresh
+        for source, _, names in os.walk(fresh):
+            _exchange(source, os.path.join(folder, os.path.relpath(source, fresh)), names)
+
+
+def _exchange(source: str, target: str, names: list[str]) -> None:
+    os.makedirs(target, exist_ok=True)
+    replaced = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME] if CONFIG_NAME in names else []
+    for name in replaced:  # the other format of weights too: loading might prefer it
+        if os.path.exists(os.path.join(target, name)):
+            os.remove(os.path.join(target, name))
+    for name in sorted(names, key=lambda name: name == CONFIG_NAME):
+        os.replace(os.path.join(source, name), os.path.join(target, name))
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:

@@ -2,17 +2,29 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from adapterkern.integrations.peft.checkpoint import Shapes, read_saved_shapes
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 DEFAULT_REDUCTION_FACTOR = 16  # BottleneckAdapter's, and the most common of published adapters
+
+
+def _must_be_local(folder: str) -> bool:
+    """Whether this cannot be the name of a model on the hub, which has one slash at the most."""
+    return (
+        os.path.isdir(folder) or folder.startswith((".", "~")) or folder.rstrip("/").count("/") > 1
+    )
+
+
+def _is_layer(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 class PeftMethod(str, Enum):
@@ -37,8 +49,8 @@ class BottleneckConfig(PeftConfig):
         bottleneck_size: R, the width inside the adapter.
         reduction_factor: H / R for layers of width H; 16 if `bottleneck_size` is not given either.
         activation, bias, scaling, dropout, init: as in `adapterkern.BottleneckAdapter`.
-        layers_to_transform: index or indices of the layers to adapt; `target_modules` must then be
-            a list or None.
+        layers_to_transform: index or indices of the layers to adapt, counted from 0 (an int, list,
+            tuple, range or set; kept as a list); `target_modules` must then be a list or None.
         layers_pattern: name(s) of the module list that `layers_to_transform` counts, such as
             "layers" or "h".
         modules_to_save: modules trained and saved in full beside the adapters, such as a
@@ -47,8 +59,8 @@ class BottleneckConfig(PeftConfig):
     The remaining arguments are those of `peft.PeftConfig`.
 
     Raises:
-        ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or layer indices do
-            not go with the target modules.
+        TypeError, ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or layer
+            indices are none or do not go with the target modules.
     """
 
     target_modules: list[str] | str | None = field(
@@ -71,7 +83,7 @@ class BottleneckConfig(PeftConfig):
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapter adds."})
     init: str = field(default="identity", metadata={"help": '"identity", "houlsby" or "bert".'})
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: Iterable[int] | int | None = field(
         default=None, metadata={"help": "Index or indices of the layers to adapt."}
     )
     layers_pattern: list[str] | str | None = field(
@@ -101,6 +113,8 @@ class BottleneckConfig(PeftConfig):
                 f"bias says whether the adapter has biases: True or False, got {self.bias!r}.\n"
                 "  hint: the base model's biases stay frozen; modules_to_save can train modules"
             )
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list, got {self.modules_to_save!r}.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
@@ -109,6 +123,20 @@ class BottleneckConfig(PeftConfig):
         BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
 
     def _check_layer_indices(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None:
+            numbers = [layers] if isinstance(layers, int) else layers
+            if not isinstance(numbers, Iterable) or not all(_is_layer(one) for one in numbers):
+                raise TypeError(
+                    "layers_to_transform must be the number of a layer, counted from 0, or several "
+                    f"in a list, tuple, range or set, got {layers!r}."
+                )
+            self.layers_to_transform = sorted(set(numbers))
+            if not self.layers_to_transform:
+                raise ValueError(
+                    "layers_to_transform is empty, and no layer would be adapted.\n"
+                    "  hint: None adapts all of them"
+                )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform needs target_modules as a list, got {self.target_modules!r}."
@@ -131,10 +159,7 @@ class BottleneckConfig(PeftConfig):
         return arguments
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` in one step: a reader finds the old file, the new or none.
-
-        PEFT writes it after the weights, so a new folder that has it was written to its end.
-        """
+        """Write `adapter_config.json` in one step: a reader finds the old file or the new one."""
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as unfinished:
             super().save_pretrained(unfinished, **kwargs)
@@ -151,10 +176,18 @@ class BottleneckConfig(PeftConfig):
             ValueError: there is no configuration, or the weights of a saved adapter are missing or
                 cut short.
         """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if _must_be_local(folder) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            found = "no such folder" if not os.path.isdir(folder) else f"no {CONFIG_NAME} in it"
+            raise ValueError(
+                f"{folder} must be the folder of a saved adapter, with {CONFIG_NAME} and "
+                f"{SAFETENSORS_WEIGHTS_NAME}: {found}.\n"
+                "  hint: save_pretrained writes one, and a subfolder for each adapter that is not "
+                'called "default"; a save that was cut off leaves no configuration'
+            )
         config = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         # PeftModel.save_pretrained sets inference_mode. A configuration saved on its own has no
         # weights beside it.
         if os.path.isdir(folder) and config.inference_mode:

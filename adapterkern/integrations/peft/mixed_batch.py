@@ -32,8 +32,11 @@ def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
             "adapter_names is for inference and the model is in training mode.\n"
             "  hint: call model.eval() first"
         )
-    if not isinstance(names, list | tuple):
-        raise ValueError(f"adapter_names must be a list, a name for each input, got {names!r}.")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"adapter_names must be a list, a name for each input, got {names!r}.\n"
+            "  hint: stacked adapters run on whole batches, after set_adapter([...])"
+        )
     unknown = sorted(set(names) - set(known) - {BASE})
     if unknown:
         raise ValueError(

@@ -21,6 +21,8 @@ from adapterkern.integrations.peft.layer import CANNOT_MERGE, BottleneckLinear
 from adapterkern.integrations.peft.mixed_batch import adapter_names_in_forward, check_names
 from adapterkern.integrations.peft.targets import (
     DEFAULT_TARGET_MODULES,
+    check_layers,
+    check_modules_to_save,
     check_target,
     default_target_modules,
 )
@@ -33,12 +35,12 @@ class AdapterConfigs(dict):
     """
 
     def __contains__(self, name: object) -> bool:
-        if isinstance(name, list):
+        if isinstance(name, list | tuple):
             return bool(name) and all(one in self for one in name)
         return super().__contains__(name)
 
     def __getitem__(self, name: Any) -> Any:
-        if isinstance(name, list):
+        if isinstance(name, list | tuple):
             name = next((one for one in name if one in self), None)
         return super().__getitem__(name)
 
@@ -105,10 +107,14 @@ class BottleneckModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Look at every target before the first is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)  # PEFT does it only after this
-        for name, layer in model.named_modules():
-            if f".{CONTAINER}." in name or isinstance(layer, BottleneckLinear):
-                continue
-            if name and self._check_target_module_exists(peft_config, name):
+        names = [name for name, _ in model.named_modules() if name and f".{CONTAINER}." not in name]
+        check_layers(peft_config, names, self._check_target_module_exists)
+        check_modules_to_save(peft_config, names)
+        for name in names:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, BottleneckLinear) and self._check_target_module_exists(
+                peft_config, name
+            ):
                 check_target(name, layer, model.get_submodule(name.rpartition(".")[0]))
 
     def _create_and_replace(
@@ -155,20 +161,21 @@ class BottleneckModel(BaseTuner):
 
     # Running
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter, or several stacked in the order of the list.
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several stacked in the order of the list or tuple.
 
         Raises:
             ValueError: a name is unknown.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(
                 f"unknown adapters: {', '.join(unknown)} "
                 f"(this model has {', '.join(self.peft_config)})."
             )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        active = adapter_name if isinstance(adapter_name, str) else names
+        super().set_adapter(active, inference_mode=inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(

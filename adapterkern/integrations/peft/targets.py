@@ -1,6 +1,9 @@
 """Which layers are adapted: defaults by architecture, and what can be adapted at all."""
 
+import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +57,52 @@ def output_size(layer: nn.Module) -> int | None:
         if isinstance(size, int):
             return size
     return None
+
+
+# PEFT adds these heads to modules_to_save for these tasks, whichever of them the model has.
+HEADS = ("classifier", "score", "qa_outputs")
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def check_layers(config: Any, names: list[str], matches: Callable[[Any, str], Any]) -> None:
+    """Raise ValueError where layers_to_transform has a layer without a target; PEFT skips those.
+
+    `matches` is PEFT's own rule: does the configuration adapt the module of this name?
+    """
+    if not config.layers_to_transform:
+        return
+    probe = copy.copy(config)
+
+    def adapts(layer: int) -> bool:
+        probe.layers_to_transform = [layer]
+        return any(matches(probe, name) for name in targets)
+
+    probe.layers_to_transform = None
+    targets = [name for name in names if matches(probe, name)]
+    numbers = {int(part) for name in targets for part in name.split(".") if part.isdigit()}
+    there = [layer for layer in sorted(numbers) if adapts(layer)]
+    missing = sorted(set(config.layers_to_transform) - set(there))
+    if missing and there:  # PEFT itself refuses where nothing matches
+        raise ValueError(
+            f"layers_to_transform names layers without a target: {', '.join(map(str, missing))}.\n"
+            f"  hint: the targets of this model are in layers {', '.join(map(str, there))}"
+        )
+
+
+def check_modules_to_save(config: Any, names: list[str]) -> None:
+    """Raise ValueError where modules_to_save has a name that fits no module; PEFT skips those."""
+    added = HEADS if config.task_type in TASKS_WITH_HEADS else ()
+    unknown = [
+        wanted
+        for wanted in config.modules_to_save or []
+        if wanted not in added and not any(name.endswith(wanted) for name in names)
+    ]
+    if unknown:
+        last = dict.fromkeys(name.rpartition(".")[2] for name in names)
+        raise ValueError(
+            f"modules_to_save names no module of this model: {', '.join(unknown)}.\n"
+            "  hint: its modules end in " + ", ".join(name for name in last if not name.isdigit())
+        )
 
 
 def check_target(name: str, layer: nn.Module, parent: nn.Module) -> None:
