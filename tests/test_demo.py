@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -431,3 +433,26 @@ def test_demo_exits_with_1_when_a_check_fails(tiny_model, texts, tmp_path, monke
     captured = capsys.readouterr()
     assert "FAILED  gradients" in captured.out
     assert "bottleneck adapters, topic: step 1/1, loss" in captured.err  # plain: no terminal
+
+
+def test_a_hub_out_of_reach_is_told_once_and_in_our_words(tmp_path, capsys, monkeypatch):
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    level = hub.getEffectiveLevel()
+    handler = logging.StreamHandler(sys.stderr)
+
+    def unreachable(source):
+        hub.warning("MaxRetryError(...) thrown while requesting HEAD")
+        raise OSError("We couldn't connect to the hub\nand more of that")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    hub.addHandler(handler)
+    try:
+        assert main(["demo", "--model", "nosuch/model", "--out", str(tmp_path)]) == 2
+    finally:
+        hub.removeHandler(handler)
+    assert capsys.readouterr().err == (
+        "looking for nosuch/model in the cache and on the Hugging Face hub\n"
+        "adapterkern demo: cannot load the tokenizer in 'nosuch/model': "
+        "We couldn't connect to the hub\n"
+    )
+    assert hub.getEffectiveLevel() == level

@@ -73,6 +73,8 @@ def run(options: Options) -> Report:
     """
     start = time.perf_counter()
     device = torch.device(options.device)
+    if not Path(options.model).is_dir():
+        _say(f"looking for {options.model} in the cache and on the Hugging Face hub")
     tokenizer = load_tokenizer(options.model)
     _say("reading the docstrings of the standard library")
     corpus = load_corpus()

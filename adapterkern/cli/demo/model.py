@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -225,19 +226,25 @@ def load_task(folder: Path, source: str, device: torch.device) -> TextClassifier
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, no notes about unused weights, no deprecations between libraries."""
+    """No progress bars, no notes about unused weights or a hub out of reach (the error tells), no
+    deprecations between libraries.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
     level, bars = (
         transformers.logging.get_verbosity(),
         transformers.logging.is_progress_bar_enabled(),
     )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             transformers.logging.enable_progress_bar()
 
