@@ -76,11 +76,11 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def inputs(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def inputs(name: str, device: str = "cpu", seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
     if name == "vit":
-        return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}
-    ids = torch.randint(1, VOCABULARY, (BATCH, TOKENS), generator=generator)
+        return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator).to(device)}
+    ids = torch.randint(1, VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if name in ("bart", "t5") else {})}
 
 

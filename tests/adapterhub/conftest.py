@@ -4,6 +4,13 @@ import sys
 
 import pytest
 
+from adapterkern import _env
+
+if _env.TRITON_INTERPRET:  # as test_adapterhub_kernels.py starts the oracle
+    from adapterkern.testing import enable_triton_interpreter
+
+    enable_triton_interpreter()
+
 
 @pytest.fixture(autouse=True)
 def clean_slate():

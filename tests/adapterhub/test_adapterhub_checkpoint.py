@@ -21,7 +21,18 @@ CONFIG = {
 }
 
 
-def weights(name: str = "task", layers: int = 2, kind: str = "adapters", r: int = R) -> dict:
+DOUBLE = {**CONFIG, "mh_adapter": True}
+PLACES = ("attention.output", "output")
+
+
+def weights(
+    name: str = "task",
+    layers: int = 2,
+    kind: str = "adapters",
+    r: int = R,
+    place: str = "output",
+    stack: str = "bert.encoder.layer",
+) -> dict:
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "adapter_down.0.weight": (r, H),
@@ -30,9 +41,7 @@ def weights(name: str = "task", layers: int = 2, kind: str = "adapters", r: int 
         "adapter_up.bias": (H,),
     }
     return {
-        f"bert.encoder.layer.{i}.output.{kind}.{name}.{key}": torch.randn(
-            shape, generator=generator
-        )
+        f"{stack}.{i}.{place}.{kind}.{name}.{key}": torch.randn(shape, generator=generator)
         for i in range(layers)
         for key, shape in shapes.items()
     }
@@ -140,12 +149,13 @@ def test_legacy_names_are_read(tmp_path, kind):
             {"architecture": "union", "configs": [{"architecture": "lora", "r": 8}, CONFIG]},
             {"original_ln_before": True, "reduction_factor": 16},
         ),
-        ({**CONFIG, "reduction_factor": {"1": 16, "default": 8}}, {"reduction_factor": ...}),
+        ({**CONFIG, "reduction_factor": {"0": 16, "default": 15}}, {"reduction_factor": ...}),
     ],
     ids=["pfeiffer", "houlsby", "fields", "invertible", "union", "factors"],
 )
 def test_configurations_are_resolved(tmp_path, config, expected):
-    found = adapterhub.load(folder_with(tmp_path, config=config)).config
+    both = in_places(2) if config == "houlsby" else weights()
+    found = adapterhub.load(folder_with(tmp_path, both, config)).config
     for key, value in expected.items():
         assert value is ... or found[key] == value
 
@@ -215,6 +225,120 @@ def test_incomplete_and_foreign_weights_are_refused(tmp_path, tensors, message):
         adapterhub.load(folder_with(tmp_path, tensors))
 
 
+def in_places(layers: int = 3, stack: str = "bert.encoder.layer", places=PLACES) -> dict:
+    return {k: v for p in places for k, v in weights(layers=layers, place=p, stack=stack).items()}
+
+
+LEFT_OUT = {**DOUBLE, "leave_out": [1]}
+BART = {
+    **in_places(2, "encoder.layers", ("attention_adapters", "output_adapters")),
+    **in_places(2, "decoder.layers", ("attention_adapters", "output_adapters")),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (DOUBLE, in_places(places=["output"]), "mh_adapter, output_adapter are 2 places a layer"),
+        (DOUBLE, without(in_places(), "2.attention"), r"layer\.2\.attention\.output is missing"),
+        (DOUBLE, without(in_places(), "0.attention"), r"layer\.0\.attention\.output is missing"),
+        (LEFT_OUT, without(in_places(4), "layer.2"), r"layer\.2\.output is missing"),
+        (LEFT_OUT, without(in_places(), "layer.0"), r"layer\.0\.output is missing"),
+        (DOUBLE, without(BART, "encoder.layers.1.a"), r"encoder\.layers\.1\.att\S+ is missing"),
+        (
+            {**DOUBLE, "leave_out": [2]},  # the first of the decoder
+            without(BART, "encoder.layers.0"),
+            r"encoder\.layers\.0\.attention_adapters is missing",
+        ),
+        ({**DOUBLE, "cross_adapter": True}, BART, "cross_adapter are 3 places"),
+        ({**CONFIG, "reduction_factor": {"1": 16, "default": 8}}, weights(), "0.*R is 2.*give 4"),
+        ({**CONFIG, "reduction_factor": {"0": 16}}, weights(), "names neither its number nor"),
+    ],
+)
+def test_gaps_are_refused(tmp_path, config, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        adapterhub.load(folder_with(tmp_path, tensors, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        (LEFT_OUT, without(in_places(), "layer.1.")),
+        ({**DOUBLE, "leave_out": [0, 1]}, without(without(in_places(), "layer.0."), "layer.1.")),
+        ({**DOUBLE, "leave_out": [2]}, without(BART, "decoder.layers.0")),
+        (
+            {**DOUBLE, "leave_out": [1, 2]},
+            without(without(BART, "encoder.layers.1"), "decoder.layers.0"),
+        ),
+        (
+            {**CONFIG, "reduction_factor": {"0": 32, "1": 16}},
+            {**weights(r=1, layers=1), **without(weights(), "layer.0")},
+        ),
+    ],
+    ids=["middle", "first", "of-decoder", "of-both", "factors"],
+)
+def test_what_the_configuration_leaves_out_is_no_gap(tmp_path, config, tensors):
+    loaded = adapterhub.load(folder_with(tmp_path, tensors, config))
+    assert len(loaded.layers) == len(tensors) // 4
+
+
+def test_the_number_of_layers_is_checked_where_it_is_given(tmp_path):
+    path = folder_with(tmp_path)
+    assert len(adapterhub.load(path, num_layers=2).layers) == 2
+    with pytest.raises(ValueError, match=r"layer\.2\.output is missing"):
+        adapterhub.load(path, num_layers=3)
+    with pytest.raises(ValueError, match=r"layer\.1\.output is there, but num_layers is 1"):
+        adapterhub.load(path, num_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduction_factor": 0}, "reduction_factor must be a positive number, .*got 0"),
+        ({"reduction_factor": "x"}, "reduction_factor must be a positive number, .*got 'x'"),
+        ({"reduction_factor": None}, "reduction_factor must be .*got None"),
+        ({"reduction_factor": {"0": -1}}, "reduction_factor must be"),
+        ({"reduction_factor": True}, "reduction_factor must be"),
+        ({"non_linearity": None}, "non_linearity must be the name of an activation, got None"),
+        ({"scaling": "foo"}, 'scaling must be a number, "learned" or "channel", got \'foo\''),
+        ({"dropout": 1.5}, r"dropout must be a number in \[0, 1\), got 1\.5"),
+        ({"leave_out": None}, "leave_out must be a list of layer numbers, got None"),
+        ({"invertible_adapter": {"x": 1}}, "invertible_adapter must be a dict of block_type"),
+        ({"invertible_adapter": "nice"}, "invertible_adapter must be .*got 'nice'"),
+        ({"architecture": "union", "configs": None}, "configs of a union must be a list, got None"),
+        ({"architecture": "union", "configs": "seq_bn"}, "configs of a union must be a list"),
+        ({"architecture": "union", "configs": [7]}, "got 7"),
+    ],
+)
+def test_fields_of_a_wrong_kind_are_named(tmp_path, change, message):
+    path = folder_with(tmp_path, config={**CONFIG, **change})
+    with pytest.raises(ValueError, match=message) as raised:
+        adapterhub.load(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("hidden_size", "x", "a positive integer"),
+        ("hidden_size", 0, "a positive"),
+        ("name", 7, "a s"),
+    ],
+)
+def test_entries_of_a_wrong_kind_are_named(tmp_path, field, value, expected):
+    path = folder_with(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match=f"{path}.*: {field} must be {expected}.*got {value!r}"):
+        adapterhub.load(path)
+
+
+@pytest.mark.parametrize("name", ["mish", "of my own"])
+def test_activations_without_a_fused_form_are_refused_by_name(tmp_path, name):
+    path = folder_with(tmp_path, config={**CONFIG, "non_linearity": name})
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match=f"non_linearity is '{name}'") as e:
+        adapterhub.load(path)
+    assert str(e.value).startswith(f"{path}: ")
+
+
 def test_incomplete_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         adapterhub.load(tmp_path / "nowhere")
@@ -256,6 +380,33 @@ def test_save_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="has the activation relu"):
         adapterhub.save(saved, tmp_path / "b")
     assert not os.path.exists(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("scaling", 4.0), ("dropout", 0.3)], ids=["scaling", "dropout"]
+)
+def test_save_refuses_options_that_the_configuration_has_otherwise(tmp_path, field, value):
+    layers = {
+        f"encoder.layer.{i}.output": BottleneckAdapter(H, R, activation="relu", **{field: value})
+        for i in range(2)
+    }
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    message = rf"layer\.1\.output has the {field} {value}, the configuration"
+    with pytest.raises(ValueError, match=message):
+        adapterhub.save(made, tmp_path / "a")
+    assert not os.path.exists(tmp_path / "a")
+    made.config = f"seq_bn[{field}={value}]"
+    adapterhub.save(made, tmp_path / "a")
+    for adapter in adapterhub.load(tmp_path / "a").layers.values():
+        assert getattr(adapter, field) == value
+
+
+def test_save_onto_a_file_is_refused(tmp_path):
+    saved = adapterhub.load(folder_with(tmp_path / "a"))
+    (tmp_path / "b").write_text("mine")
+    with pytest.raises(FileExistsError, match="b is a file; save needs a folder"):
+        adapterhub.save(saved, tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "mine"
 
 
 @pytest.mark.parametrize("step", ["save", "replace"])

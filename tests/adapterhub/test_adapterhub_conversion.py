@@ -3,6 +3,8 @@
 The classes below are written here after the interfaces of those libraries: attributes and maths.
 """
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,17 +15,36 @@ from adapterkern.integrations import adapterhub
 H, R = 12, 5
 
 
-class OpenDeltaLayer(nn.Module):
-    """OpenDelta's AdapterLayer: parameters appear with the first input."""
+def swish(z):
+    return z * torch.sigmoid(z)
 
-    def __init__(self) -> None:
+
+def gelu_new(z):
+    return z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+swish.__module__ = gelu_new.__module__ = "opendelta.delta_models.layers.activations"
+
+
+class Swish(nn.SiLU):
+    """NeMo's."""
+
+
+Swish.__module__ = "nemo.collections.common.parts.activations"
+
+
+class OpenDeltaLayer(nn.Module):
+    """OpenDelta's AdapterLayer: parameters appear with the first input; functions are plain."""
+
+    def __init__(self, function=gelu_new) -> None:
         super().__init__()
         self.bottleneck_dim = R
         self.instantiated = False
+        self.function = function
 
     def instantiate(self, hidden_dim: int) -> None:
         activation = nn.Module()
-        activation.f = nn.GELU(approximate="tanh")
+        activation.f = self.function
         self.modulelist = nn.Sequential()
         self.modulelist.add_module("down_proj", nn.Linear(hidden_dim, R))
         self.modulelist.add_module("non_linear", activation)
@@ -78,7 +99,7 @@ class NemoAdapter(nn.Module):
 
     def __init__(self, norm_position: str | None) -> None:
         super().__init__()
-        layers = [nn.Linear(H, R, bias=False), nn.SiLU(inplace=True), nn.Linear(R, H, bias=False)]
+        layers = [nn.Linear(H, R, bias=False), Swish(inplace=True), nn.Linear(R, H, bias=False)]
         if norm_position == "pre":
             layers.insert(0, nn.LayerNorm(H))
         elif norm_position == "post":
@@ -109,8 +130,13 @@ def check(module, ours, theirs) -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_opendelta_converts_once_it_has_parameters(x):
-    module = OpenDeltaLayer()
+@pytest.mark.parametrize(
+    "function",
+    [gelu_new, swish, F.relu, torch.tanh, F.gelu, F.leaky_relu],
+    ids=lambda f: f.__name__,
+)
+def test_opendelta_converts_once_it_has_parameters(x, function):
+    module = OpenDeltaLayer(function)
     with pytest.raises(adapterhub.UnsupportedAdapterError, match="before it has seen"):
         adapterhub.from_module(module)
     module.instantiate(H)
@@ -132,6 +158,11 @@ def test_speechbrain_converts(x, bias):
 def test_llm_adapters_convert_in_every_place(x, place, learned):
     scaling = nn.Parameter(torch.tensor([0.7])) if learned else 0.5
     module = LlmAdaptersLinear(place, scaling).eval()
+    with pytest.raises(
+        adapterhub.UnsupportedAdapterError, match=r"drops out(.|\n)*adapter_dropout\.p"
+    ):
+        adapterhub.from_module(module)
+    module.adapter_dropout.p = 0.0
     adapter = adapterhub.from_module(module)
     linear = nn.Linear(H, H)
     linear.weight, linear.bias = module.weight, module.bias
@@ -140,9 +171,7 @@ def test_llm_adapters_convert_in_every_place(x, place, learned):
         "output_adapter": lambda: adapter(linear(x)),
         "parallel_adapter": lambda: adapter(x, residual=linear(x)),
     }
-    check(module, ours[place], lambda: module(x))
-    with pytest.raises(adapterhub.UnsupportedAdapterError, match="drops out of its input"):
-        adapterhub.from_module(module.train())
+    check(module.train(), ours[place], lambda: module(x))
 
 
 def test_nemo_converts_without_a_norm_and_is_declined_with_one(x):
@@ -156,6 +185,18 @@ def test_nemo_converts_without_a_norm_and_is_declined_with_one(x):
 
 
 def test_unknown_activations_and_modules_are_refused():
+    def swish(z):  # of nobody that is known
+        return z * torch.sigmoid(2 * z)
+
+    class Swish(nn.SiLU):
+        pass
+
+    module = OpenDeltaLayer(swish)
+    module.instantiate(H)
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="no fused form"):
+        adapterhub.from_module(module)
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="no fused form"):
+        adapterhub.from_module(SpeechBrainLinear(activation=Swish()))
     with pytest.raises(adapterhub.UnsupportedAdapterError, match="Mish"):
         adapterhub.from_module(SpeechBrainLinear(activation=nn.Mish()))
     with pytest.raises(TypeError, match="Linear is no adapter"):
@@ -203,3 +244,17 @@ def test_adapterhub_modules_of_other_maths_are_refused(config, why):
     module = model.get_submodule("encoder.layer.0.output").adapters["a"]
     with pytest.raises(adapterhub.UnsupportedAdapterError, match=why):
         adapterhub.from_module(module)
+
+
+def test_adapterhub_modules_with_stochastic_depth_are_refused_in_evaluation_too():
+    pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
+    import adapterhub_models as models
+
+    model = models.bert()
+    module = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    module.DropPath = nn.Identity()  # torchvision's StochasticDepth, which has a p
+    module.DropPath.p = 0.1
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match=r"rows(.|\n)*DropPath\.p = 0"):
+        adapterhub.from_module(module.eval())
+    module.DropPath.p = 0.0
+    assert adapterhub.from_module(module).down_proj.weight is module.adapter_down[0].weight

@@ -52,6 +52,28 @@ def partition(model: nn.Module) -> None:
     ].adapter_up.weight.data = torch.empty(0)
 
 
+def partition_bias(model: nn.Module) -> None:
+    adapter = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter.adapter_up.bias.data = torch.empty(0)
+
+
+def partition_scaling(model: nn.Module) -> None:
+    adapter = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter.scaling = nn.Parameter(torch.empty(0))
+
+
+def mark_for_deepspeed(model: nn.Module) -> None:
+    model.get_submodule("encoder.layer.0.output").adapters["a"].adapter_down[0].bias.ds_id = 3
+
+
+def shard_bias(model: nn.Module) -> None:
+    class Sharded(torch.Tensor):
+        pass
+
+    adapter = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter.adapter_up.bias = nn.Parameter(adapter.adapter_up.bias.detach().as_subclass(Sharded))
+
+
 @pytest.mark.parametrize(
     ("reason", "config"),
     [
@@ -91,7 +113,16 @@ def test_changed_modules_stay_stock_and_keep_their_behaviour(change, counted):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(quantise, "quantized"), (to_meta, "sharded"), (partition, "sharded"), (hook, "hooks")],
+    [
+        (quantise, "quantized"),
+        (to_meta, "sharded"),
+        (partition, "sharded"),
+        (partition_bias, "sharded"),
+        (partition_scaling, "sharded"),
+        (mark_for_deepspeed, "sharded"),
+        (shard_bias, "sharded"),
+        (hook, "hooks"),
+    ],
 )
 def test_explain_names_the_reason_of_a_changed_module(change, reason):
     model = bert()
@@ -251,11 +282,8 @@ def test_second_derivatives_are_those_of_stock():
     torch.testing.assert_close(second_derivative(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compile_makes_one_graph_that_holds_the_operation():
-    model = bert()
-    model.train_adapter("a")
-    model.eval()
-    adapterhub.patch(model)
+def graphs_of(model: nn.Module) -> tuple[nn.Module, list]:
+    """A compiled model, and the list that its graphs will go to."""
     graphs = []
 
     def backend(graph, _):
@@ -263,10 +291,64 @@ def test_compile_makes_one_graph_that_holds_the_operation():
         return graph.forward
 
     torch._dynamo.reset()
-    expected = model(**models.inputs("bert"))[0]
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(**models.inputs("bert"))[0], expected)
-    assert len(graphs) == 1
-    text = "".join(str(m.graph) for m in graphs[0].modules() if hasattr(m, "graph"))
-    assert "adapterkern" in text
+    return torch.compile(model, backend=backend), graphs
+
+
+def holds_the_operation(graph) -> bool:
+    return any("adapterkern" in str(m.graph) for m in graph.modules() if hasattr(m, "graph"))
+
+
+@pytest.mark.parametrize(
+    ("name", "setup"),
+    [
+        ("bert", "a"),
+        ("gpt2", "a"),
+        ("qwen2-hooks", "a"),
+        ("bert", ac.Stack("a", "b")),
+        ("gpt2", ac.Parallel("a", "b")),
+    ],
+    ids=str,
+)
+def test_compile_makes_no_graph_more_than_stock_and_puts_the_operation_into_it(name, setup):
+    if name not in models.CONFIGS:
+        pytest.skip("this version of the library has no hooks")
+    model = bert(*["seq_bn[reduction_factor=4]"] * 2, name=name)
+    model.set_active_adapters(setup)
+    inputs = models.inputs(name)
+    compiled, stock = graphs_of(model)
+    expected = compiled(**inputs)[0]
+    adapterhub.patch(model)
+    compiled, graphs = graphs_of(model)
+    torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == len(stock)
+    assert sum(map(holds_the_operation, graphs)) > 0
+    if setup == "a":
+        assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+def test_eager_use_of_models_compiles_no_compiled_one_anew(patched):
+    model, other = bert(), bert(name="gpt2")
+    unfit = bert("seq_bn[ln_after=True]", "seq_bn[non_linearity='mish']")
+    fast_path._usual_classes.clear()
+    if patched:
+        adapterhub.patch(model)
+    for what in (model, unfit):
+        compiled, graphs = graphs_of(what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if patched:
+                adapterhub.patch(unfit)
+            fast_path.warned.clear()
+            with torch.no_grad():
+                compiled(**models.inputs("bert"))
+                first = len(graphs)
+                if patched:
+                    adapterhub.patch(other)
+                run(other, "gpt2")
+                run(model)
+                run(unfit)  # warns for the first time, where it is patched
+                compiled(**models.inputs("bert"))
+        assert (first, len(graphs)) == (1, 1)
     torch._dynamo.reset()

@@ -18,6 +18,7 @@ from adapterhub_models import bert, run
 from adapters import AdapterPlusConfig, AdapterSetup
 from adapters.methods.bottleneck import BottleneckLayer
 
+import adapterkern as ak
 from adapterkern.integrations import adapterhub
 from adapterkern.integrations.adapterhub import fast_path, stock
 
@@ -132,6 +133,81 @@ def test_patched_restores_what_was_before(counted):
     with pytest.raises(RuntimeError, match="boom"), adapterhub.patched(other, layer_level=False):
         raise RuntimeError("boom")
     assert fast_path.level_of(other.adapters_config) == fast_path.LAYER
+
+
+def test_patch_without_a_model_covers_models_that_were_taken_out_or_patched_otherwise(counted):
+    out, lower = bert(), bert()
+    adapterhub.patch()
+    adapterhub.unpatch(out)
+    adapterhub.patch(lower, layer_level=False)
+    adapterhub.patch()
+    for model in (out, lower):
+        assert fast_path.level_of(model.adapters_config) == fast_path.LAYER
+    run(out)
+    assert len(counted) == 2
+
+
+def test_unpatching_the_last_model_restores_the_library():
+    first, second = bert(), bert()
+    adapterhub.patch(first)
+    adapterhub.patch(second)
+    adapterhub.unpatch(first)
+    assert BottleneckLayer.compose_single is not STOCK_METHODS["compose_single"]
+    assert adapterhub.explain(second).patched
+    twin = copy.deepcopy(second)  # patched as well, and known to nobody
+    adapterhub.unpatch(second)
+    assert adapterhub.explain(twin).patched
+    adapterhub.unpatch(twin)
+    for name, method in STOCK_METHODS.items():
+        assert getattr(BottleneckLayer, name) is method
+    with pytest.raises(ValueError, match="no model is patched"):
+        adapterhub.unpatch()
+
+
+def test_patched_without_a_model_leaves_what_was_said_of_single_ones():
+    model, out = bert(), bert()
+    adapterhub.patch(model, layer_level=False)
+    with adapterhub.patched(strict=True):
+        assert fast_path.level_of(model.adapters_config) == fast_path.LAYER
+        assert fast_path.is_strict(out.adapters_config)
+    assert fast_path.level_of(model.adapters_config) == fast_path.ADAPTER
+    assert fast_path.level_of(out.adapters_config) == fast_path.OFF
+    assert not fast_path.is_strict(out.adapters_config)
+
+
+UNFIT = "seq_bn[reduction_factor=4,ln_after=True]"
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["all-models", "one-model"])
+def test_strict_raises_for_what_comes_later_at_its_first_call(counted, everything):
+    model = bert()
+    adapterhub.patch(None if everything else model, strict=True)
+    run(model)
+    assert len(counted) == 2
+    model.add_adapter("later", config=UNFIT)
+    model.set_active_adapters("later")
+    message = r"strict=True, and adapter 'later', output_adapter of layer 0 .*reason: ln_after"
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match=message):
+        run(model)
+    fast_path.warned.add("ln_after")  # as if it had been warned about
+    adapterhub.patch(None if everything else model)
+    run(model)
+    assert len(counted) == 2
+
+
+def test_strict_is_of_the_models_that_it_was_said_of():
+    ours, theirs = bert(), bert(UNFIT)
+    adapterhub.patch(ours, strict=True)
+    run(theirs)
+    with pytest.warns(adapterhub.FallbackWarning):
+        adapterhub.patch(theirs)
+    run(theirs)
+    fusion = ac.Fuse("a", "b")
+    ours.add_adapter("b", config="seq_bn[reduction_factor=4]")
+    ours.add_adapter_fusion(fusion)
+    ours.set_active_adapters(fusion)
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="reason: fuse"):
+        run(ours)
 
 
 def test_a_flag_of_an_earlier_patch_does_not_come_alive_again(counted):
@@ -311,6 +387,18 @@ def test_a_model_without_adapters_is_refused():
     assert fast_path.token is None
 
 
+@pytest.mark.parametrize("function", ["patch", "unpatch", "explain"])
+def test_what_is_no_model_is_refused(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        getattr(adapterhub, function)("x")
+    assert fast_path.token is None
+
+
+def test_errors_and_warnings_have_names_in_the_package():
+    assert ak.UnsupportedAdapterError is adapterhub.UnsupportedAdapterError
+    assert ak.FallbackWarning is adapterhub.FallbackWarning
+
+
 def test_unpatching_what_is_not_patched_is_refused():
     model = bert()
     with pytest.raises(ValueError, match="not patched"):
@@ -351,3 +439,21 @@ def test_explain_reads_well_on_a_mixed_model():
     assert cells[2][0] == "encoder.layer.{0-1}.output"
     assert cells[2][1:] == ["output_adapter", "a", "32", "8", "relu", "fused"]
     assert text.splitlines()[-1].startswith("  ln_after: it has a LayerNorm of its own")
+
+
+def test_explain_names_activations_of_what_is_not_fused_too():
+    model = bert(UNFIT, "seq_bn[non_linearity='mish']", "compacter++[reduction_factor=4]")
+    shown = {(row.adapter, row.activation, row.path) for row in adapterhub.explain(model).rows}
+    assert shown == {
+        ("a", "relu", "fallback"),
+        ("b", "MishActivation", "fallback"),
+        ("c", "gelu", "fallback"),
+    }
+
+
+def test_explain_respects_a_surrounding_setup():
+    model = bert("seq_bn[reduction_factor=4]", "seq_bn[reduction_factor=4]")
+    model.add_adapter_fusion(ac.Fuse("a", "b"))
+    with AdapterSetup(ac.Fuse("a", "b")):
+        assert {row.reason for row in adapterhub.explain(model).rows} == {"fuse"}
+    assert {row.reason for row in adapterhub.explain(model).rows} == {""}

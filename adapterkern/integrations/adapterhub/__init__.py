@@ -9,9 +9,9 @@ its adapter folders, and `from_module` converts single modules, without it.
 
 from typing import TYPE_CHECKING, Any
 
+from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.checkpoint import AdapterCheckpoint, load, save
 from adapterkern.integrations.adapterhub.conversion import from_module
-from adapterkern.integrations.adapterhub.errors import FallbackWarning, UnsupportedAdapterError
 
 if TYPE_CHECKING:
     from adapterkern.integrations.adapterhub.patching import explain, patch, patched, unpatch

@@ -36,10 +36,13 @@ _BY_FUNCTION: dict[Any, str] = {
     torch.tanh: "tanh",
     torch.sigmoid: "sigmoid",
 }
+# OpenDelta's own plain functions, by name; the module must be one of its own.
+_BY_OPENDELTA = {"gelu_new": "gelu_tanh", "swish": "silu"}
 _HOMES = (
     "torch.nn.modules.activation",
     "torch.nn.modules.linear",
     "transformers.activations",
+    "nemo.",
     "speechbrain.",
 )
 # Classes whose instances are all alike, so that the hot path needs one lookup.
@@ -57,6 +60,8 @@ def activation_name(function: Any) -> str | None:
     if uniform is not None:
         return uniform
     if not isinstance(function, nn.Module):
+        if str(getattr(function, "__module__", "")).startswith("opendelta."):
+            return _BY_OPENDELTA.get(function.__name__)
         return _BY_FUNCTION.get(function)
     kind = type(function)
     if not kind.__module__.startswith(_HOMES):

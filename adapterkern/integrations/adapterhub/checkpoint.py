@@ -8,7 +8,6 @@ a module of the base model, with or without the model's prefix ("bert.").
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from adapterkern.activations import canonical_name
+from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.configs import Config, activation_of, resolve
+from adapterkern.integrations.adapterhub.contents import problems_of
 from adapterkern.integrations.adapterhub.conversion import adapter_from_tensors
-from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 CONFIG_NAME = "adapter_config.json"
@@ -69,17 +69,26 @@ class AdapterCheckpoint:
     other_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load(folder: str | os.PathLike, *, model_type: str | None = None) -> AdapterCheckpoint:
+def load(
+    folder: str | os.PathLike, *, model_type: str | None = None, num_layers: int | None = None
+) -> AdapterCheckpoint:
     """Read an adapter folder, whatever version of the library wrote it.
+
+    Gaps are refused: a tensor, a layer, or all layers of a location that the configuration names.
+    What no folder tells is how many layers the model has. Without `num_layers`, the last ones may
+    be missing in all locations, or the whole encoder beside a decoder, and nothing is said.
 
     Args:
         folder: a local folder as `save_adapter` writes it.
         model_type: refuse a folder whose base model has another type, such as "bert".
+        num_layers: refuse a folder that has not so many layers (in encoder and decoder each), less
+            those that its configuration leaves out.
 
     Raises:
         FileNotFoundError: the folder, its configuration or its weights are missing.
         ValueError: a file is damaged or not one of the library, weights are missing, left over or
-            of another shape than the configuration says, or `model_type` differs.
+            of another shape than the configuration says, or `model_type` differs; the message
+            names the folder and all that is wrong.
         UnsupportedAdapterError: a Compacter, gated, fusion or layer-normed adapter, or another
             method altogether.
     """
@@ -94,7 +103,7 @@ def load(folder: str | os.PathLike, *, model_type: str | None = None) -> Adapter
     except (UnsupportedAdapterError, ValueError) as error:
         raise type(error)(f"{folder}: {error}") from None
     layers, other = _sort_weights(_read_weights(folder), meta["name"])
-    problems = _problems(layers, configs, meta.get("hidden_size"))
+    problems = problems_of(layers, configs, meta.get("hidden_size"), num_layers)
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"{folder} is incomplete or does not fit its configuration:{listing}")
@@ -121,18 +130,18 @@ def save(
 
     Raises:
         ValueError: the adapters do not fit the configuration; nothing was written.
+        FileExistsError: `folder` is a file; nothing was written.
         ImportError: `safetensors` is asked for and not installed; nothing was written.
     """
     folder = os.fspath(folder)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f"{folder} is a file; save needs a folder, new or old.")
     union = _is_union(checkpoint.saved_config)
     configs = resolve(checkpoint.saved_config if union else checkpoint.config, versioned=True)
     layers = {layer: _tensors(adapter) for layer, adapter in checkpoint.layers.items()}
-    problems = _problems(layers, configs, checkpoint.metadata.get("hidden_size"))
-    problems += [
-        f"{layer} has the activation {adapter.activation}, the configuration {wanted}"
-        for layer, adapter in checkpoint.layers.items()
-        if adapter.activation != (wanted := canonical_name(activation_of(configs[0])))
-    ]
+    problems = problems_of(layers, configs, checkpoint.metadata.get("hidden_size"))
+    for layer, adapter in checkpoint.layers.items():
+        problems += [f"{layer} {problem}" for problem in _option_problems(adapter, configs[0])]
     if problems:
         listing = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(f"the adapters do not fit their configuration:{listing}")
@@ -205,6 +214,13 @@ def _read_config(folder: str) -> dict[str, Any]:
                 else ""
             )
         )
+    size = meta.get("hidden_size")
+    for name, expected, holds in (
+        ("name", "a string", isinstance(meta["name"], str)),
+        ("hidden_size", "a positive integer", size is None or (type(size) is int and size > 0)),
+    ):
+        if not holds:
+            raise ValueError(f"{path}: {name} must be {expected}, got {meta[name]!r}.")
     return meta
 
 
@@ -261,70 +277,18 @@ def _sort_weights(
     return layers, other
 
 
-def _problems(
-    layers: Mapping[str, Mapping[str, Tensor]], configs: list[Config], hidden_size: int | None
-) -> list[str]:
-    """A sentence for everything in which the weights differ from what the configuration says."""
-    config = configs[0]
-    if any(_weight_fields(other) != _weight_fields(config) for other in configs[1:]):
-        return ["its union has bottleneck configurations that differ in more than their places"]
-    if not layers:
-        return ["it holds no weight of this adapter"]
-    problems = []
-    for layer, tensors in layers.items():
-        problems += [
-            f"{layer}: {problem}" for problem in _layer_problems(tensors, config, hidden_size)
-        ]
-    return problems if config["leave_out"] else problems + _gaps(layers)
-
-
-def _weight_fields(config: Config) -> tuple:
-    return tuple(
-        config[name] for name in ("non_linearity", "scaling", "dropout", "reduction_factor")
-    )
-
-
-def _layer_problems(
-    tensors: Mapping[str, Tensor], config: Config, hidden_size: int | None
-) -> list[str]:
-    scaling = config["scaling"]
-    wanted = {"down_weight", "down_bias", "up_weight", "up_bias"}
-    wanted |= {"scaling"} if isinstance(scaling, str) else set()
-    problems = [f"{name} is missing" for name in sorted(wanted - set(tensors))]
-    problems += [f"{name} is unknown" for name in sorted(set(tensors) - wanted)]
-    if problems:
-        return problems
-    size = hidden_size or tensors["up_bias"].numel()
-    factor = config["reduction_factor"]
-    factors = set(factor.values()) if isinstance(factor, Mapping) else {factor}
-    allowed = {max(1, int(size // f)) for f in factors}
-    found = tensors["down_bias"].numel()
-    if found not in allowed:
-        choices = " or ".join(map(str, sorted(allowed)))
-        return [f"R is {found}; hidden_size {size} and reduction_factor {factor} give {choices}"]
-    shapes = {"down_weight": (found, size), "up_weight": (size, found), "up_bias": (size,)}
-    if isinstance(scaling, str):
-        shapes["scaling"] = (1,) if scaling == "learned" else (size,)
+def _option_problems(adapter: BottleneckAdapter, config: Config) -> list[str]:
+    """What an adapter holds beside its weights, and a folder in its configuration alone."""
+    wanted: dict[str, Any] = {
+        "activation": canonical_name(activation_of(config)),
+        "dropout": config["dropout"],
+    }
+    if not isinstance(config["scaling"], str):
+        wanted["scaling"] = config["scaling"]
     return [
-        f"{name} is {list(tensors[name].shape)} where {list(shape)} is due"
-        for name, shape in shapes.items()
-        if tuple(tensors[name].shape) != shape
-    ]
-
-
-def _gaps(layers: Mapping[str, Any]) -> list[str]:
-    """Layers that are missing between two that are there."""
-    numbers: dict[str, set[int]] = {}
-    for layer in layers:
-        found = re.search(r"(?<![^.])\d+(?![^.])", layer)
-        if found:
-            pattern = f"{layer[: found.start()]}{{}}{layer[found.end() :]}"
-            numbers.setdefault(pattern, set()).add(int(found[0]))
-    return [
-        f"{pattern.format(number)} is missing"
-        for pattern, present in numbers.items()
-        for number in range(max(present))
-        if number not in present
+        f"has the {name} {found}, the configuration {value}"
+        for name, value in wanted.items()
+        if not isinstance(found := getattr(adapter, name), Tensor) and found != value
     ]
 
 

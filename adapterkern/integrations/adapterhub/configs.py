@@ -2,10 +2,11 @@
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
+from adapterkern.activations import canonical_name
+from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.reasons import REASONS
 
 Config = dict[str, Any]
@@ -92,13 +93,16 @@ def resolve(config: Any, versioned: bool) -> list[Config]:
             "gelu_new" and "gelu_orig" means "gelu".
 
     Raises:
-        ValueError: it is none of these, or names no bottleneck adapter.
+        ValueError: it is none of these, names no bottleneck adapter, or a field is not valid.
         UnsupportedAdapterError: the adapters have no `BottleneckAdapter`; the message says why.
     """
     if isinstance(config, str):
         parts = [_preset(part.strip()) for part in config.split("|")]
     elif isinstance(config, Mapping) and config.get("architecture") == "union":
-        parts = [p for c in config.get("configs", ()) for p in _resolve_part(c)]
+        children = config.get("configs")
+        if not isinstance(children, Sequence) or isinstance(children, str):
+            raise ValueError(f"configs of a union must be a list, got {children!r}.")
+        parts = [p for c in children for p in _resolve_part(c)]
     else:
         parts = _resolve_part(config)
     if not parts:
@@ -107,11 +111,51 @@ def resolve(config: Any, versioned: bool) -> list[Config]:
             "  hint: adapterkern reads bottleneck adapters alone, not LoRA, prefix tuning or others"
         )
     for part in parts:
+        problems = [
+            f"{name} must be {expected}, got {part[name]!r}"
+            for name, (expected, holds) in _FIELDS.items()
+            if not holds(part[name])
+        ]
+        if problems:
+            raise ValueError(f"the configuration is not valid: {'; '.join(problems)}.")
+        if _is_number(part["scaling"]):
+            part["scaling"] = float(part["scaling"])  # the library takes no other number
         if not versioned:
             name = part["non_linearity"]
             part["non_linearity"] = _RENAMED.get(name, name)
         _refuse_unsupported(part)
     return parts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_factor(value: Any) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
+
+
+def _are_factors(value: Any) -> bool:
+    return all(map(_is_factor, value.values() if isinstance(value, Mapping) else [value]))
+
+
+# What a field must be, in words and as a test; the library itself checks none of it.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "reduction_factor": (
+        'a positive number, or a dict of layer numbers and "default" to such',
+        _are_factors,
+    ),
+    "non_linearity": ("the name of an activation", lambda value: isinstance(value, str)),
+    "scaling": (
+        'a number, "learned" or "channel"',
+        lambda value: _is_number(value) or value in ("learned", "channel"),
+    ),
+    "dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    "leave_out": (
+        "a list of layer numbers",
+        lambda value: isinstance(value, Sequence) and all(isinstance(n, int) for n in value),
+    ),
+}
 
 
 def _resolve_part(config: Any) -> list[Config]:
@@ -125,6 +169,13 @@ def _resolve_part(config: Any) -> list[Config]:
     config = {**DEFAULTS, **config}
     invertible = config.pop("invertible_adapter", None)
     if invertible:  # as the first versions wrote it
+        if not isinstance(invertible, Mapping) or not {"block_type", "reduction_factor"} <= set(
+            invertible
+        ):
+            raise ValueError(
+                "invertible_adapter must be a dict of block_type and reduction_factor, "
+                f"got {invertible!r}."
+            )
         config["inv_adapter"] = invertible["block_type"]
         config["inv_adapter_reduction_factor"] = invertible["reduction_factor"]
     missing = [
@@ -160,9 +211,13 @@ def _refuse_unsupported(config: Config) -> None:
         "ln_before": config["ln_before"],
         "ln_after": config["ln_after"],
     }
-    reasons = [reason for reason, present in found.items() if present]
-    if reasons:
-        listing = "".join(f"\n  - {reason}: {REASONS[reason]}" for reason in reasons)
+    why = [f"{reason}: {REASONS[reason]}" for reason, present in found.items() if present]
+    try:
+        canonical_name(activation_of(config))
+    except ValueError as error:
+        why.append(f"activation: non_linearity is {config['non_linearity']!r}; {error}")
+    if why:
+        listing = "".join(f"\n  - {line}" for line in why)
         raise UnsupportedAdapterError(f"the adapter has no BottleneckAdapter:{listing}")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.activations import activation_name
-from adapterkern.integrations.adapterhub.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -30,6 +30,10 @@ def from_module(module: nn.Module) -> BottleneckAdapter:
     - LLM-Adapters: `adapter(x)` before the linear layer (mh_adapter) or behind it
       (output_adapter); `adapter(x, residual=linear(x))` beside it (parallel_adapter).
     - NeMo: `adapter(x, residual=None)` is the module's output; its strategy adds x.
+
+    A `BottleneckAdapter` drops out of its up-projection alone. Stochastic depth (AdapterPlus) and
+    dropout of the input (LLM-Adapters) are refused while their p is positive, in evaluation too,
+    since the result could be trained without them.
 
     Raises:
         UnsupportedAdapterError: the maths is not that of a `BottleneckAdapter`; the message says
@@ -119,8 +123,9 @@ def _from_adapterhub(module: Any) -> BottleneckAdapter:
         raise _unsupported(module, REASONS["ln_before"])
     if module.add_layer_norm_after:
         raise _unsupported(module, REASONS["ln_after"])
-    if hasattr(module, "DropPath") and module.DropPath.training:
-        raise _unsupported(module, REASONS["stochastic_depth"])
+    depth = getattr(module, "DropPath", None)
+    if depth is not None and getattr(depth, "p", 1) > 0:
+        raise _unsupported(module, "it drops whole rows while training", "set its DropPath.p = 0")
     if any(type(projection).__name__ == "PHMLayer" for projection in module.modules()):
         raise _unsupported(module, REASONS["phm"])
     down, _ = module.adapter_down
@@ -143,8 +148,10 @@ def _from_speechbrain(module: Any) -> BottleneckAdapter:
 
 def _from_llm_adapters(module: Any) -> BottleneckAdapter:
     dropout = getattr(module, "adapter_dropout", None)
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
-        raise _unsupported(module, "it drops out of its input while training")
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        raise _unsupported(
+            module, "it drops out of its input while training", "set its adapter_dropout.p = 0"
+        )
     return _convert(
         module, module.adapter_down, module.act_fn, module.adapter_up, module.adapter_scaling
     )
@@ -192,5 +199,8 @@ def _convert(
     )  # fmt: skip
 
 
-def _unsupported(module: nn.Module, why: str) -> UnsupportedAdapterError:
-    return UnsupportedAdapterError(f"{type(module).__name__} has no BottleneckAdapter: {why}.")
+def _unsupported(module: nn.Module, why: str, hint: str = "") -> UnsupportedAdapterError:
+    cure = f"\n  hint: {hint}" if hint else ""
+    return UnsupportedAdapterError(
+        f"{type(module).__name__} has no BottleneckAdapter: {why}.{cure}"
+    )

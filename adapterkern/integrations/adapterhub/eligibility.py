@@ -12,6 +12,7 @@ from adapterkern.integrations.adapterhub.stock import Adapter, ParallelAdapter
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str]
 
 _PLAIN = (nn.Parameter, Tensor)
+_NUMBERS = (type(None), float, int)
 
 
 def parts_of(adapter: Any) -> Parts | str:
@@ -51,12 +52,14 @@ def parts_of(adapter: Any) -> Parts | str:
         return "hooks"
     down_weight, down_bias = _weight_and_bias(down)
     up_weight, up_bias = _weight_and_bias(up)
-    if type(down_weight) not in _PLAIN or type(up_weight) not in _PLAIN:
-        return "sharded"
+    for parameter in (down_weight, up_weight, down_bias, up_bias, adapter.scaling):
+        if type(parameter) in _NUMBERS:
+            continue
+        # DeepSpeed's ZeRO-3 marks what it gathers where a module is called, and else leaves empty.
+        if type(parameter) not in _PLAIN or hasattr(parameter, "ds_id") or parameter.numel() == 0:
+            return "sharded"
     if not (down_weight.is_cpu or down_weight.is_cuda):
         return "sharded" if down_weight.is_meta else "device"
-    if down_weight.numel() == 0 or up_weight.numel() == 0:
-        return "sharded"
     return down_weight, up_weight, down_bias, up_bias, activation
 
 

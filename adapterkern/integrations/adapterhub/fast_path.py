@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import make_call, run_call
 from adapterkern.integrations.adapterhub.eligibility import any_hooked, parts_of
-from adapterkern.integrations.adapterhub.errors import FallbackWarning
 from adapterkern.integrations.adapterhub.inference import infer, reference_infers
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.adapterhub.stock import (
@@ -37,7 +37,7 @@ from adapterkern.integrations.adapterhub.stock import (
 
 # Levels of a model: which of the library's methods stand aside.
 OFF, ADAPTER, LAYER = 0, 1, 2
-FLAG = "_adapterkern_level"  # on a model's ModelAdaptersConfig: (token, level)
+FLAG = "_adapterkern_level"  # on a model's ModelAdaptersConfig: (token, level, strict)
 
 _stock_single = BottleneckLayer.compose_single
 _stock_fuse = BottleneckLayer.compose_fuse
@@ -49,10 +49,10 @@ _INLINED = {
     for name in ("get_active_setup", "compose", "compose_stack", "pre_block")
 }
 
-# A flag counts only under the token it was written with, so `unpatch()` forgets every flag at
-# once, and a pickle does not carry the patch into another process.
+# A flag counts only under the token it was written with, so `patch()` and `unpatch()` forget every
+# flag at once, and a pickle does not carry the patch into another process.
 token: str | None = None
-default_level = OFF
+default = (OFF, False)  # level and strict of models without a flag
 warned: set[str] = set()
 _usual_classes: set[type] = set()
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
@@ -61,7 +61,13 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 
 def level_of(config: Any) -> int:
     """The level of the model with this `ModelAdaptersConfig`."""
     flag = getattr(config, FLAG, None)
-    return flag[1] if flag is not None and flag[0] == token else default_level
+    return flag[1] if flag is not None and flag[0] == token else default[0]
+
+
+def is_strict(config: Any) -> bool:
+    """Whether a fallback of the model with this `ModelAdaptersConfig` is an error."""
+    flag = getattr(config, FLAG, None)
+    return flag[2] if flag is not None and flag[0] == token else default[1]
 
 
 def bottleneck_layer_forward(
@@ -102,12 +108,14 @@ def _scores_wanted() -> bool:
 
 
 def _is_usual(kind: type) -> bool:
-    if kind in _usual_classes:
+    # What eager calls remember, a compiled one must not read: it would be compiled anew for it.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and kind in _usual_classes:
         return True
     if kind.compose_single is not compose_single:  # type: ignore[attr-defined]
         return False
     usual = all(getattr(kind, name) is method for name, method in _INLINED.items())
-    if usual and not torch.compiler.is_compiling():
+    if usual and not compiling:
         _usual_classes.add(kind)
     return usual
 
@@ -187,7 +195,7 @@ def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> A
     reason = parts if isinstance(parts, str) else _call_reason(x, residual)
     if reason is not None:
         where = f"adapter {adapter_setup!r}, {self.location_key} of layer {self.layer_idx}"
-        report(reason, where)
+        report(reason, where, self.adapters_config)
         return _stock_single(self, adapter_setup, state, lvl)._replace(bottleneck_up=None)
     if type(adapter) is ParallelAdapter:
         residual = None  # the library adds it in post_forward
@@ -222,19 +230,30 @@ def compose_fuse(self: Any, adapter_setup: Any, state: Any, lvl: int = 0) -> Any
     """In place of the library's: marks the children's state, so `compose_single` lets them be."""
     if state.bottleneck_up is not None or level_of(self.adapters_config) == OFF:
         return _stock_fuse(self, adapter_setup, state, lvl)
-    report("fuse", f"{adapter_setup!r}, {self.location_key} of layer {self.layer_idx}")
+    where = f"{adapter_setup!r}, {self.location_key} of layer {self.layer_idx}"
+    report("fuse", where, self.adapters_config)
     marked = state._replace(bottleneck_up=state.hidden_states)
     return _stock_fuse(self, adapter_setup, marked, lvl)._replace(bottleneck_up=None)
 
 
-def report(reason: str, where: str) -> None:
-    """Warn that something runs on the library's path: once a reason, never in a traced model."""
-    if reason in warned or reason == "export" or torch.compiler.is_compiling():
+def report(reason: str, where: str, config: Any) -> None:
+    """Warn that something runs on the library's path: once a reason, never in a traced model.
+
+    Raises:
+        UnsupportedAdapterError: the model was patched with `strict`.
+    """
+    if reason == "export":
         return
-    warned.add(reason)
-    warnings.warn(
-        f"adapterkern: {where} runs on the PyTorch path (reason: {reason}, {REASONS[reason]}). "
-        "See adapterhub.explain(model).",
-        FallbackWarning,
-        stacklevel=3,
-    )
+    if is_strict(config):
+        raise UnsupportedAdapterError(
+            f"strict=True, and {where} cannot run fused (reason: {reason}, {REASONS[reason]}).\n"
+            "  hint: adapterhub.patch(model) lets the PyTorch path run it"
+        )
+    if not torch.compiler.is_compiling() and reason not in warned:
+        warned.add(reason)
+        warnings.warn(
+            f"adapterkern: {where} runs on the PyTorch path (reason: {reason}, {REASONS[reason]}). "
+            "See adapterhub.explain(model).",
+            FallbackWarning,
+            stacklevel=3,
+        )

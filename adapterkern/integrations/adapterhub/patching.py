@@ -1,6 +1,7 @@
 """patch, unpatch, patched and explain: which models of the library run fused."""
 
 import contextlib
+import gc
 import threading
 import uuid
 import warnings
@@ -10,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub import fast_path
 from adapterkern.integrations.adapterhub.eligibility import parts_of
-from adapterkern.integrations.adapterhub.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.fast_path import ADAPTER, FLAG, LAYER, OFF
 from adapterkern.integrations.adapterhub.reasons import REASONS
-from adapterkern.integrations.adapterhub.report import Report, Row, sizes_of
+from adapterkern.integrations.adapterhub.report import Report, Row, shown_activation, sizes_of
 from adapterkern.integrations.adapterhub.stock import (
     AdapterCompositionBlock,
+    AdapterSetup,
     BottleneckLayer,
     Fuse,
+    ModelAdaptersConfig,
     require_known_version,
 )
 
@@ -41,8 +44,9 @@ def patch(
 
     Args:
         model: the model, or a wrapper around it; None: every model of this process, also those to
-            come.
-        strict: raise instead, where an adapter of the model cannot run fused.
+            come, whatever was said of single ones before.
+        strict: raise instead, where an adapter of the model cannot run fused: here for what the
+            model has now, at its first call for what is added later, and for every model with None.
         layer_level: also fold the block's own residual into the adapter's pass where one adapter is
             active; False leaves that to the library, for comparisons.
 
@@ -51,6 +55,7 @@ def patch(
 
     Raises:
         ImportError: `adapters` is missing or of an unknown version.
+        TypeError: not a model.
         ValueError: the model was never given to `adapters.init`.
         UnsupportedAdapterError: `strict` and some adapter stays on the library's path; nothing was
             patched.
@@ -69,9 +74,9 @@ def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel:
             raise UnsupportedAdapterError(_refusal(report))
         _install()
         if model is None:
-            fast_path.default_level = level
+            fast_path.token, fast_path.default = uuid.uuid4().hex, (level, strict)
         for config in configs:
-            setattr(config, FLAG, (fast_path.token, level))
+            setattr(config, FLAG, (fast_path.token, level, strict))
     _warn(report, stacklevel)
     return report
 
@@ -79,7 +84,10 @@ def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel:
 def unpatch(model: nn.Module | None = None) -> None:
     """Take `patch` back: for one model, or with None for every model of this process.
 
+    With the last patched model taken out, the library's methods are its own again.
+
     Raises:
+        TypeError: not a model.
         ValueError: the model, or with None any model at all, is not patched.
     """
     with _lock:
@@ -91,7 +99,9 @@ def unpatch(model: nn.Module | None = None) -> None:
                     "  hint: adapterhub.patch(model) comes first"
                 )
             for config in configs:
-                setattr(config, FLAG, (fast_path.token, OFF))
+                setattr(config, FLAG, (fast_path.token, OFF, False))
+            if fast_path.default[0] == OFF and not _any_patched():
+                _uninstall()
         elif fast_path.token is None:
             raise ValueError("no model is patched.\n  hint: adapterhub.patch() comes first")
         else:
@@ -104,17 +114,17 @@ def patched(
 ) -> Iterator[Report]:
     """`patch` within the block; after it the model, or with None the default, is as before."""
     configs = [] if model is None else configs_of(model)
-    default, flags = fast_path.default_level, [getattr(c, FLAG, None) for c in configs]
-    was_installed = fast_path.token is not None
+    token, default = fast_path.token, fast_path.default
+    flags = [getattr(c, FLAG, None) for c in configs]
     try:
         # Through contextlib, so that a warning points at the line of the `with`.
         yield _patch(model, strict, layer_level, stacklevel=5)
     finally:
         with _lock:
-            if not was_installed:
+            if token is None:
                 _uninstall()
             else:
-                fast_path.default_level = default
+                fast_path.token, fast_path.default = token, default
                 for config, flag in zip(configs, flags, strict=True):
                     setattr(config, FLAG, flag)
 
@@ -122,8 +132,11 @@ def patched(
 def explain(model: nn.Module) -> Report:
     """Every adapter of a model and the path it takes in its present mode and setup, patched or not.
 
+    The setup is that of a surrounding `AdapterSetup`, else the model's own.
+
     Raises:
         ImportError: `adapters` is missing.
+        TypeError: not a model.
         ValueError: the model was never given to `adapters.init`.
     """
     patched = any(fast_path.level_of(config) for config in configs_of(model))
@@ -134,8 +147,11 @@ def configs_of(model: nn.Module) -> list[Any]:
     """The `ModelAdaptersConfig` objects of a model: one, as a rule.
 
     Raises:
+        TypeError: not a model.
         ValueError: there is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     found: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("adapters_config")
@@ -160,7 +176,15 @@ def _uninstall() -> None:
     if fast_path.token is not None:
         for name, (stock, _) in _METHODS.items():
             setattr(BottleneckLayer, name, stock)
-        fast_path.token, fast_path.default_level = None, OFF
+        fast_path.token, fast_path.default = None, (OFF, False)
+
+
+def _any_patched() -> bool:
+    """Whether a living model's flag says so; copies of models carry flags of their own."""
+    return any(
+        issubclass(type(thing), ModelAdaptersConfig) and fast_path.level_of(thing) != OFF
+        for thing in gc.get_objects()
+    )
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
@@ -168,11 +192,13 @@ def _rows(model: nn.Module) -> Iterator[Row]:
     for name, layer in model.named_modules():
         if not isinstance(layer, BottleneckLayer) or not hasattr(layer, "adapters_config"):
             continue
-        mixed = _under_fuse(layer.adapters_config.active_setup)
+        context = AdapterSetup.get_context()
+        setup = layer.adapters_config.active_setup if context is None else context.adapter_setup
+        mixed = _under_fuse(setup)
         for adapter_name, adapter in layer.adapters.items():
             parts = parts_of(adapter)
             if isinstance(parts, str):
-                reason, activation = parts, "?"
+                reason, activation = parts, shown_activation(adapter)
             else:
                 reason, activation = "", parts[4]
                 if adapter_name in mixed:

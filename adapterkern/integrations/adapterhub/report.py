@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from adapterkern.integrations.adapterhub.activations import activation_name
 from adapterkern.integrations.adapterhub.reasons import REASONS
 
 COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "path", "reason")
@@ -96,3 +98,10 @@ def _ranges(numbers: list[int]) -> str:
 def sizes_of(adapter: nn.Module) -> tuple[int | None, int | None]:
     """H and R of an adapter of the library, as it was built."""
     return getattr(adapter, "input_size", None), getattr(adapter, "down_sample", None)
+
+
+def shown_activation(adapter: Any) -> str:
+    """The name of an adapter's activation, by its class where it has no fused form."""
+    layer = getattr(adapter, "non_linearity", None)
+    function = getattr(layer, "f", layer)
+    return activation_name(function) or str(getattr(function, "__name__", type(function).__name__))

@@ -21,6 +21,7 @@ except ImportError as error:
 
 try:
     from adapters.composition import AdapterCompositionBlock, Fuse, Stack
+    from adapters.configuration import ModelAdaptersConfig
     from adapters.context import AdapterSetup, ForwardContext
     from adapters.methods.adapter_layer_base import AdapterLayerBase, ComposableAdapterLayerBase
     from adapters.methods.bottleneck import BottleneckLayer
@@ -38,6 +39,7 @@ __all__ = [
     "BottleneckLayer",
     "ForwardContext",
     "Fuse",
+    "ModelAdaptersConfig",
     "ParallelAdapter",
     "Stack",
     "require_known_version",

@@ -1,0 +1,138 @@
+"""Whether the weights of an adapter folder are those that its configuration speaks of."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adapterkern.integrations.adapterhub.configs import Config
+
+Layers = Mapping[str, Mapping[str, Tensor]]  # layer to parameter to tensor
+# A stack's name up to the layer's number, to the rest of the name (the location), to the numbers.
+Stacks = dict[str, dict[str, set[int]]]
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def problems_of(
+    layers: Layers, configs: list[Config], hidden_size: int | None, num_layers: int | None = None
+) -> list[str]:
+    """A sentence for everything in which the weights differ from what the configuration says.
+
+    Names of layers do not tell how many there are: without `num_layers`, the last ones of a stack
+    may be missing in all locations, or a whole stack such as the encoder's, without a sentence.
+    """
+    config = configs[0]
+    if any(_weight_fields(other) != _weight_fields(config) for other in configs[1:]):
+        return ["its union has bottleneck configurations that differ in more than their places"]
+    if not layers:
+        return ["it holds no weight of this adapter"]
+    stacks = _stacks_of(layers)
+    left_out = {number for c in configs for number in c["leave_out"]}
+    problems = []
+    for layer, tensors in layers.items():
+        factors = _factors(layer, config["reduction_factor"], stacks, left_out)
+        problems += [
+            f"{layer}: {problem}"
+            for problem in _layer_problems(tensors, config, factors, hidden_size)
+        ]
+    for stack, locations in stacks.items():
+        problems += _location_problems(stack, locations, configs, len(stacks) > 1)
+        if num_layers is None:
+            count = 1 + max(set().union(*locations.values()))
+        else:
+            count = num_layers
+        for location, present in locations.items():
+            for number in sorted(set(range(count)) ^ present):
+                layer = f"{stack}{number}{location}"
+                if number >= count:
+                    problems.append(f"{layer} is there, but num_layers is {count}")
+                elif not _indices(number, stack, stacks, left_out) & left_out:
+                    problems.append(f"{layer} is missing")
+    return problems
+
+
+def _weight_fields(config: Config) -> tuple:
+    return tuple(
+        config[name] for name in ("non_linearity", "scaling", "dropout", "reduction_factor")
+    )
+
+
+def _stacks_of(layers: Layers) -> Stacks:
+    stacks: Stacks = {}
+    for layer in layers:
+        number = _NUMBER.search(layer)
+        if number:
+            locations = stacks.setdefault(layer[: number.start()], {})
+            locations.setdefault(layer[number.end() :], set()).add(int(number[0]))
+    return stacks
+
+
+def _indices(number: int, stack: str, stacks: Stacks, left_out: set[int]) -> set[int]:
+    """What `leave_out` and `reduction_factor` may call this layer.
+
+    They number a second stack's layers on from the first's, of which the last may be left out.
+    """
+    if not any(word in stack for word in ("decoder", "vision")):  # the library's second stacks
+        return {number}
+    counts = [1 + max(set().union(*places.values())) for s, places in stacks.items() if s != stack]
+    first = max(counts, default=0)
+    return {number, *range(number + first, number + first + len(left_out) + 1)}
+
+
+def _factors(layer: str, factor: object, stacks: Stacks, left_out: set[int]) -> set[float]:
+    """The reduction factors that a layer may have; none where the configuration has none for it."""
+    if not isinstance(factor, Mapping):
+        return {factor}  # type: ignore[arg-type]  # checked with the configuration
+    number = _NUMBER.search(layer)
+    if not number:
+        return set(factor.values())
+    indices = _indices(int(number[0]), layer[: number.start()], stacks, left_out)
+    found = {factor.get(str(index), factor.get("default")) for index in indices}
+    return found - {None}
+
+
+def _location_problems(
+    stack: str, locations: dict[str, set[int]], configs: list[Config], has_others: bool
+) -> list[str]:
+    """Locations of which no layer is there; only their count is the same in all models."""
+    # Only a decoder has cross-attention, and not every one.
+    crosses = has_others and "decoder" in stack
+    wanted = [
+        name
+        for name in ("mh_adapter", "output_adapter", "cross_adapter")
+        if any(config[name] for config in configs) and (name != "cross_adapter" or crosses)
+    ]
+    if len(locations) >= len(wanted):
+        return []
+    found = ", ".join(f"{stack}*{location}" for location in locations)
+    return [f"{', '.join(wanted)} are {len(wanted)} places a layer, but all there is is {found}"]
+
+
+def _layer_problems(
+    tensors: Mapping[str, Tensor], config: Config, factors: set[float], hidden_size: int | None
+) -> list[str]:
+    scaling = config["scaling"]
+    wanted = {"down_weight", "down_bias", "up_weight", "up_bias"}
+    wanted |= {"scaling"} if isinstance(scaling, str) else set()
+    problems = [f"{name} is missing" for name in sorted(wanted - set(tensors))]
+    problems += [f"{name} is unknown" for name in sorted(set(tensors) - wanted)]
+    if problems:
+        return problems
+    if not factors:
+        return ["reduction_factor names neither its number nor a default"]
+    size = hidden_size or tensors["up_bias"].numel()
+    allowed = {max(1, int(size // factor)) for factor in factors}
+    found = tensors["down_bias"].numel()
+    if found not in allowed:
+        choices = " or ".join(map(str, sorted(allowed)))
+        factor = config["reduction_factor"]
+        return [f"R is {found}; hidden_size {size} and reduction_factor {factor} give {choices}"]
+    shapes = {"down_weight": (found, size), "up_weight": (size, found), "up_bias": (size,)}
+    if isinstance(scaling, str):
+        shapes["scaling"] = (1,) if scaling == "learned" else (size,)
+    return [
+        f"{name} is {list(tensors[name].shape)} where {list(shape)} is due"
+        for name, shape in shapes.items()
+        if tuple(tensors[name].shape) != shape
+    ]
