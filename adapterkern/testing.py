@@ -22,8 +22,8 @@ def enable_triton_interpreter() -> None:
     Arithmetic on bfloat16 tiles without a conversion stays wrong in the interpreter (a sum of bit
     patterns): a kernel converts to float32 before it computes, as it does for its precision anyway.
 
-    Verified on triton 3.6 (whose interpreter needs numpy below 2.4) to 3.9. Calling it again changes
-    nothing.
+    Verified on triton 3.6 to 3.9; the interpreter of 3.6 itself needs numpy below 2.4. Calling it
+    again changes nothing.
 
     Raises:
         RuntimeError: the process was started without TRITON_INTERPRET=1.
