@@ -323,15 +323,49 @@ __device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, in
   }
 }
 
+// load_tile of a matrix that is direct in its own type, and whole vectors wide: by way of
+// registers.
+template <typename Source, int kRows, int kColumns, int kThreads, typename Scalar,
+          typename Transform>
+__device__ __forceinline__ void convert_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
+                                             int64_t first_column, Transform transform) {
+  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
+  constexpr int kStride = kColumns + kPadding<Scalar>;
+  constexpr int kRowsApart = kThreads / kAcross;
+  const int first = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kPer;
+  const bool exists = first_column + column < matrix.columns;
+  const auto rows = static_cast<int>(min(matrix.rows - first_row, int64_t{kRows}));
+  const Source* from = matrix.at<Source>(first_row + first, first_column + column);
+#pragma unroll 4
+  for (int row = first; row < kRows; row += kRowsApart) {
+    float v[kPer] = {};
+    if (exists && row < rows) {
+      load_whole(v, from + (row - first) * matrix.view.stride);
+      if (transform.is_active()) transform(v, first_column + column);
+    }
+    store_whole(tile + row * kStride + column, v);
+  }
+}
+
 // The part of `matrix` from (first_row, first_column) on, into a tile of the products' dtype; zeros
-// where nothing exists. cp.async where the matrix is direct, else through registers.
+// where nothing exists. The common cases first: the rest looks at every vector anew.
 template <int kRows, int kColumns, int kThreads, typename Scalar, typename Transform>
 __device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
                                           int64_t first_column, Transform transform) {
+  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
   if (!transform.is_active() && matrix.is_direct<Scalar>()) {
     return copy_tile<kRows, kColumns, kThreads>(tile, matrix, first_row, first_column);
   }
-  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
+  if (matrix.columns % kPer == 0) {
+    if (matrix.is_direct<Scalar>()) {
+      return convert_tile<Scalar, kRows, kColumns, kThreads>(tile, matrix, first_row, first_column,
+                                                             transform);
+    }
+    if (sizeof(Scalar) == 2 && matrix.is_direct<float>()) {  // master weights, mostly
+      return convert_tile<float, kRows, kColumns, kThreads>(tile, matrix, first_row, first_column,
+                                                            transform);
+    }
+  }
 #pragma unroll 1
   for (int index = threadIdx.x; index < kRows * kAcross; index += kThreads) {
     const int row = index / kAcross, column = index % kAcross * kPer;
