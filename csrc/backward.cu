@@ -187,6 +187,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           gradient.template store<decltype(is_direct)::value>(v, token, feature,
                                                               dy_in_tile ? dy : nullptr);
         });
+  } else {
+    trap();
   }
 }
 

@@ -196,6 +196,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           output.template store<decltype(is_direct)::value>(u, token, feature, of_feature,
                                                             x_in_tile ? x : nullptr);
         });
+  } else {
+    trap();
   }
 }
 

@@ -16,7 +16,7 @@
 namespace adapterkern {
 
 // Thread-block clusters came with compute capability 9.0. Where this is false their wrappers must
-// not be called: a kernel asks `if constexpr`.
+// not be called: a kernel asks `if constexpr`, and else traps, for nobody should have launched it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
 #else
@@ -128,6 +128,9 @@ __device__ __forceinline__ void mma_16x8x8(float (&d)[4], const uint32_t (&a)[4]
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Ends the kernel with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;\n"); }
 
 __device__ __forceinline__ int cluster_rank() {
   int rank;

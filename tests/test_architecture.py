@@ -211,7 +211,8 @@ CSRC = sorted((ROOT / "csrc").iterdir())
 CSRC_ROOMS = (
     "params.h registry.h probe.h",
     "ptx.cuh launch.cuh",
-    "static_switch.h activations.cuh tiles.cuh",
+    "static_switch.h activations.cuh memory.cuh",
+    "tiles.cuh",
     "products.cuh",
     "row_block.cuh cluster.cuh",
     "forward.h backward.h weight_gradients.h",

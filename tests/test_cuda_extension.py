@@ -117,6 +117,24 @@ ARCHS = ("sm_80", "sm_90a", "compute_90")
 
 
 @pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (ARCHS, (9, 0), True),
+        (ARCHS, (10, 0), True),  # through PTX
+        (ARCHS, (8, 0), False),
+        (ARCHS, (12, 0), False),  # too little shared memory
+        (("sm_80", "compute_80"), (9, 0), False),
+        (("sm_80", "sm_100"), (9, 0), False),
+        ((), (9, 0), False),
+    ],
+)
+def test_clusters_need_a_device_and_code_for_them(monkeypatch, archs, capability, runs):
+    record = extension.BuildRecord(None, "13.0", archs)
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    assert extension.runs_clusters(*capability) is runs
+
+
+@pytest.mark.parametrize(
     ("arch", "specific", "major", "archs", "name"),
     [
         (800, False, 8, ARCHS, "sm_80"),

@@ -38,7 +38,7 @@ def test_kernels_stay_within_their_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("file", "mask", "off_by_one"),
     [
-        ("tiles.cuh", "row >= rows", "row > rows"),
+        ("memory.cuh", "row >= rows", "row > rows"),
         ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
         ("tiles.cuh", "if (exists && row < rows)", "if (exists && row <= rows)"),
         ("forward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),

@@ -161,6 +161,8 @@ inline void mma_16x8x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   });
 }
 
+inline void trap() { emulator::fail("trap"); }
+
 inline int cluster_rank() {
   return static_cast<int>(emulator::block - emulator::cluster->blocks.data());
 }

@@ -1,0 +1,285 @@
+// Vectors of memory as float32, in any dtype.
+//
+// Row offsets are 64 bits wide: T * H passes 2^31 in real batches.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace adapterkern {
+
+constexpr int kWarpSize = 32;
+// Elements of a vector that goes through float32 registers: 16 bytes in half precision.
+constexpr int kVector = 8;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(TFloat32 value) { return value.value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ TFloat32 from_float<TFloat32>(float value) {
+  return {value};
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// How an element lies in memory.
+template <typename T>
+constexpr DType kDTypeOf = kFloat32;
+template <>
+constexpr DType kDTypeOf<__half> = kFloat16;
+template <>
+constexpr DType kDTypeOf<__nv_bfloat16> = kBFloat16;
+
+// Rounds to the products' dtype.
+template <typename Scalar, int n>
+__device__ __forceinline__ void round_to(float (&v)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = to_float(from_float<Scalar>(v[i]));
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+__device__ __forceinline__ bool is_aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Memory moves in words of 32 bits, up to four at once.
+template <typename T>
+constexpr int kPerWord = 4 / sizeof(T);
+
+template <int n>
+struct alignas(4 * n) Words {
+  uint32_t values[n];
+};
+
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The elements of one word.
+__device__ __forceinline__ void unpack(float* v, uint32_t word, float) {
+  v[0] = bits_as<float>(word);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, TFloat32) {
+  v[0] = bits_as<float>(word);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, __nv_bfloat16) {
+  v[0] = bits_as<float>(word << 16);
+  v[1] = bits_as<float>(word & 0xFFFF0000u);
+}
+__device__ __forceinline__ void unpack(float* v, uint32_t word, __half) {
+  const float2 pair = __half22float2(bits_as<__half2>(word));
+  v[0] = pair.x;
+  v[1] = pair.y;
+}
+
+// A word of elements, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack(const float* v, float) { return bits_as<uint32_t>(v[0]); }
+__device__ __forceinline__ uint32_t pack(const float* v, TFloat32) {
+  return bits_as<uint32_t>(v[0]);
+}
+__device__ __forceinline__ uint32_t pack(const float* v, __nv_bfloat16) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(v[0], v[1]));
+}
+__device__ __forceinline__ uint32_t pack(const float* v, __half) {
+  return bits_as<uint32_t>(__floats2half2_rn(v[0], v[1]));
+}
+
+// What one memory instruction moves of n elements, at least two of 16 bits.
+template <typename T, int n>
+constexpr int kWordsPerAccess = smaller(4, n / kPerWord<T>);
+
+// `n` elements from `from` on as float32; the address is a multiple of what one access moves.
+template <int n, typename T>
+__device__ __forceinline__ void load_whole(float (&v)[n], const T* from) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    const auto words = *reinterpret_cast<const Words<kWords>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) unpack(v + i + j * kPerWord<T>, words.values[j], T());
+  }
+}
+
+// The inverse, to shared memory.
+template <int n, typename T>
+__device__ __forceinline__ void store_whole(T* to, const float (&v)[n]) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    Words<kWords> words;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) words.values[j] = pack(v + i + j * kPerWord<T>, T());
+    *reinterpret_cast<Words<kWords>*>(to + i) = words;
+  }
+}
+
+// The same to global memory, where the compiler splits a vector into its words again.
+template <int n, typename T>
+__device__ __forceinline__ void store_whole_global(T* to, const float (&v)[n]) {
+  constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += kPer) {
+    uint32_t words[kWords];
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) words[j] = pack(v + i + j * kPerWord<T>, T());
+    store_global(to + i, words);
+  }
+}
+
+// v += the elements from `from` on, as load_whole.
+template <int n, typename T>
+__device__ __forceinline__ void add_whole(float (&v)[n], const T* from) {
+  float more[n];
+  load_whole(more, from);
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] += more[i];
+}
+
+// The same of any number of elements at any address, and zeros from `count` on.
+template <int n, typename T>
+__device__ __forceinline__ void load_elements(float (&v)[n], const T* from, int count) {
+  if constexpr (n >= kPerWord<T>) {
+    if (count >= n && is_aligned(from, 4 * kWordsPerAccess<T, n>)) return load_whole(v, from);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = i < count ? to_float(from[i]) : 0.0f;
+}
+
+template <int n, typename T>
+__device__ __forceinline__ void store_elements(T* to, const float (&v)[n], int count) {
+  if constexpr (n >= kPerWord<T>) {
+    if (count >= n && is_aligned(to, 4 * kWordsPerAccess<T, n>)) return store_whole_global(to, v);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (i < count) to[i] = from_float<T>(v[i]);
+  }
+}
+
+// A view and the part of it that exists.
+struct Matrix {
+  View view;
+  int64_t rows, columns;
+
+  // How many of the `n` elements from (row, column) on exist.
+  __device__ __forceinline__ int count(int64_t row, int64_t column, int n) const {
+    if (view.data == nullptr || row >= rows || column >= columns) return 0;
+    const int64_t left = columns - column;
+    return left < n ? static_cast<int>(left) : n;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T* at(int64_t row, int64_t column) const {
+    return static_cast<T*>(view.data) + row * view.stride + column;
+  }
+
+  // Whether every row holds elements of type T and begins at 16 bytes, so that 16 bytes move as
+  // they lie. Asked once a tile, it keeps dtypes and addresses out of the loops.
+  template <typename T>
+  __device__ __forceinline__ bool is_direct() const {
+    return view.data != nullptr && view.dtype == kDTypeOf<T> && is_aligned(view.data, 16) &&
+           view.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  }
+};
+
+__device__ __forceinline__ Matrix as_matrix(const View& vector, int64_t size) {
+  return {{vector.data, vector.dtype, 0}, 1, size};
+}
+
+// v = matrix[row][column ...], zeros where nothing exists.
+template <int n>
+__device__ __forceinline__ void load_vector(float (&v)[n], const Matrix& matrix, int64_t row,
+                                            int64_t column) {
+  const int count = matrix.count(row, column, n);
+  switch (matrix.view.dtype) {
+    case kFloat16:
+      return load_elements(v, matrix.at<__half>(row, column), count);
+    case kBFloat16:
+      return load_elements(v, matrix.at<__nv_bfloat16>(row, column), count);
+    default:
+      return load_elements(v, matrix.at<float>(row, column), count);
+  }
+}
+
+// The inverse; what does not exist is left alone.
+template <int n>
+__device__ __forceinline__ void store_vector(const Matrix& matrix, int64_t row, int64_t column,
+                                             const float (&v)[n]) {
+  const int count = matrix.count(row, column, n);
+  switch (matrix.view.dtype) {
+    case kFloat16:
+      return store_elements(matrix.at<__half>(row, column), v, count);
+    case kBFloat16:
+      return store_elements(matrix.at<__nv_bfloat16>(row, column), v, count);
+    default:
+      return store_elements(matrix.at<float>(row, column), v, count);
+  }
+}
+
+// v += matrix[row][column ...], where there is a matrix.
+template <int n>
+__device__ __forceinline__ void add_vector(float (&v)[n], const Matrix& matrix, int64_t row,
+                                           int64_t column) {
+  if (matrix.view.data == nullptr) return;
+  float more[n];
+  load_vector(more, matrix, row, column);
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] += more[i];
+}
+
+// The scaling of each feature: a float, a learned [1] or a learned [H].
+struct Scaling {
+  Matrix learned;
+  float scale;
+  bool channel;
+
+  __device__ __forceinline__ bool is_one() const {
+    return learned.view.data == nullptr && scale == 1.0f;
+  }
+
+  template <int n>
+  __device__ __forceinline__ void load(float (&factor)[n], int64_t feature) const {
+    if (channel) return load_vector(factor, learned, 0, feature);
+    float one[1] = {scale};
+    if (learned.view.data != nullptr) load_vector(one, learned, 0, 0);
+#pragma unroll
+    for (int i = 0; i < n; ++i) factor[i] = one[0];
+  }
+
+  template <int n>
+  __device__ __forceinline__ void multiply(float (&v)[n], int64_t feature) const {
+    float factor[n];
+    load(factor, feature);
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] *= factor[i];
+  }
+};
+
+template <typename Params>
+__device__ __forceinline__ Scaling scaling_of(const Params& params) {
+  return {as_matrix(params.scaling, params.channel_scaling ? params.hidden_size : 1),
+          static_cast<float>(params.scale), params.channel_scaling != 0};
+}
+
+}  // namespace adapterkern
