@@ -12,8 +12,9 @@ import pytest
 from adapterkern.backends.cuda import extension
 
 KB, MB = 1024, 1024 * 1024
-# ptxas keeps a few bytes of stack in some kernels at no cost; more would be spills in the loops.
-MOST_STACK_BYTES = 32
+# Bytes of stack by architecture and kernel, 0 elsewhere. This one runs once over the weights, after
+# all that is as long as the tokens.
+STACKS = {("sm_80", "bottleneck_bwd_dw_sum_kernel"): 24}
 LARGEST_BINARY = 20 * MB
 # Without dynamic shared memory, which csrc/row_block.cuh keeps within 99 KB.
 MOST_STATIC_SHARED = 0
@@ -79,8 +80,9 @@ def needs_extension() -> None:
 def test_registers_do_not_spill():
     needs_extension()
     for arch in archs():
-        spilled = {n: u for n, u in adapter_kernels(arch).items() if u["STACK"] > MOST_STACK_BYTES}
-        assert not spilled, arch
+        for name, used in adapter_kernels(arch).items():
+            kernel = re.search(r"bottleneck_\w+?_kernel", name)[0]
+            assert used["STACK"] <= STACKS.get((arch, kernel), 0), (arch, name)
 
 
 def test_shared_memory_is_all_dynamic():
