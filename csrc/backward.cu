@@ -12,11 +12,12 @@
 namespace adapterkern {
 namespace {
 
-// du = scaling * dy, equation (5), rounded to the products' dtype as eager rounds it.
+// du = scaling * dy, equation (5), rounded to the products' dtype as eager rounds it. One factor
+// for all features waits for the sums, so that tiles of dy are copied as they lie.
 struct Scale {
   Scaling scaling;
 
-  __device__ __forceinline__ bool is_active() const { return !scaling.is_one(); }
+  __device__ __forceinline__ bool is_active() const { return scaling.channel; }
   template <int n>
   __device__ __forceinline__ void operator()(float (&v)[n], int64_t feature) const {
     scaling.multiply(v, feature);
@@ -34,17 +35,28 @@ __device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
                                                first_token, first, last, Scale{scaling_of(params)});
 }
 
-// dz = da act'(z), equation (9), and to memory for the weight gradients.
+// dz = da act'(z), equation (9).
+template <typename Scalar>
+__device__ __forceinline__ void finish(const BackwardParams& params, float (&da)[kVector],
+                                       const float (&z)[kVector]) {
+  const Scaling scaling = scaling_of(params);
+  if (!scaling.channel) scaling.multiply(da, 0);
+  apply_derivative(da, z, params.activation);
+  round_to<Scalar>(da);
+}
+
+__device__ __forceinline__ Matrix of_units(const BackwardParams& params, const View& view) {
+  return {view, params.num_tokens, params.bottleneck_size};
+}
+
+// The same with z from memory, and dz to it for the weight gradients.
 template <typename Scalar>
 __device__ __forceinline__ void finish_unit(const BackwardParams& params, float (&da)[kVector],
                                             int64_t token, int64_t unit, bool keep_dz) {
   float z[kVector];
-  load_vector(z, {params.z, params.num_tokens, params.bottleneck_size}, token, unit);
-  apply_derivative(da, z, params.activation);
-  round_to<Scalar>(da);
-  if (keep_dz) {
-    store_vector({params.dz, params.num_tokens, params.bottleneck_size}, token, unit, da);
-  }
+  load_vector(z, of_units(params, params.z), token, unit);
+  finish<Scalar>(params, da, z);
+  if (keep_dz) store_vector(of_units(params, params.dz), token, unit, da);
 }
 
 struct Nothing {};  // that belongs to a feature of dx
@@ -56,8 +68,8 @@ struct InputGradient {
   bool direct;  // whether dx is, and dy where it is added from global memory
 
   __device__ __forceinline__ explicit InputGradient(const BackwardParams& params) : params(params) {
-    direct = params.hidden_size % kVector == 0 && of(params.dx).template is_direct<Scalar>() &&
-             (!params.add_input || of(params.dy).template is_direct<Scalar>());
+    direct = params.hidden_size % kVector == 0 && of(params.dx).template is_direct_as<Scalar>() &&
+             (!params.add_input || of(params.dy).template is_direct_as<Scalar>());
   }
 
   __device__ __forceinline__ Matrix of(const View& view) const {
@@ -73,13 +85,13 @@ struct InputGradient {
       add_whole(v, dy);
     } else if (params.add_input) {
       if constexpr (kDirect) {
-        add_whole(v, of(params.dy).template at<Scalar>(token, feature));
+        add_direct<Scalar>(v, of(params.dy), token, feature);
       } else {
         add_vector(v, of(params.dy), token, feature);
       }
     }
     if constexpr (kDirect) {
-      store_whole_global(of(params.dx).template at<Scalar>(token, feature), v);
+      store_direct<Scalar>(of(params.dx), token, feature, v);
     } else {
       store_vector(of(params.dx), token, feature, v);
     }
@@ -114,7 +126,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float da[kVector];
-        load_whole(da, sums + row * Shape::kBlockR + unit);
+        load_whole(da, sums + row * Shape::kStrideSum + unit);
         finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, true);
         store_bottleneck<Shape>(shared, row, unit, da);
       });
@@ -178,8 +190,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
          {down_weight, bottleneck_size, hidden_size},
          params.features_per_split},
         scale,
-        [&](float (&da)[kVector], int64_t token, int unit) {
-          finish_unit<Scalar>(params, da, token, unit, true);
+        [&](float (&z)[kVector], int64_t token, int unit) {
+          load_vector(z, of_units(params, params.z), token, unit);
+        },
+        [&](float (&da)[kVector], const float (&z)[kVector], float (&dz)[kVector]) {
+          finish<Scalar>(params, da, z);
+          copy(dz, da);
+        },
+        [&](const float (&dz)[kVector], int64_t token, int unit) {
+          store_vector(of_units(params, params.dz), token, unit, dz);
         },
         gradient.direct, [](int64_t) { return Nothing(); },
         [&](auto is_direct, float (&v)[kVector], int64_t token, int64_t feature, Nothing,

@@ -65,6 +65,14 @@ py::tuple device_count() {
                         cudaGetErrorString(error));
 }
 
+// Bytes of shared memory that one block may ask for.
+int shared_memory(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 // The compiled architectures, in nvcc's names: "sm_80" is machine code, "compute_90" is PTX.
 py::tuple archs() { return py::tuple(py::str(ADAPTERKERN_ARCHS).attr("split")()); }
 
@@ -128,6 +136,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("kernels", &kernels, "Names of the adapter kernels in this build.");
   m.def("driver_version", &driver_version, "1000 * major + 10 * minor; 0 without a driver.");
   m.def("device_count", &device_count, "(count, error name, error text).");
+  m.def("shared_memory", &shared_memory, py::arg("device"),
+        "Bytes of shared memory that one block may ask for.");
   m.def("probe", &probe, py::arg("out"), py::arg("device"), py::arg("stream"),
         "Run the probe kernel: int32[2] at the address `out` becomes (__CUDA_ARCH__, is it \"a\" "
         "code).");

@@ -39,7 +39,8 @@ struct ClusterShape {
   static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
   static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerStep> * 4;  // of one warp
   // The sums into the bottleneck, and later the products out of it.
-  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kBlockR * 4, kWarps* kRoomBytes);
+  static constexpr int kStrideSum = kBlockR + 8;  // rows of a fragment in banks of their own
+  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kStrideSum * 4, kWarps* kRoomBytes);
 
   __host__ __device__ static constexpr int shared_bytes(int64_t features) {
     const int panels = static_cast<int>(features / kPanel);
@@ -102,9 +103,9 @@ __device__ __forceinline__ void sum_slice(const ClusterTiles<Shape, kTransposed>
                                 Shape::kStridePanel);
     }
   }
-  constexpr int kPartSize = Shape::kBlockT * Shape::kBlockR;
+  constexpr int kPartSize = Shape::kBlockT * Shape::kStrideSum;
   float* const sums = tiles.sums();
-  store_product(sums + part * kPartSize + row * Shape::kBlockR + unit, Shape::kBlockR, acc);
+  store_product(sums + part * kPartSize + row * Shape::kStrideSum + unit, Shape::kStrideSum, acc);
   if (Shape::kWarpsH == 1) return;
   __syncthreads();  // the parts of all warps are there
   for (int index = threadIdx.x; index < kPartSize; index += Shape::kThreads) {
@@ -115,38 +116,58 @@ __device__ __forceinline__ void sum_slice(const ClusterTiles<Shape, kTransposed>
   }
 }
 
-// This block's share of the bottleneck's rows: sums over the blocks in their order, finished by
-// finish(v, row, unit), put into the bottleneck tile of every block.
-template <typename Shape, bool kTransposed, typename Finish>
-__device__ __forceinline__ void exchange(const ClusterTiles<Shape, kTransposed>& tiles,
-                                         Finish finish) {
-  using Scalar = typename Shape::Scalar;
-  constexpr int kAcross = Shape::kBlockR / kVector;
-  const int size = cluster_size(), rows = Shape::kBlockT / size, first = cluster_rank() * rows;
-  for (int index = threadIdx.x; index < rows * kAcross; index += Shape::kThreads) {
-    const int row = first + index / kAcross, unit = index % kAcross * kVector;
-    const float* from = tiles.sums() + row * Shape::kBlockR + unit;
-    float parts[kMaxClusterSize][2][4];
+// The vectors of the bottleneck that this thread finishes for its block's share of the rows.
+template <typename Shape>
+struct Share {
+  static constexpr int kAcross = Shape::kBlockR / kVector;
+  static constexpr int kMost = larger(Shape::kBlockT / 2 * kAcross / Shape::kThreads, 1);
+  int rows = Shape::kBlockT / cluster_size(), first = cluster_rank() * rows;
+
+  // Calls body(i, row, unit) for the i-th of them.
+  template <typename Body>
+  __device__ __forceinline__ void for_each(Body body) const {
 #pragma unroll
-    for (int block = 0; block < kMaxClusterSize; ++block) {  // all under way before one is used
-      if (block >= size) break;
-      load_remote_16(parts[block][0], from, block);
-      load_remote_16(parts[block][1], from + 4, block);
+    for (int i = 0; i < kMost; ++i) {
+      const int index = threadIdx.x + i * Shape::kThreads;
+      if (index < rows * kAcross) body(i, first + index / kAcross, index % kAcross * kVector);
     }
-    float v[kVector] = {};
-#pragma unroll
-    for (int block = 0; block < kMaxClusterSize; ++block) {
-      if (block >= size) break;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] += parts[block][i / 4][i % 4];
-    }
-    finish(v, row, unit);
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack(v + 2 * i, Scalar());
-    Scalar* to = tiles.bottleneck() + row * Shape::kStrideR + unit;
-    for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
   }
+};
+
+// v = the sums of (row, unit) over the blocks in their order.
+template <typename Shape, bool kTransposed>
+__device__ __forceinline__ void sum_blocks(const ClusterTiles<Shape, kTransposed>& tiles,
+                                           float (&v)[kVector], int row, int unit) {
+  const int size = cluster_size();
+  const float* from = tiles.sums() + row * Shape::kStrideSum + unit;
+  float parts[kMaxClusterSize][2][4];
+#pragma unroll
+  for (int block = 0; block < kMaxClusterSize; ++block) {  // all under way before one is used
+    if (block >= size) break;
+    load_remote_16(parts[block][0], from, block);
+    load_remote_16(parts[block][1], from + 4, block);
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] = parts[0][i / 4][i % 4];
+#pragma unroll
+  for (int block = 1; block < kMaxClusterSize; ++block) {
+    if (block >= size) break;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] += parts[block][i / 4][i % 4];
+  }
+}
+
+// Puts v into the bottleneck tile of every block.
+template <typename Shape, bool kTransposed>
+__device__ __forceinline__ void store_everywhere(const ClusterTiles<Shape, kTransposed>& tiles,
+                                                 const float (&v)[kVector], int row, int unit) {
+  using Scalar = typename Shape::Scalar;
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = pack(v + 2 * i, Scalar());
+  Scalar* to = tiles.bottleneck() + row * Shape::kStrideR + unit;
+  const int size = cluster_size();
+  for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
 }
 
 // Hands out the bottleneck times the block's part of `out`; `direct`, `features` and `store` as in
@@ -182,16 +203,19 @@ __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTranspos
   }
 }
 
-// Walks over the tokens: finish(v, token, unit) makes sums into elements of the bottleneck;
-// `direct`, `features` and `store` as in multiply_out, with features of H.
+// Walks over the tokens. For every vector of the bottleneck prepare(ahead, token, unit) loads what
+// finish(v, ahead, kept) needs to make sums into elements, and keep(kept, token, unit) stores what
+// is kept; `direct`, `features` and `store` as in multiply_out, with features of H.
 //
 // A barrier of the cluster stands on either side of the exchange, the only time when blocks touch
-// one another's shared memory: after it a block may overwrite its sums, or end.
-template <typename Shape, bool kTransposed, typename Transform, typename Finish, typename Features,
-          typename Store>
+// one another's shared memory: after it a block may overwrite its sums, or end. It waits for a
+// thread's global memory too, which is why prepare and keep stand outside.
+template <typename Shape, bool kTransposed, typename Transform, typename Prepare, typename Finish,
+          typename Keep, typename Features, typename Store>
 __device__ __forceinline__ void run_cluster(unsigned char* shared, const ClusterProblem& problem,
-                                            Transform transform, Finish finish, bool direct,
-                                            Features features, Store store) {
+                                            Transform transform, Prepare prepare, Finish finish,
+                                            Keep keep, bool direct, Features features,
+                                            Store store) {
   using Scalar = typename Shape::Scalar;
   constexpr int kThreads = Shape::kThreads, kBlockT = Shape::kBlockT, kBlockR = Shape::kBlockR;
   const ClusterTiles<Shape, kTransposed> tiles{shared, static_cast<int>(problem.features / kPanel)};
@@ -199,6 +223,7 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
   const int64_t token_blocks = ceil_div(problem.rows.rows, kBlockT);
   const int64_t clusters = gridDim.x / cluster_size();
   const bool stores = problem.out.view.data != nullptr;
+  const Share<Shape> share;
 
   const auto load_wide = [&](Scalar* tile, const Matrix& weight, int64_t feature) {
     load_tile<kBlockR, kPanel, kThreads>(tile, weight, 0, feature, Unchanged());
@@ -239,12 +264,19 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
     if (block + clusters < token_blocks) load_rows(block + clusters, slot ^ 1);
     copy_async_commit();
     sum_slice(tiles, slot);
+    float kept[Share<Shape>::kMost][kVector];  // before that, what is ahead
+    share.for_each(
+        [&](int i, int row, int unit) { prepare(kept[i], block * kBlockT + row, unit); });
     copy_async_wait<1>();  // for the weight out, the first time
     cluster_barrier();     // the sums of every block are there
-    exchange(tiles, [&](float (&v)[kVector], int row, int unit) {
-      finish(v, block * kBlockT + row, unit);
+    share.for_each([&](int i, int row, int unit) {
+      float v[kVector];
+      sum_blocks(tiles, v, row, unit);
+      finish(v, kept[i], kept[i]);
+      store_everywhere(tiles, v, row, unit);
     });
     cluster_barrier();  // the bottleneck is complete
+    share.for_each([&](int i, int row, int unit) { keep(kept[i], block * kBlockT + row, unit); });
     if (stores) {
       multiply_out(
           tiles, slot, direct, [&](int feature) { return features(first_feature + feature); },
@@ -274,7 +306,7 @@ template <typename Shape, typename Params>
 cudaError_t launch_cluster(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const auto size = static_cast<unsigned>(params.num_splits);
   return launch(kernel, dim3(static_cast<unsigned>(params.num_clusters) * size), Shape::kThreads,
-                Shape::shared_bytes(params.features_per_split), params, stream, size);
+                Shape::shared_bytes(params.features_per_split), params, stream, size, true);
 }
 
 }  // namespace adapterkern

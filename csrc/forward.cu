@@ -17,18 +17,36 @@
 namespace adapterkern {
 namespace {
 
-// z of (token, unit) is finished: rounded, kept for backward, and turned into a = act(z). Both are
-// rounded where eager rounds, for backward recomputes a from the stored z. Padded units vanish
-// because their W_up columns load as zero, not because act(0) = 0 (false for sigmoid).
+// z is finished: `kept` gets it rounded, for backward, and `z` becomes a = act(z). Both are rounded
+// where eager rounds, for backward recomputes a from the stored z. Padded units vanish because
+// their W_up columns load as zero, not because act(0) = 0 (false for sigmoid).
+template <typename Scalar>
+__device__ __forceinline__ void finish(const ForwardParams& params, float (&z)[kVector],
+                                       const float (&bias)[kVector], float (&kept)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) z[i] += bias[i];
+  round_to<Scalar>(z);
+  copy(kept, z);
+  apply_activation(z, params.activation);
+}
+
+__device__ __forceinline__ void load_bias(const ForwardParams& params, float (&bias)[kVector],
+                                          int64_t unit) {
+  load_vector(bias, as_matrix(params.down_bias, params.bottleneck_size), 0, unit);
+}
+
+__device__ __forceinline__ void store_z(const ForwardParams& params, const float (&z)[kVector],
+                                        int64_t token, int64_t unit) {
+  store_vector({params.z, params.num_tokens, params.bottleneck_size}, token, unit, z);
+}
+
 template <typename Scalar>
 __device__ __forceinline__ void finish_unit(const ForwardParams& params, float (&z)[kVector],
                                             int64_t token, int64_t unit, bool keep_z) {
-  add_vector(z, as_matrix(params.down_bias, params.bottleneck_size), 0, unit);
-  round_to<Scalar>(z);
-  if (keep_z) {
-    store_vector({params.z, params.num_tokens, params.bottleneck_size}, token, unit, z);
-  }
-  apply_activation(z, params.activation);
+  float bias[kVector], kept[kVector];
+  load_bias(params, bias, unit);
+  finish<Scalar>(params, z, bias, kept);
+  if (keep_z) store_z(params, kept, token, unit);
 }
 
 // y from u = a W_up^T, equation (4), in float32 until the one store.
@@ -39,11 +57,11 @@ struct Output {
   };
   const ForwardParams& params;
   Scaling scaling;
-  bool direct;  // whether y, and all that is added to it from global memory, is
+  bool direct;  // whether y is, and all that is added to it from global memory
 
   __device__ __forceinline__ explicit Output(const ForwardParams& params)
       : params(params), scaling(scaling_of(params)) {
-    direct = params.hidden_size % kVector == 0 && of(params.y).template is_direct<Scalar>() &&
+    direct = params.hidden_size % kVector == 0 && of(params.y).template is_direct_as<Scalar>() &&
              (!params.add_input || is_direct_or_none(params.x)) &&
              is_direct_or_none(params.residual) && is_direct_or_none(params.skip);
   }
@@ -53,7 +71,7 @@ struct Output {
   }
 
   __device__ __forceinline__ bool is_direct_or_none(const View& view) const {
-    return view.data == nullptr || of(view).template is_direct<Scalar>();
+    return view.data == nullptr || of(view).template is_direct_as<Scalar>();
   }
 
   __device__ __forceinline__ Features features(int64_t feature) const {
@@ -73,7 +91,7 @@ struct Output {
     const auto add = [&](const View& view) {
       if (view.data == nullptr) return;
       if constexpr (kDirect) {
-        add_whole(u, of(view).template at<Scalar>(token, feature));
+        add_direct<Scalar>(u, of(view), token, feature);
       } else {
         add_vector(u, of(view), token, feature);
       }
@@ -86,7 +104,7 @@ struct Output {
     add(params.residual);
     add(params.skip);
     if constexpr (kDirect) {
-      store_whole_global(of(params.y).template at<Scalar>(token, feature), u);
+      store_direct<Scalar>(of(params.y), token, feature, u);
     } else {
       store_vector(of(params.y), token, feature, u);
     }
@@ -129,7 +147,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float z[kVector];
-        load_whole(z, sums + row * Shape::kBlockR + unit);
+        load_whole(z, sums + row * Shape::kStrideSum + unit);
         finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, true);
         store_bottleneck<Shape>(shared, row, unit, z);
       });
@@ -187,8 +205,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
          {params.up_weight, hidden_size, bottleneck_size},
          params.features_per_split},
         Unchanged(),
-        [&](float (&z)[kVector], int64_t token, int unit) {
-          finish_unit<Scalar>(params, z, token, unit, true);
+        [&](float (&bias)[kVector], int64_t, int unit) { load_bias(params, bias, unit); },
+        [&](float (&z)[kVector], const float (&bias)[kVector], float (&kept)[kVector]) {
+          finish<Scalar>(params, z, bias, kept);
+        },
+        [&](const float (&z)[kVector], int64_t token, int unit) {
+          store_z(params, z, token, unit);
         },
         output.direct, [&](int64_t feature) { return output.features(feature); },
         [&](auto is_direct, float (&u)[kVector], int64_t token, int64_t feature,

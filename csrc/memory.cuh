@@ -147,6 +147,12 @@ __device__ __forceinline__ void store_whole_global(T* to, const float (&v)[n]) {
   }
 }
 
+template <int n>
+__device__ __forceinline__ void copy(float (&to)[n], const float (&from)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // v += the elements from `from` on, as load_whole.
 template <int n, typename T>
 __device__ __forceinline__ void add_whole(float (&v)[n], const T* from) {
@@ -201,6 +207,12 @@ struct Matrix {
     return view.data != nullptr && view.dtype == kDTypeOf<T> && is_aligned(view.data, 16) &&
            view.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
+
+  // The same for one type or float32, which residual streams keep beside half-precision products.
+  template <typename T>
+  __device__ __forceinline__ bool is_direct_as() const {
+    return is_direct<T>() || is_direct<float>();
+  }
 };
 
 __device__ __forceinline__ Matrix as_matrix(const View& vector, int64_t size) {
@@ -248,15 +260,32 @@ __device__ __forceinline__ void add_vector(float (&v)[n], const Matrix& matrix, 
   for (int i = 0; i < n; ++i) v[i] += more[i];
 }
 
+// v += matrix[row][column ...], all of which exists, of a matrix that is direct as T.
+template <typename T, int n>
+__device__ __forceinline__ void add_direct(float (&v)[n], const Matrix& matrix, int64_t row,
+                                           int64_t column) {
+  if (matrix.view.dtype == kDTypeOf<T>) {
+    add_whole(v, matrix.at<T>(row, column));
+  } else {
+    add_whole(v, matrix.at<float>(row, column));
+  }
+}
+
+template <typename T, int n>
+__device__ __forceinline__ void store_direct(const Matrix& matrix, int64_t row, int64_t column,
+                                             const float (&v)[n]) {
+  if (matrix.view.dtype == kDTypeOf<T>) {
+    store_whole_global(matrix.at<T>(row, column), v);
+  } else {
+    store_whole_global(matrix.at<float>(row, column), v);
+  }
+}
+
 // The scaling of each feature: a float, a learned [1] or a learned [H].
 struct Scaling {
   Matrix learned;
   float scale;
   bool channel;
-
-  __device__ __forceinline__ bool is_one() const {
-    return learned.view.data == nullptr && scale == 1.0f;
-  }
 
   template <int n>
   __device__ __forceinline__ void load(float (&factor)[n], int64_t feature) const {

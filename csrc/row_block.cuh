@@ -40,7 +40,9 @@ struct RowBlockShape {
   static constexpr int kWeightBytes =
       larger(tile_bytes<Scalar>(kBlockR, kBlockH), tile_bytes<Scalar>(kBlockH, kBlockR));
   static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
-  static constexpr int kSumBytes = kBlockT * kBlockR * 4;
+  // Rows of a fragment lie in banks of their own, but where there is no room for it.
+  static constexpr int kStrideSum = kBlockR + (kHalf && kBlockR == 128 ? 0 : 8);
+  static constexpr int kSumBytes = kBlockT * kStrideSum * 4;
   static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerWarp> * 4;  // of one warp
 
   static constexpr int kSharedBytes =
@@ -57,8 +59,8 @@ struct WarpPlace {
   int part = warp % Shape::kWarpsN;
 };
 
-// sums [kBlockT, kBlockR] float32 in shared memory = rows[first_token ...][first ... last] times
-// the weight, [R, H], or [H, R] if kTransposed. Returns the sums.
+// sums [kBlockT, kBlockR] float32 in shared memory, kStrideSum a row, = rows[first_token ...][first
+// ... last] times the weight, [R, H], or [H, R] if kTransposed. Returns the sums.
 template <typename Shape, bool kTransposed, typename Transform>
 __device__ __forceinline__ float* multiply_into_bottleneck(unsigned char* shared,
                                                            const Matrix& rows, const Matrix& weight,
@@ -102,7 +104,8 @@ __device__ __forceinline__ float* multiply_into_bottleneck(unsigned char* shared
 
   float* sums = reinterpret_cast<float*>(shared + Shape::kBottleneckBytes);
   __syncthreads();  // the sums take the place of tiles that other warps may still read
-  store_product(sums + place.row * kBlockR + place.part * Shape::kUnitsPerWarp, kBlockR, acc);
+  store_product(sums + place.row * Shape::kStrideSum + place.part * Shape::kUnitsPerWarp,
+                Shape::kStrideSum, acc);
   __syncthreads();
   return sums;
 }
@@ -178,7 +181,7 @@ __device__ __forceinline__ void store_partial(const View& partial, int64_t split
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float v[kVector];
-        load_whole(v, sums + row * Shape::kBlockR + unit);
+        load_whole(v, sums + row * Shape::kStrideSum + unit);
         store_vector(slice, first_token + row, unit, v);
       });
 }

@@ -125,6 +125,9 @@ ARCHS = ("sm_80", "sm_90a", "compute_90")
         (ARCHS, (12, 0), False),  # too little shared memory
         (("sm_80", "compute_80"), (9, 0), False),
         (("sm_80", "sm_100"), (9, 0), False),
+        (("sm_90a", "compute_90a"), (10, 0), False),  # of 9.0 alone
+        (("sm_90",), (10, 0), False),
+        (("sm_100",), (10, 3), True),
         ((), (9, 0), False),
     ],
 )

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         return _refuse(f"a search needs the triton backend on a GPU: {reason}")
     gpu = torch.cuda.get_device_name()
-    device = tuned.device_of(torch.cuda.get_device_properties(0))
+    device = tuned.device_of(0)
     path = arguments.out or tuned.FOLDER / f"{environment.folder_name(gpu)}.json"
     try:
         entries = _entries(path, gpu, device)

@@ -146,6 +146,18 @@ def test_the_present_gpus_of_some_properties_are_named(monkeypatch):
     assert tuned.present(replace(H200, num_sms=108)) == {"A100"}
 
 
+def test_shared_memory_comes_from_triton_where_torch_does_not_tell(monkeypatch):
+    driver = pytest.importorskip("triton.runtime").driver
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101376 + index})
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _index: SimpleNamespace(multi_processor_count=84),
+    )
+    assert tuned.device_of(1) == launch_config.Device(84, 101377)
+
+
 @pytest.mark.parametrize("text", ['{"schema": "adapterkern-tuned/0"}', "{", "[]", "\xff"])
 def test_a_file_that_cannot_be_read_is_left_out_with_one_warning(folder, text):
     (folder / "old.json").write_text(text, encoding="latin-1")

@@ -259,9 +259,10 @@ def _problem(call: AdapterCall, num_tokens: int) -> Problem:
 
 @functools.cache
 def _device(device: torch.device) -> Device:
-    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the opt-in limit
-    clusters = extension.runs_clusters(properties.major, properties.minor)
-    memory = properties.shared_memory_per_block_optin if clusters else 0
+    properties = torch.cuda.get_device_properties(device)
+    module, memory = extension.load().module, 0
+    if module is not None and extension.runs_clusters(properties.major, properties.minor):
+        memory = module.shared_memory(device.index)
     return Device(properties.multi_processor_count, memory)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import re
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -100,8 +99,17 @@ def runs_clusters(major: int, minor: int) -> bool:
     They need code for 9.0 or later. Compute capability 12.x has clusters too, but not the shared
     memory that makes them worth it.
     """
-    numbers = (int(re.sub(r"\D", "", arch)) for arch in build_record().archs)
-    return major in (9, 10) and any(90 <= number <= 10 * major + minor for number in numbers)
+    device = 10 * major + minor
+    if major not in (9, 10):
+        return False
+    for arch in build_record().archs:
+        kind, _, name = arch.partition("_")
+        number = int(name.rstrip("af"))
+        # Machine code serves its own major version, PTX later ones too, "a" code its own alone.
+        serves = number == device if name[-1] in "af" else kind != "sm" or number // 10 == major
+        if serves and 90 <= number <= device:
+            return True
+    return False
 
 
 def code_on(device: torch.device) -> str:

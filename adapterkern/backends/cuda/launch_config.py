@@ -16,6 +16,9 @@ PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
 CLUSTER_BOTTLENECK_SIZE = 128  # the widest with a cluster form
 CLUSTER_FEATURES = 128  # below it, the blocks of a cluster would wait more than they work
+# A cluster lies within one GPC, which leaves some SMs without: 12 of 132 at 8 blocks, as reported
+# for H100 (github.com/NVIDIA/cutlass/issues/1921). The launch asks the device itself.
+CLUSTER_SMS = 0.9
 # Bytes through distributed shared memory per byte of x and y, at most: it is slower than the
 # caches, and the cluster form wins by not reading x and the weights a second time.
 CLUSTER_EXCHANGE = 0.5
@@ -81,7 +84,7 @@ def cluster_bytes(features: int, tokens: int, width: int) -> int:
     panel = (2 * tokens * (PANEL + 8) + width * (PANEL + 8) + PANEL * (width + 8)) * 2
     warps_over_units = min(8 * 16 // tokens, width // 16)
     warps_over_features = 8 * 16 // tokens // warps_over_units
-    sums = max(warps_over_features * tokens * width * 4, 8 * 16 * (32 + 4) * 4)
+    sums = max(warps_over_features * tokens * (width + 8) * 4, 8 * 16 * (32 + 4) * 4)
     return features // PANEL * panel + tokens * (width + 8) * 2 + sums
 
 
@@ -101,7 +104,7 @@ def token_plan(problem: Problem, device: Device) -> TokenPlan:
     if 4 * blocks >= 3 * device.num_sms:
         return TokenPlan(Slices(0, 0))
     sizes = _cluster_sizes(problem, device, 16)
-    single = [size for size in sizes if size * cdiv(tokens, 16) <= device.num_sms]
+    single = [size for size in sizes if size * cdiv(tokens, 16) <= CLUSTER_SMS * device.num_sms]
     if single:
         return _clusters(problem, device, single[-1], 16)
     return TokenPlan(_slices(hidden, 2 * device.num_sms // blocks, SLICE_FEATURES, PANEL))

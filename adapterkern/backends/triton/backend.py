@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from adapterkern.backends.triton.launch_config import (
     Split,
     cdiv,
 )
-from adapterkern.backends.triton.tuned import token_plan, weight_gradient_plan
+from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
 from adapterkern.spec import AdapterCall, AdapterSpec
 
 try:
@@ -311,8 +310,7 @@ def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return _INTERPRETED
-    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the opt-in limit
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return device_of(device.index)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -162,13 +162,22 @@ def entries_for(device: Device) -> tuple[Entry, ...]:
 def present(device: Device) -> set[str]:
     """The names of this machine's GPUs that have these properties."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = (torch.cuda.get_device_properties(index) for index in range(count))
-    return {properties.name for properties in found if device_of(properties) == device}
+    return {
+        torch.cuda.get_device_properties(index).name
+        for index in range(count)
+        if device_of(index) == device
+    }
 
 
-def device_of(properties: Any) -> Device:
-    """The launch properties of a GPU, from those that torch gives."""
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+def device_of(index: int) -> Device:
+    """The launch properties of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    memory = getattr(properties, "shared_memory_per_block_optin", None)
+    if memory is None:  # torch 2.6
+        from triton.runtime import driver
+
+        memory = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Device(properties.multi_processor_count, memory)
 
 
 class TunedFile(NamedTuple):

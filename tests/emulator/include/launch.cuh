@@ -11,7 +11,8 @@ inline std::string launch_error;  // of the last launch that failed
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   const Params& params, cudaStream_t, unsigned cluster_size = 1) {
+                   const Params& params, cudaStream_t, unsigned cluster_size = 1,
+                   bool /* persistent */ = false) {
   try {
     emulator::launch(grid, threads, shared_bytes, cluster_size, [&] { kernel(params); });
     return cudaSuccess;
