@@ -306,7 +306,7 @@ template <typename Shape, typename Params>
 cudaError_t launch_cluster(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const auto size = static_cast<unsigned>(params.num_splits);
   return launch(kernel, dim3(static_cast<unsigned>(params.num_clusters) * size), Shape::kThreads,
-                Shape::shared_bytes(params.features_per_split), params, stream, size, true);
+                Shape::shared_bytes(params.features_per_split), params, stream, size);
 }
 
 }  // namespace adapterkern

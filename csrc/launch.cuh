@@ -3,6 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
+#include <map>
+#include <mutex>
+#include <tuple>
+
 namespace adapterkern {
 
 // What a kernel may use without asking for more.
@@ -11,25 +16,43 @@ constexpr int kDefaultSharedBytes = 48 * 1024;
 // Lets `kernel` use all the shared memory there is: a limit for this launch alone would race with
 // the launches of other threads.
 template <typename Params>
-cudaError_t allow_shared_memory(void (*kernel)(Params), int shared_bytes) {
-  if (shared_bytes <= kDefaultSharedBytes) return cudaSuccess;
-  int device = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+cudaError_t allow_shared_memory(void (*kernel)(Params), int device) {
+  int most = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// The blocks of a cluster follow one another along x. `persistent` blocks walk over the work with
-// any number of clusters, so there are no more than can run at once: one that had to wait would
-// begin its share when the others are done. A cluster lies within a GPC, which leaves some SMs out.
+// Makes `kernel` ready for a configuration, and tells how many of its clusters can run at once;
+// once for each device, for the driver's answers take longer than a launch.
+template <typename Params>
+cudaError_t prepare(void (*kernel)(Params), const cudaLaunchConfig_t& config, unsigned cluster_size,
+                    int* clusters) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Params), int, size_t, unsigned>, int> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(kernel, device, config.dynamicSmemBytes, cluster_size);
+  const auto found = known.find(key);
+  *clusters = found == known.end() ? INT_MAX : found->second;
+  if (found != known.end()) return cudaSuccess;
+  if (config.dynamicSmemBytes > kDefaultSharedBytes) error = allow_shared_memory(kernel, device);
+  if (error == cudaSuccess && cluster_size > 1) {
+    error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  }
+  if (error == cudaSuccess) known[key] = *clusters;
+  return error;
+}
+
+// The blocks of a cluster follow one another along x, and walk over the work with any number of
+// clusters, so there are no more than can run at once: one that had to wait would begin its share
+// when the others are done. A cluster lies within a GPC, which leaves some SMs out.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   const Params& params, cudaStream_t stream, unsigned cluster_size = 1,
-                   bool persistent = false) {
-  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
+                   const Params& params, cudaStream_t stream, unsigned cluster_size = 1) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = cluster_size;
@@ -41,13 +64,11 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = cluster_size > 1 ? 1 : 0;
-  if (persistent) {
-    int clusters = 0;
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (error != cudaSuccess) return error;
-    if (clusters == 0) return cudaErrorLaunchOutOfResources;
-    config.gridDim.x = min(grid.x, clusters * cluster_size);
-  }
+  int clusters = 0;
+  const cudaError_t error = prepare(kernel, config, cluster_size, &clusters);
+  if (error != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorLaunchOutOfResources;
+  if (cluster_size > 1) config.gridDim.x = min(grid.x, clusters * cluster_size);
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 

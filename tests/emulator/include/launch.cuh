@@ -11,8 +11,7 @@ inline std::string launch_error;  // of the last launch that failed
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   const Params& params, cudaStream_t, unsigned cluster_size = 1,
-                   bool /* persistent */ = false) {
+                   const Params& params, cudaStream_t, unsigned cluster_size = 1) {
   try {
     emulator::launch(grid, threads, shared_bytes, cluster_size, [&] { kernel(params); });
     return cudaSuccess;
