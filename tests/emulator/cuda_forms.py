@@ -44,9 +44,9 @@ FORMS = {
     "token_slices": Form(Device(8), 530, 33, 9, token_slices=True),
     "cluster": Form(Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64),
     "cluster_few": Form(
-        Device(12, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16
+        Device(14, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16
     ),
     "cluster_of_eight": Form(
-        Device(16, CLUSTER_MEMORY), 20, 1030, 100, feature_slices=8, cluster_tokens=16
+        Device(18, CLUSTER_MEMORY), 20, 1030, 100, feature_slices=8, cluster_tokens=16
     ),
 }

@@ -20,7 +20,7 @@ SIZES = (
     (Device(64), 5, 530, 20),
     (Device(8), 530, 33, 25),
     (Device(2, 227 * 1024), 150, 300, 20),
-    (Device(12, 227 * 1024), 37, 530, 20),
+    (Device(14, 227 * 1024), 37, 530, 20),
 )
 OPTIONS = ({"scaling": "channel", "skip": True}, {"layout": "rows", "bias": "none"})
 

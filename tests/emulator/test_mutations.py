@@ -120,7 +120,7 @@ CLUSTER_CASES = [
         Case(dtype=torch.bfloat16, shape=(150,), hidden_size=264, bottleneck_size=24),
     ),
     (
-        Device(12, CLUSTER_MEMORY),
+        Device(14, CLUSTER_MEMORY),
         Case(dtype=torch.bfloat16, shape=(37,), hidden_size=536, bottleneck_size=24),
     ),
 ]
