@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from dataclasses import replace
 
 import cuda_emulator
 import numpy as np
@@ -111,9 +112,11 @@ def test_cuda_matches_float64_with_every_option(kernels, monkeypatch, case, form
 
 HALVES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 # Sizes of whole vectors, which move as they lie.
-WHOLE_OPTIONS = options(
-    Case(shape=(37,), hidden_size=264, bottleneck_size=24), HALVES, every_dtype=False
-)
+WHOLE = Case(shape=(37,), hidden_size=264, bottleneck_size=24)
+WHOLE_OPTIONS = options(WHOLE, HALVES, every_dtype=False) + [
+    replace(WHOLE, dtype=dtype, scaling="channel", layout="rows", grad_layout="rows")
+    for dtype in HALVES
+]
 
 
 @pytest.mark.parametrize("form", ["row_block", "split", "cluster", "cluster_few"])
@@ -181,6 +184,17 @@ def test_cuda_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, 
     tensors = case.draw("cpu", seed=0)
     tensors["up_weight"].zero_()
     y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+    assert torch.equal(y, tensors["x"])
+
+
+@pytest.mark.parametrize("form", ["row_block", "split", "cluster", "cluster_few"])
+def test_cuda_float32_residual_stream_is_not_rounded(kernels, form):
+    """Half-precision products of a float32 x: what is added is x itself, not its tile."""
+    case = replace(WHOLE, dtype=torch.float32, autocast=torch.bfloat16, bias="down")
+    tensors = case.draw("cpu", seed=0)
+    tensors["up_weight"].zero_()
+    with emulated(kernels, FORMS[form].device):
+        y, _ = cuda.forward(case.make_call(tensors), save_z=False)
     assert torch.equal(y, tensors["x"])
 
 
