@@ -7,6 +7,8 @@ from adapterkern import dispatch, ops, reference
 from adapterkern.activations import canonical_name
 from adapterkern.spec import AdapterCall
 
+_NUMBERS = (float, int)  # a tuple: `float | int` makes a new object at every call
+
 
 def bottleneck_adapter(
     x: Tensor,
@@ -87,7 +89,7 @@ def make_call(
             raise ValueError(f'residual must be "input", a tensor or None, got {residual!r}.')
         add_input = True
     learned = scaling if isinstance(scaling, Tensor) else None
-    if learned is None and not isinstance(scaling, float | int):
+    if learned is None and not isinstance(scaling, _NUMBERS):
         kind = type(scaling).__name__
         raise TypeError(f"scaling must be a float or a tensor of shape [1] or [H], got a {kind}.")
     return AdapterCall(
@@ -102,12 +104,12 @@ def make_call(
         1.0 if learned is not None else float(scaling),
         add_input,
         canonical_name(activation),
-        _compute_dtype(x),
+        compute_dtype(x),
         dropout,
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")

@@ -6,6 +6,7 @@ follow. Both convert to the compute dtype themselves, so autocast stays out.
 """
 
 import contextlib
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,28 +15,36 @@ from torch.nn import functional as F
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.spec import AdapterCall
 
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
+
 
 def forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
     """y [..., H] and the pre-activation z [..., R], equations (1) to (4).
 
     Rounds where the eager composition rounds: z, a and u are each stored in the compute dtype.
     """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        with _without_autocast(call.x):
+            return _forward(call)
+    return _forward(call)
+
+
+def _forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
     dtype = call.compute_dtype
-    with _without_autocast(call.x):
-        z = F.linear(call.x.to(dtype), call.down_weight.to(dtype), _to(call.down_bias, dtype))
-        a = ACTIVATIONS[call.activation].value(z)
-        y = F.linear(a, call.up_weight.to(dtype), _to(call.up_bias, dtype))
-        if call.scaling is not None:
-            y = y * call.scaling
-        elif call.scale != 1.0:
-            y = y * call.scale
-        if call.dropout > 0:
-            y = F.dropout(y, call.dropout, training=True)
-        residual = call.x if call.add_input else call.residual
-        if residual is not None:
-            y = y + residual
-        if call.skip is not None:
-            y = y + call.skip
+    z = F.linear(_to(call.x, dtype), _to(call.down_weight, dtype), _to(call.down_bias, dtype))
+    a = ACTIVATIONS[call.activation].value(z)
+    y = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
+    if call.scaling is not None:
+        y = y * call.scaling
+    elif call.scale != 1.0:
+        y = y * call.scale
+    if call.dropout > 0:
+        y = F.dropout(y, call.dropout, training=True)
+    residual = call.x if call.add_input else call.residual
+    if residual is not None:
+        y = y + residual
+    if call.skip is not None:
+        y = y + call.skip
     return y, z
 
 
@@ -97,8 +106,9 @@ def _backward(
     return dx, d_down, d_up, d_down_bias, d_up_bias, d_scaling
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
+    # Tensor.to takes as long as a small addition even where there is nothing to convert.
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

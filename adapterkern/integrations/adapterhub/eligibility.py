@@ -8,8 +8,9 @@ from torch.nn.modules import module as torch_module
 from adapterkern.integrations.adapterhub.activations import activation_name
 from adapterkern.integrations.adapterhub.stock import Adapter, ParallelAdapter
 
-# down_weight, up_weight, down_bias, up_bias, activation. A plain tuple, as the cheapest there is.
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str]
+# down_weight, up_weight, down_bias, up_bias, activation, scaling. A plain tuple, as the cheapest
+# there is.
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, float | Tensor]
 
 _PLAIN = (nn.Parameter, Tensor)
 _NUMBERS = (type(None), float, int)
@@ -52,7 +53,8 @@ def parts_of(adapter: Any) -> Parts | str:
         return "hooks"
     down_weight, down_bias = _weight_and_bias(down)
     up_weight, up_bias = _weight_and_bias(up)
-    for parameter in (down_weight, up_weight, down_bias, up_bias, adapter.scaling):
+    scaling = state["scaling"] if "scaling" in state else state["_parameters"]["scaling"]
+    for parameter in (down_weight, up_weight, down_bias, up_bias, scaling):
         if type(parameter) in _NUMBERS:
             continue
         # DeepSpeed's ZeRO-3 marks what it gathers where a module is called, and else leaves empty.
@@ -60,7 +62,7 @@ def parts_of(adapter: Any) -> Parts | str:
             return "sharded"
     if not (down_weight.is_cpu or down_weight.is_cuda):
         return "sharded" if down_weight.is_meta else "device"
-    return down_weight, up_weight, down_bias, up_bias, activation
+    return down_weight, up_weight, down_bias, up_bias, activation, scaling
 
 
 def _weight_and_bias(linear: nn.Linear) -> tuple[Any, Any]:

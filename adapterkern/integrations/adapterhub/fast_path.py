@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.functional import make_call, run_call
+from adapterkern.functional import compute_dtype, run_call
 from adapterkern.integrations.adapterhub.eligibility import any_hooked, parts_of
 from adapterkern.integrations.adapterhub.inference import infer, reference_infers
 from adapterkern.integrations.adapterhub.reasons import REASONS
@@ -34,6 +34,7 @@ from adapterkern.integrations.adapterhub.stock import (
     ParallelAdapter,
     Stack,
 )
+from adapterkern.spec import AdapterCall
 
 # Levels of a model: which of the library's methods stand aside.
 OFF, ADAPTER, LAYER = 0, 1, 2
@@ -135,8 +136,8 @@ def _layer(adapter: Any, h: Tensor, inp: Tensor | None, layer_norm: Any) -> Tens
         if inp is None:
             return None
         if not ln_after:
-            return _adapt(adapter, parts, inp, h, None)
-        return _normalised(layer_norm, _adapt(adapter, parts, inp, inp, h))
+            return _adapt(parts, inp, h, None)
+        return _normalised(layer_norm, _adapt(parts, inp, inp, h))
     if inp is None and (ln_after or layer_norm):
         return None
     if residual is not True and residual is not False:
@@ -147,7 +148,7 @@ def _layer(adapter: Any, h: Tensor, inp: Tensor | None, layer_norm: Any) -> Tens
         x = _normalised(layer_norm, t)
         if residual and ln_after:
             h, skip = t, None  # the residuals h and inp add up to t, which is at hand
-    output = _adapt(adapter, parts, x, h if residual else x, skip)
+    output = _adapt(parts, x, h if residual else x, skip)
     return _normalised(layer_norm, output) if ln_after else output
 
 
@@ -156,10 +157,11 @@ def _normalised(layer_norm: Any, x: Any) -> Any:
     if x is None or not layer_norm:
         return x
     if type(layer_norm) is nn.LayerNorm and not any_hooked((layer_norm,)):
-        parameters = layer_norm.__dict__["_parameters"]
+        state = layer_norm.__dict__
+        parameters = state["_parameters"]
         if "weight" in parameters:  # not so in a replica of nn.DataParallel
             weight, bias = parameters["weight"], parameters["bias"]
-            return torch.layer_norm(x, layer_norm.normalized_shape, weight, bias, layer_norm.eps)
+            return torch.layer_norm(x, state["normalized_shape"], weight, bias, state["eps"])
     return layer_norm(x)
 
 
@@ -168,17 +170,18 @@ def _is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or _is_exporting()
 
 
-def _adapt(
-    adapter: Any, parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None
-) -> Tensor | None:
+def _adapt(parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None) -> Tensor | None:
     """The fused adapter; None where x and the parameters meet only under autocast, which is off."""
-    down_weight, up_weight, down_bias, up_bias, activation = parts
+    down_weight, up_weight, down_bias, up_bias, activation, scaling = parts
     if x.dtype != down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     tensors = (x, down_weight, up_weight, down_bias, up_bias)
     if reference_infers(x):
-        return infer(*tensors, activation, residual, skip, adapter.scaling)
-    return run_call(make_call(*tensors, residual, skip, activation, adapter.scaling, 0.0))
+        return infer(*tensors, activation, residual, skip, scaling)
+    residual, add_input = (None, True) if residual is x else (residual, False)
+    scale, learned = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
+    options = scale, add_input, activation, compute_dtype(x)
+    return run_call(AdapterCall(*tensors, residual, skip, learned, *options))
 
 
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
@@ -199,7 +202,7 @@ def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> A
         return _stock_single(self, adapter_setup, state, lvl)._replace(bottleneck_up=None)
     if type(adapter) is ParallelAdapter:
         residual = None  # the library adds it in post_forward
-    output = _adapt(adapter, parts, x, residual, None)
+    output = _adapt(parts, x, residual, None)
     if output is None:
         return _on_other_dtype(self, adapter_setup, state, lvl)
     return state._replace(hidden_states=output, last=adapter_setup)
