@@ -67,7 +67,7 @@ ACTIVATIONS: dict[str, Activation] = {
             _gelu_tanh_derivative,
             ("gelu_new",),
         ),
-        Activation("relu", F.relu, lambda z: (~(z <= 0)).to(z.dtype)),  # 1 at NaN, as in autograd
+        Activation("relu", torch.relu, lambda z: (~(z <= 0)).to(z.dtype)),  # 1 at NaN, as autograd
         Activation("silu", F.silu, _silu_derivative, ("swish",)),
         Activation("tanh", torch.tanh, _tanh_derivative),
         Activation("sigmoid", torch.sigmoid, _sigmoid_derivative),
