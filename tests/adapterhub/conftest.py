@@ -18,8 +18,9 @@ def clean_slate():
         fast_path = sys.modules.get("adapterkern.integrations.adapterhub.fast_path")
         if fast_path is not None:
             from adapterkern.integrations import adapterhub
+            from adapterkern.integrations.adapterhub.patching import is_installed
 
-            if fast_path.token is not None:
+            if is_installed():
                 adapterhub.unpatch()
             fast_path.warned.clear()
 

@@ -14,6 +14,7 @@ from adapterhub_models import bert, run
 
 from adapterkern.integrations import adapterhub
 from adapterkern.integrations.adapterhub import fast_path
+from adapterkern.integrations.adapterhub.patching import is_installed
 
 
 def hook(model: nn.Module) -> None:
@@ -96,7 +97,7 @@ def test_unsupported_configurations_stay_stock_and_say_why(reason, config, count
     adapterhub.unpatch()
     with pytest.raises(adapterhub.UnsupportedAdapterError, match=r"layer\.1\.output \(a\)"):
         adapterhub.patch(model, strict=True)
-    assert fast_path.token is None
+    assert not is_installed()
 
 
 @pytest.mark.parametrize("change", [hook, override, wrap, subclass], ids=lambda f: f.__name__)
@@ -317,7 +318,8 @@ def test_compile_makes_no_graph_more_than_stock_and_puts_the_operation_into_it(n
     inputs = models.inputs(name)
     compiled, stock = graphs_of(model)
     expected = compiled(**inputs)[0]
-    adapterhub.patch(model)
+    with pytest.warns(adapterhub.FallbackWarning, match=r"call torch\.compiler\.reset\(\)"):
+        adapterhub.patch(model)
     compiled, graphs = graphs_of(model)
     torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
     assert len(graphs) == len(stock)
@@ -325,6 +327,11 @@ def test_compile_makes_no_graph_more_than_stock_and_puts_the_operation_into_it(n
     if setup == "a":
         assert len(graphs) == 1
     torch._dynamo.reset()
+    adapterhub.unpatch()
+    fast_path.warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", adapterhub.FallbackWarning)
+        adapterhub.patch(model)  # nothing is compiled any more
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
@@ -352,3 +359,55 @@ def test_eager_use_of_models_compiles_no_compiled_one_anew(patched):
                 compiled(**models.inputs("bert"))
         assert (first, len(graphs)) == (1, 1)
     torch._dynamo.reset()
+
+
+class ActingDropout(nn.Dropout):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize(
+    ("dropout", "reason"),
+    [(nn.Identity(), ""), (nn.Dropout(0.0), ""), (ActingDropout(0.0), "dropout")],
+    ids=["identity", "plain", "subclass"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_other_dropout_modules_keep_their_behaviour(counted, dropout, reason, training):
+    check_replaced(counted, "dropout", dropout, reason, training)
+
+
+def test_other_activation_modules_run_as_what_they_are(counted):
+    check_replaced(counted, "adapter_down.1", nn.Tanh(), "", training=False)
+    check_replaced(counted, "adapter_down.1", nn.Hardtanh(), "activation", training=False)
+
+
+def check_replaced(counted, name, module, reason, training):
+    counted.clear()
+    model = bert()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    adapter = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter.set_submodule(name, module)
+    model.train(training)
+    torch.manual_seed(0)
+    expected = run(model)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with adapterhub.patched(model) as report:
+            torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-6)
+    assert report.rows[0].reason == reason
+    assert len(counted) == (1 if reason else 2)
+
+
+def test_a_fusion_of_an_empty_stack_fails_as_the_library_does():
+    model = bert("seq_bn[reduction_factor=4]", "seq_bn[reduction_factor=4,leave_out=[0]]")
+    model.add_adapter_fusion(ac.Fuse("b", "a"))
+    model.set_active_adapters(ac.Fuse(ac.Stack("b"), "a"))
+    for patched in (False, True):
+        if patched:
+            with pytest.warns(adapterhub.FallbackWarning):
+                adapterhub.patch(model)
+        with pytest.raises(TypeError, match="expected Tensor as element 0"):
+            run(model)

@@ -1,6 +1,7 @@
 """What `patch` promises beside the maths: scope, switching, fallbacks, warnings, errors."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -21,6 +22,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 import adapterkern as ak
 from adapterkern.integrations import adapterhub
 from adapterkern.integrations.adapterhub import fast_path, stock
+from adapterkern.integrations.adapterhub.patching import is_installed
 
 STOCK_METHODS = {
     name: getattr(BottleneckLayer, name)
@@ -122,7 +124,7 @@ def test_patched_restores_what_was_before(counted):
     with adapterhub.patched(model):
         run(model)
     assert len(counted) == 2
-    assert fast_path.token is None
+    assert not is_installed()
     adapterhub.patch(other)
     with adapterhub.patched(model):
         run(model)
@@ -133,6 +135,66 @@ def test_patched_restores_what_was_before(counted):
     with pytest.raises(RuntimeError, match="boom"), adapterhub.patched(other, layer_level=False):
         raise RuntimeError("boom")
     assert fast_path.level_of(other.adapters_config) == fast_path.LAYER
+
+
+def test_blocks_that_are_not_nested_leave_each_other_s_models_alone(counted):
+    first, second, third = bert(), bert(), bert()
+    outer, inner = adapterhub.patched(first), adapterhub.patched(second)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    run(first)
+    assert not counted
+    run(second)
+    assert len(counted) == 2
+    inner.__exit__(None, None, None)
+    assert not is_installed()
+    adapterhub.patch(third, strict=True)
+    run(third)
+    assert len(counted) == 4
+
+
+def test_what_is_patched_within_a_block_of_another_model_stays_patched(counted):
+    first, second = bert(), bert()
+    with adapterhub.patched(first):
+        adapterhub.patch(second)
+    run(first)
+    assert not counted
+    run(second)
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["all-models", "one-model"])
+def test_unpatching_within_a_block_leaves_nothing_half_patched(counted, everything):
+    model, other = bert(), bert()
+    adapterhub.patch(model)
+    with adapterhub.patched(model):
+        adapterhub.unpatch(None if everything else model)
+        run(model)
+        assert not counted
+    assert adapterhub.explain(model).patched == (not everything)
+    assert is_installed() == (not everything)
+    run(model)
+    assert len(counted) == (0 if everything else 2)
+    adapterhub.patch(other)
+    run(other)
+    assert len(counted) == (2 if everything else 4)
+
+
+def test_unpatching_one_model_spares_others_that_the_collector_does_not_show(counted):
+    first, second = bert(), bert()
+    adapterhub.patch(first)
+    adapterhub.patch(second)
+    twin = copy.deepcopy(second)
+    del second
+    gc.collect()
+    gc.freeze()
+    try:
+        adapterhub.unpatch(first)
+    finally:
+        gc.unfreeze()
+    run(twin)
+    assert len(counted) == 2
 
 
 def test_patch_without_a_model_covers_models_that_were_taken_out_or_patched_otherwise(counted):
@@ -384,14 +446,14 @@ def test_a_model_without_adapters_is_refused():
     for function in (adapterhub.patch, adapterhub.unpatch, adapterhub.explain):
         with pytest.raises(ValueError, match=r"adapters\.init"):
             function(model)
-    assert fast_path.token is None
+    assert not is_installed()
 
 
 @pytest.mark.parametrize("function", ["patch", "unpatch", "explain"])
 def test_what_is_no_model_is_refused(function):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         getattr(adapterhub, function)("x")
-    assert fast_path.token is None
+    assert not is_installed()
 
 
 def test_errors_and_warnings_have_names_in_the_package():
@@ -456,4 +518,24 @@ def test_explain_respects_a_surrounding_setup():
     model.add_adapter_fusion(ac.Fuse("a", "b"))
     with AdapterSetup(ac.Fuse("a", "b")):
         assert {row.reason for row in adapterhub.explain(model).rows} == {"fuse"}
+    assert {row.reason for row in adapterhub.explain(model).rows} == {""}
+
+
+def test_explain_tells_models_of_one_container_apart():
+    both = nn.ModuleList([bert(), bert()])
+    adapterhub.patch(both[0])
+    report = adapterhub.explain(both)
+    assert str(report).splitlines()[0] == "2 of 4 adapter layers run fused (patched)"
+    assert {(row.layer[0], row.reason) for row in report.rows} == {("0", ""), ("1", "unpatched")}
+
+
+@pytest.mark.parametrize("config", ["seq_bn", "mam"])
+def test_explain_sees_another_dtype_beside_heads_and_other_methods(config):
+    model = adapters.BertAdapterModel(models.CONFIGS["bert"]().config).to(torch.bfloat16)
+    model.add_classification_head("a")
+    model.add_adapter("a", config=config, set_active=True)
+    assert {row.reason for row in adapterhub.explain(model).rows} == {"dtype"}
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="adapter_to"):
+        adapterhub.patch(model, strict=True)
+    model.adapter_to("a", dtype=torch.bfloat16)
     assert {row.reason for row in adapterhub.explain(model).rows} == {""}

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from torch import Tensor
 
 from adapterkern.activations import canonical_name
 from adapterkern.errors import UnsupportedAdapterError
-from adapterkern.integrations.adapterhub.configs import Config, activation_of, resolve
-from adapterkern.integrations.adapterhub.contents import problems_of
+from adapterkern.integrations.adapterhub.configs import Config, activation_of, is_union, resolve
+from adapterkern.integrations.adapterhub.contents import (
+    entry_problems,
+    problems_of,
+    renamed,
+    unwritable,
+    wrong_kinds,
+)
 from adapterkern.integrations.adapterhub.conversion import adapter_from_tensors
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -50,7 +57,7 @@ class AdapterCheckpoint:
     """A saved bottleneck adapter.
 
     Attributes:
-        name: the adapter's name.
+        name: the adapter's name; `save` writes all weights under it.
         layers: the layer's name in the base model, as saved, to its adapter.
         config: the bottleneck configuration with all defaults, as the library names the fields;
             of a union, the first. `layers` is what it describes; how a layer uses its adapter
@@ -59,6 +66,7 @@ class AdapterCheckpoint:
         metadata: the file's other entries: model_type, hidden_size, version, ...
         other_weights: what is not of a bottleneck adapter: invertible adapters, and the other
             methods of a union; kept for `save`.
+        saved_name: the name under which `other_weights` stand, where it is not `name`.
     """
 
     name: str
@@ -67,6 +75,7 @@ class AdapterCheckpoint:
     saved_config: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     other_weights: dict[str, Tensor] = field(default_factory=dict)
+    saved_name: str | None = None
 
 
 def load(
@@ -110,7 +119,8 @@ def load(
     config = configs[0]
     built = {layer: _adapter(tensors, config) for layer, tensors in layers.items()}
     rest = {key: value for key, value in meta.items() if key not in ("config", "name")}
-    return AdapterCheckpoint(meta["name"], built, config, meta["config"], rest, other)
+    name = meta["name"]
+    return AdapterCheckpoint(name, built, config, meta["config"], rest, other, saved_name=name)
 
 
 def save(
@@ -123,49 +133,101 @@ def save(
 
     Args:
         checkpoint: what `load` returned, or one made by hand: `config` may then also be the name of
-            a preset, and `metadata` should hold model_type and hidden_size.
+            a preset or a union, and `metadata` should hold model_type and hidden_size.
         folder: where to write.
         safetensors: write adapter.safetensors instead of pytorch_adapter.bin; the library reads it
             with `load_adapter(folder, use_safetensors=True)`.
 
     Raises:
-        ValueError: the adapters do not fit the configuration; nothing was written.
+        TypeError: the checkpoint or a part of it is of a wrong kind; nothing was written.
+        ValueError: the adapters do not fit the configuration, the library would not load the name
+            or would lose some of `other_weights`; nothing was written.
+        UnsupportedAdapterError: as `load`; nothing was written.
         FileExistsError: `folder` is a file; nothing was written.
         ImportError: `safetensors` is asked for and not installed; nothing was written.
     """
-    folder = os.fspath(folder)
+    folder = os.fsdecode(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise FileExistsError(f"{folder} is a file; save needs a folder, new or old.")
-    union = _is_union(checkpoint.saved_config)
-    configs = resolve(checkpoint.saved_config if union else checkpoint.config, versioned=True)
-    layers = {layer: _tensors(adapter) for layer, adapter in checkpoint.layers.items()}
-    problems = problems_of(layers, configs, checkpoint.metadata.get("hidden_size"))
-    for layer, adapter in checkpoint.layers.items():
-        problems += [f"{layer} {problem}" for problem in _option_problems(adapter, configs[0])]
-    if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"the adapters do not fit their configuration:{listing}")
+    _refuse_kinds(checkpoint)
+    union = _union_of(checkpoint)
+    configs = resolve(_plain(checkpoint.config) if union is None else union, versioned=True)
     meta = {
         "version": _VERSION,
         **checkpoint.metadata,
         "name": checkpoint.name,
-        "config": checkpoint.saved_config if union else configs[0],
+        "config": configs[0] if union is None else union,
     }
+    layers = {layer: _tensors(adapter) for layer, adapter in checkpoint.layers.items()}
+    other, problems = renamed(checkpoint.other_weights, checkpoint.saved_name, checkpoint.name)
+    problems += unwritable(meta) or problems_of(layers, configs, meta.get("hidden_size"))
+    for layer, adapter in checkpoint.layers.items():
+        problems += [f"{layer} {problem}" for problem in _option_problems(adapter, configs[0])]
+    problems += _union_problems(_plain(checkpoint.config), configs) if union is not None else []
     weights = {
-        f"{layer}.adapters.{checkpoint.name}.{key}": tensors[parameter].detach().cpu().contiguous()
+        f"{layer}.adapters.{checkpoint.name}.{key}": tensors[parameter]
         for layer, tensors in layers.items()
         for key, parameter in _PARAMETERS.items()
         if parameter in tensors
     }
-    _write(folder, meta, {**weights, **checkpoint.other_weights}, safetensors)
+    problems += [f"{k} is on the meta device" for k, w in {**weights, **other}.items() if w.is_meta]
+    if problems:
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"the checkpoint does not fit its configuration or a folder:{listing}")
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    _write(folder, meta, {**weights, **other}, safetensors)
+
+
+def _refuse_kinds(checkpoint: AdapterCheckpoint) -> None:
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        raise TypeError(
+            f"save needs an AdapterCheckpoint, got a {type(checkpoint).__name__}.\n"
+            "  hint: load returns one; AdapterCheckpoint(name, layers, config) makes one by hand"
+        )
+    entries = {
+        "config": _plain(checkpoint.config),
+        "saved_config": _plain(checkpoint.saved_config),
+        "metadata": checkpoint.metadata,
+    }
+    problems = wrong_kinds(checkpoint.name, checkpoint.layers, checkpoint.other_weights, entries)
+    if problems:
+        listing = "".join(f"\n  - {problem}" for problem in problems)
+        raise TypeError(
+            f"the checkpoint has parts that no folder can hold:{listing}\n"
+            "  hint: layers are BottleneckAdapters, other_weights tensors, the rest what JSON holds"
+        )
+
+
+def _plain(config: Any) -> Any:
+    """A dict of what may be one of the library's own configuration objects."""
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+def _union_of(checkpoint: AdapterCheckpoint) -> Any:
+    """The union to write, of which `config` may be but the first bottleneck configuration."""
+    both = (_plain(config) for config in (checkpoint.config, checkpoint.saved_config))
+    return next((config for config in both if is_union(config)), None)
+
+
+def _union_problems(config: Any, configs: list[Config]) -> list[str]:
+    """`config` is not written where a union is, so what was changed there would be lost."""
+    if is_union(config):
+        return []
+    (found, *_) = resolve(config, versioned=True)
+    changed = [key for key in found if found[key] != configs[0].get(key)]
+    return [
+        f"{key} is {found[key]!r} in config, {configs[0].get(key)!r} in the union of saved_config, "
+        "which is what a folder holds"
+        for key in changed
+    ]
 
 
 def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: bool) -> None:
     """Complete both files aside; then the old configuration goes first and the new comes last."""
     written, stale = (SAFE_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFE_NAME)
-    created = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
+    made = [path for path in (Path(folder), *Path(folder).parents) if not path.is_dir()]
     try:
+        os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
             with open(os.path.join(aside, CONFIG_NAME), "w", encoding="utf-8") as file:
                 json.dump(meta, file, indent=2, sort_keys=True)
@@ -181,9 +243,9 @@ def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: boo
             for name in (written, CONFIG_NAME):
                 os.replace(os.path.join(aside, name), os.path.join(folder, name))
     except BaseException:
-        if created:
+        for path in made:
             with contextlib.suppress(OSError):
-                os.rmdir(folder)  # only if it is empty
+                path.rmdir()  # only if it is empty
         raise
 
 
@@ -214,13 +276,9 @@ def _read_config(folder: str) -> dict[str, Any]:
                 else ""
             )
         )
-    size = meta.get("hidden_size")
-    for name, expected, holds in (
-        ("name", "a string", isinstance(meta["name"], str)),
-        ("hidden_size", "a positive integer", size is None or (type(size) is int and size > 0)),
-    ):
-        if not holds:
-            raise ValueError(f"{path}: {name} must be {expected}, got {meta[name]!r}.")
+    problems = entry_problems(meta)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}.")
     return meta
 
 
@@ -267,8 +325,8 @@ def _sort_weights(
     layers: dict[str, dict[str, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        for old, new in _LEGACY.items():
-            key = key.replace(old, new)
+        for old, new in _LEGACY.items():  # with the name, which may be that of a legacy module
+            key = key.replace(f"{old}.{name}.", f"{new}.{name}.")
         layer, found, parameter = key.partition(f".adapters.{name}.")
         if found:
             layers.setdefault(layer, {})[_PARAMETERS.get(parameter, parameter)] = tensor
@@ -309,7 +367,3 @@ def _tensors(adapter: BottleneckAdapter) -> dict[str, Tensor]:
         "scaling": adapter.scaling if isinstance(adapter.scaling, Tensor) else None,
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def _is_union(config: Any) -> bool:
-    return isinstance(config, Mapping) and config.get("architecture") == "union"

@@ -69,6 +69,17 @@ PRESETS: dict[str, Config] = {
     "compacter++": {**_SEQ, **_PHM},
     "compacter": {**_DOUBLE, **_PHM},
 }
+# Presets of other methods: they have a place in a union, and no bottleneck adapter.
+_OTHERS = (
+    *("prefix_tuning", "prefix_tuning_flat", "prompt_tuning", "mtl_lora", "lora", "ia3"),
+    *("vera", "dora", "dvora", "loreft", "noreft", "direft"),
+)
+# Presets that are unions: their bottleneck adapter, and the fields that all their parts have.
+_ALL_HAVE = {"leave_out", "dropout", "use_gating", "init_weights_seed"}
+_UNIONS: dict[str, tuple[Config, set[str]]] = {
+    "mam": (_PARALLEL, _ALL_HAVE | {"non_linearity"}),
+    "unipelt": ({**_SEQ, "use_gating": True}, _ALL_HAVE),
+}
 _ALIASES = {
     "pfeiffer": "seq_bn",
     "houlsby": "double_seq_bn",
@@ -89,22 +100,14 @@ def resolve(config: Any, versioned: bool) -> list[Config]:
     Args:
         config: a dict of fields, the name of a preset with or without [field=value, ...], several
             of those joined by |, or a union of configurations.
-        versioned: whether the file names the library's version. Where it does not, "gelu" means
-            "gelu_new" and "gelu_orig" means "gelu".
+        versioned: whether the file names the library's version. Where it does not, "gelu" in a dict
+            of fields means "gelu_new" and "gelu_orig" means "gelu".
 
     Raises:
         ValueError: it is none of these, names no bottleneck adapter, or a field is not valid.
         UnsupportedAdapterError: the adapters have no `BottleneckAdapter`; the message says why.
     """
-    if isinstance(config, str):
-        parts = [_preset(part.strip()) for part in config.split("|")]
-    elif isinstance(config, Mapping) and config.get("architecture") == "union":
-        children = config.get("configs")
-        if not isinstance(children, Sequence) or isinstance(children, str):
-            raise ValueError(f"configs of a union must be a list, got {children!r}.")
-        parts = [p for c in children for p in _resolve_part(c)]
-    else:
-        parts = _resolve_part(config)
+    parts = [part for member in _members(config) for part in _resolve_part(member)]
     if not parts:
         raise ValueError(
             f"the configuration has no bottleneck adapter: {config!r}.\n"
@@ -118,13 +121,42 @@ def resolve(config: Any, versioned: bool) -> list[Config]:
         ]
         if problems:
             raise ValueError(f"the configuration is not valid: {'; '.join(problems)}.")
+        part["leave_out"] = list(part["leave_out"])  # the default's own is shared
         if _is_number(part["scaling"]):
             part["scaling"] = float(part["scaling"])  # the library takes no other number
-        if not versioned:
+        if not versioned and isinstance(config, Mapping) and not is_union(config):
             name = part["non_linearity"]
             part["non_linearity"] = _RENAMED.get(name, name)
         _refuse_unsupported(part)
     return parts
+
+
+def is_union(config: Any) -> bool:
+    """Whether a configuration, as saved, is one of several methods or places at once."""
+    if isinstance(config, str):
+        return "|" in config or config.partition("[")[0].strip() in _UNIONS
+    return isinstance(config, Mapping) and config.get("architecture") == "union"
+
+
+def _members(config: Any) -> Sequence[Any]:
+    """The parts of a union, or the configuration alone; a preset that is a union counts as one."""
+    if isinstance(config, str):
+        members: Any = [part.strip() for part in config.split("|")]
+        if len(members) == 1:
+            return members
+    elif is_union(config):
+        members = config.get("configs")
+        if not isinstance(members, Sequence) or isinstance(members, str):
+            raise ValueError(f"configs of a union must be a list, got {members!r}.")
+    else:
+        return [config]
+    inner = [member for member in members if is_union(member)]
+    if inner:
+        raise ValueError(
+            f"a union cannot be part of a union, got {inner[0]!r} in {config!r}.\n"
+            "  hint: name its parts themselves"
+        )
+    return members
 
 
 def _is_number(value: Any) -> bool:
@@ -161,7 +193,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _resolve_part(config: Any) -> list[Config]:
     """One configuration of a union in a list; none where it is not a bottleneck adapter's."""
     if isinstance(config, str):
-        return [_preset(config)]
+        return _preset(config)
     if not isinstance(config, Mapping):
         raise ValueError(f"a configuration is a dict or the name of a preset, got {config!r}.")
     if config.get("architecture") not in (None, "bottleneck"):
@@ -190,18 +222,27 @@ def _resolve_part(config: Any) -> list[Config]:
     return [config]
 
 
-def _preset(text: str) -> Config:
+def _preset(text: str) -> list[Config]:
     match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text)
-    name = match and _ALIASES.get(match[1], match[1])
-    if not match or name not in PRESETS:
-        raise ValueError(
-            f"unknown configuration {text!r}.\n  hint: known presets are {', '.join(PRESETS)}."
-        )
+    name = _ALIASES.get(match[1], match[1]) if match else ""
+    if not match or name not in (*PRESETS, *_OTHERS, *_UNIONS):
+        known = ", ".join((*PRESETS, *_UNIONS, *_OTHERS))
+        raise ValueError(f"unknown configuration {text!r}.\n  hint: known presets are {known}.")
     pairs = re.sub(r"(\w+)=", r"'\1':", match[2] or "")
     try:
-        return {**PRESETS[name], **ast.literal_eval("{" + pairs + "}")}
-    except (SyntaxError, ValueError) as error:
+        fields = ast.literal_eval("{" + pairs + "}")
+        if not isinstance(fields, dict):
+            raise ValueError("not field=value")
+    except (SyntaxError, ValueError, TypeError) as error:
         raise ValueError(f"the fields of the configuration {text!r} cannot be read.") from error
+    preset, allowed = _UNIONS.get(name) or (PRESETS.get(name), set(fields))
+    if not set(fields) <= allowed:
+        raise ValueError(
+            f"{text!r} sets {', '.join(sorted(set(fields) - allowed))}, which not all parts of the "
+            f"union {name!r} have; those are {', '.join(sorted(allowed))}.\n"
+            "  hint: name the parts, such as prefix_tuning[...]|par_bn[...]"
+        )
+    return [{**preset, **fields}] if preset else []
 
 
 def _refuse_unsupported(config: Config) -> None:

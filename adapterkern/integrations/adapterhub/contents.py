@@ -1,17 +1,107 @@
-"""Whether the weights of an adapter folder are those that its configuration speaks of."""
+"""Whether an adapter folder holds what it should: entries, and weights its configuration names."""
 
+import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkern.integrations.adapterhub.configs import Config
+from adapterkern.modules.bottleneck import BottleneckAdapter
 
 Layers = Mapping[str, Mapping[str, Tensor]]  # layer to parameter to tensor
 # A stack's name up to the layer's number, to the rest of the name (the location), to the numbers.
 Stacks = dict[str, dict[str, set[int]]]
 
+# The modules in which the library keeps adapters by name; what stands there is an adapter's.
+_HOLDERS = (
+    r"(?:^|\.)(?:\w*adapters|prefix_tunings|prefix_gates|loras|refts|prompt_tunings"
+    r"|shared_parameters)\."
+)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def entry_problems(meta: Mapping[str, Any]) -> list[str]:
+    """A sentence for every entry beside the configuration that no folder can have."""
+    size = meta.get("hidden_size")
+    return [
+        f"{name} must be {expected}, got {meta[name]!r}"
+        for name, expected, holds in (
+            ("name", "a string", isinstance(meta["name"], str)),
+            ("hidden_size", "a positive integer", size is None or (type(size) is int and size > 0)),
+        )
+        if not holds
+    ]
+
+
+def unwritable(meta: Mapping[str, Any]) -> list[str]:
+    """A sentence for every entry with which the library would not load the folder.
+
+    It makes the name a key of an `nn.ModuleDict`, which takes no attribute of its own for one.
+    """
+    problems = entry_problems(meta)
+    name, version = meta["name"], meta["version"]
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        problems.append(
+            'name must be a string without ".", not empty and no attribute of nn.ModuleDict, '
+            f"got {name!r}"
+        )
+    if not isinstance(version, str):
+        problems.append(f"version must be a string or not in the metadata, got {version!r}")
+    return problems
+
+
+def wrong_kinds(
+    name: object, layers: object, other_weights: object, entries: Mapping[str, object]
+) -> list[str]:
+    """A sentence for every part of a checkpoint of a kind that no folder can hold."""
+    problems = [] if isinstance(name, str) else [f"name must be a string, got {name!r}"]
+    for title, mapping, kind in (
+        ("layers", layers, BottleneckAdapter),
+        ("other_weights", other_weights, Tensor),
+        ("metadata", entries["metadata"], object),
+    ):
+        if not isinstance(mapping, Mapping):
+            problems.append(f"{title} must be a dict, got a {type(mapping).__name__}")
+            continue
+        problems += [
+            f"{title}[{key!r}] must be a {kind.__name__}, got a {type(value).__name__}"
+            for key, value in mapping.items()
+            if not isinstance(value, kind)
+        ]
+    for title, entry in {"layers": layers, "other_weights": other_weights, **entries}.items():
+        problems += [
+            f"the keys of {title} must be strings, got {key!r}"
+            for key in (entry if isinstance(entry, Mapping) else ())
+            if not isinstance(key, str)
+        ]
+    for title, entry in entries.items():
+        parts = entry.items() if isinstance(entry, Mapping) else [(None, entry)]
+        for key, value in parts:
+            try:
+                json.dumps(value, sort_keys=True)
+            except (TypeError, ValueError, RecursionError) as error:
+                place = title if key is None else f"{title}[{key!r}]"
+                problems.append(f"{place} must be what JSON can hold, got {value!r} ({error})")
+    return problems
+
+
+def renamed(
+    weights: Mapping[str, Tensor], old: str | None, name: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of other methods under the adapter's present name, and why some would be lost."""
+    pattern = re.compile(rf"({_HOLDERS})(?:{re.escape(old or name)}|{re.escape(name)})\.")
+    moved: dict[str, Tensor] = {}
+    problems = []
+    for key, tensor in weights.items():
+        new, found = pattern.subn(lambda match: f"{match[1]}{name}.", key, count=1)
+        if not found and old != name:  # as loaded, whatever else stands there is copied
+            problems.append(f"other_weights[{key!r}] is not of the adapter {old or name!r}")
+        elif new in moved or f".adapters.{name}." in new:
+            problems.append(f"other_weights[{key!r}] would take another weight's place, {new}")
+        moved[new] = tensor
+    return moved, problems
 
 
 def problems_of(

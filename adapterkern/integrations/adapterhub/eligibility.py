@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from adapterkern.integrations.adapterhub.activations import activation_name
-from adapterkern.integrations.adapterhub.stock import Adapter, ParallelAdapter
+from adapterkern.integrations.adapterhub.stock import ActivationFunction, Adapter, ParallelAdapter
 
 # down_weight, up_weight, down_bias, up_bias, activation, scaling. A plain tuple, as the cheapest
 # there is.
@@ -20,7 +20,7 @@ def parts_of(adapter: Any) -> Parts | str:
     """What a fused call needs of an adapter, or the code in `REASONS` of what forbids the call."""
     kind = type(adapter)
     if kind is not Adapter and kind is not ParallelAdapter:
-        return "sharded" if "FullyShardedDataParallel" in kind.__name__ else "custom_class"
+        return "sharded" if _is_sharding(kind) else "custom_class"
     state = adapter.__dict__  # as everywhere below: half the time of an nn.Module's attributes
     if state["use_gating"]:
         return "gating"
@@ -37,10 +37,16 @@ def parts_of(adapter: Any) -> Parts | str:
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return _linear_reason(down) or _linear_reason(up) or "not_linear"
     function = non_linearity.__dict__["_modules"].get("f")
-    activation = activation_name(non_linearity.f if function is None else function)
+    if type(non_linearity) is not ActivationFunction:
+        activation = activation_name(non_linearity)
+    else:
+        activation = activation_name(non_linearity.f if function is None else function)
     if activation is None:
         return "activation"
-    if dropout.training and dropout.p > 0:
+    if type(dropout) is nn.Dropout:
+        if dropout.training and dropout.p > 0:
+            return "dropout"
+    elif type(dropout) is not nn.Identity:
         return "dropout"
     called: tuple[nn.Module, ...] = (adapter, sequence, down, non_linearity, up, dropout)
     if function is not None:
@@ -63,6 +69,11 @@ def parts_of(adapter: Any) -> Parts | str:
     if not (down_weight.is_cpu or down_weight.is_cuda):
         return "sharded" if down_weight.is_meta else "device"
     return down_weight, up_weight, down_bias, up_bias, activation, scaling
+
+
+def _is_sharding(kind: type) -> bool:
+    """Whether a class is FSDP's: the wrapper of the first one, the mix-in of fully_shard."""
+    return any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in kind.__mro__)
 
 
 def _weight_and_bias(linear: nn.Linear) -> tuple[Any, Any]:

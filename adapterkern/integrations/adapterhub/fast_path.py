@@ -16,6 +16,7 @@ modules, so copies, pickles, threads and DataParallel replicas need no care, and
 traces them without a graph break.
 """
 
+import uuid
 import warnings
 from typing import Any
 
@@ -52,7 +53,7 @@ _INLINED = {
 
 # A flag counts only under the token it was written with, so `patch()` and `unpatch()` forget every
 # flag at once, and a pickle does not carry the patch into another process.
-token: str | None = None
+token = uuid.uuid4().hex
 default = (OFF, False)  # level and strict of models without a flag
 warned: set[str] = set()
 _usual_classes: set[type] = set()
@@ -229,13 +230,26 @@ def _on_other_dtype(layer: Any, name: str, state: Any, lvl: int) -> Any:
         ) from error
 
 
+class _Mark:
+    """No tensor, so that where no child replaces it the library's error is the library's own."""
+
+    def __getitem__(self, _: Any) -> "_Mark":
+        return self
+
+    def repeat(self, *_: int) -> "_Mark":
+        return self
+
+
+_MARK = _Mark()
+
+
 def compose_fuse(self: Any, adapter_setup: Any, state: Any, lvl: int = 0) -> Any:
     """In place of the library's: marks the children's state, so `compose_single` lets them be."""
     if state.bottleneck_up is not None or level_of(self.adapters_config) == OFF:
         return _stock_fuse(self, adapter_setup, state, lvl)
     where = f"{adapter_setup!r}, {self.location_key} of layer {self.layer_idx}"
     report("fuse", where, self.adapters_config)
-    marked = state._replace(bottleneck_up=state.hidden_states)
+    marked = state._replace(bottleneck_up=_MARK)
     return _stock_fuse(self, adapter_setup, marked, lvl)._replace(bottleneck_up=None)
 
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import gc
+import re
+import sys
 import threading
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +33,9 @@ _METHODS = {
     name: (getattr(BottleneckLayer, name), getattr(fast_path, name))
     for name in ("bottleneck_layer_forward", "compose_single", "compose_fuse")
 }
+_ADDED = re.compile("adapter|lora|prefix|prompt|reft")  # in the names of what the library adds
+# By id, the configs that `patch` gave a flag.
+_flagged: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
@@ -67,7 +73,8 @@ def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel:
     level = LAYER if layer_level else ADAPTER
     configs = [] if model is None else configs_of(model)
     with _lock:
-        if fast_path.token is None:
+        is_first = not is_installed()
+        if is_first:
             require_known_version()
         report = Report(() if model is None else tuple(_rows(model)), patched=True)
         if strict and report.fallbacks:
@@ -77,7 +84,10 @@ def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel:
             fast_path.token, fast_path.default = uuid.uuid4().hex, (level, strict)
         for config in configs:
             setattr(config, FLAG, (fast_path.token, level, strict))
+        _flagged.update({id(config): config for config in configs})
     _warn(report, stacklevel)
+    if is_first:
+        _warn_of_compiled_models(stacklevel)
     return report
 
 
@@ -100,11 +110,11 @@ def unpatch(model: nn.Module | None = None) -> None:
                 )
             for config in configs:
                 setattr(config, FLAG, (fast_path.token, OFF, False))
-            if fast_path.default[0] == OFF and not _any_patched():
-                _uninstall()
-        elif fast_path.token is None:
+            _settle()
+        elif not is_installed():
             raise ValueError("no model is patched.\n  hint: adapterhub.patch() comes first")
         else:
+            fast_path.token, fast_path.default = uuid.uuid4().hex, (OFF, False)
             _uninstall()
 
 
@@ -112,21 +122,30 @@ def unpatch(model: nn.Module | None = None) -> None:
 def patched(
     model: nn.Module | None = None, *, strict: bool = False, layer_level: bool = True
 ) -> Iterator[Report]:
-    """`patch` within the block; after it the model, or with None the default, is as before."""
+    """`patch` within the block; after it the model is as before, whatever was patched meanwhile.
+
+    With None it is the default of all models that is as before, and what was said of single ones
+    before the block holds again; what was said of them within the block ends with it.
+    """
     configs = [] if model is None else configs_of(model)
-    token, default = fast_path.token, fast_path.default
-    flags = [getattr(c, FLAG, None) for c in configs]
+    with _lock:
+        token, default = fast_path.token, fast_path.default
+        flags = [getattr(config, FLAG, None) for config in configs]
+        is_alone = not is_installed()
     try:
         # Through contextlib, so that a warning points at the line of the `with`.
         yield _patch(model, strict, layer_level, stacklevel=5)
     finally:
         with _lock:
-            if token is None:
-                _uninstall()
-            else:
+            if model is None:
                 fast_path.token, fast_path.default = token, default
-                for config, flag in zip(configs, flags, strict=True):
-                    setattr(config, FLAG, flag)
+            for config, flag in zip(configs, flags, strict=True):
+                setattr(config, FLAG, flag)
+            others = [config for config in _flagged.values() if fast_path.level_of(config)]
+            if is_alone and not others and fast_path.default[0] == OFF:
+                _uninstall()  # what `_settle` finds, without a look at every object there is
+            else:
+                _settle()
 
 
 def explain(model: nn.Module) -> Report:
@@ -139,8 +158,9 @@ def explain(model: nn.Module) -> Report:
         TypeError: not a model.
         ValueError: the model was never given to `adapters.init`.
     """
-    patched = any(fast_path.level_of(config) for config in configs_of(model))
-    return Report(tuple(_rows(model)), patched)
+    levels = [fast_path.level_of(config) for config in configs_of(model)]
+    in_part = OFF in levels and any(levels)
+    return Report(tuple(_rows(model, in_part)), any(levels))
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -165,36 +185,47 @@ def configs_of(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def is_installed() -> bool:
+    """Whether the library's methods are replaced: while a model is patched, or all are."""
+    return BottleneckLayer.compose_single is fast_path.compose_single
+
+
 def _install() -> None:
-    if fast_path.token is None:
-        for name, (_, ours) in _METHODS.items():
-            setattr(BottleneckLayer, name, ours)
-        fast_path.token = uuid.uuid4().hex
+    for name, (_, ours) in _METHODS.items():
+        setattr(BottleneckLayer, name, ours)
 
 
 def _uninstall() -> None:
-    if fast_path.token is not None:
-        for name, (stock, _) in _METHODS.items():
-            setattr(BottleneckLayer, name, stock)
-        fast_path.token, fast_path.default = None, (OFF, False)
+    for name, (stock, _) in _METHODS.items():
+        setattr(BottleneckLayer, name, stock)
+
+
+def _settle() -> None:
+    """Replace the library's methods if something is patched, and give them back if nothing is."""
+    if fast_path.default[0] != OFF or _any_patched():
+        _install()
+    else:
+        _uninstall()
 
 
 def _any_patched() -> bool:
-    """Whether a living model's flag says so; copies of models carry flags of their own."""
-    return any(
-        issubclass(type(thing), ModelAdaptersConfig) and fast_path.level_of(thing) != OFF
-        for thing in gc.get_objects()
-    )
+    """Whether a living model's flag says so; copies of models carry flags of their own.
+
+    After gc.freeze() nobody can tell, and the methods, which ask every model's flag, may stay.
+    """
+    if any(fast_path.level_of(config) for config in _flagged.values()) or gc.get_freeze_count() > 0:
+        return True
+    kinds = {ModelAdaptersConfig, *ModelAdaptersConfig.__subclasses__()}
+    return any(type(thing) in kinds and fast_path.level_of(thing) for thing in gc.get_objects())
 
 
-def _rows(model: nn.Module) -> Iterator[Row]:
-    base_dtype = _base_dtype(model)
+def _rows(model: nn.Module, in_part: bool = False) -> Iterator[Row]:
     for name, layer in model.named_modules():
         if not isinstance(layer, BottleneckLayer) or not hasattr(layer, "adapters_config"):
             continue
         context = AdapterSetup.get_context()
         setup = layer.adapters_config.active_setup if context is None else context.adapter_setup
-        mixed = _under_fuse(setup)
+        mixed, base_dtype = _under_fuse(setup), _base_dtype(model, name)
         for adapter_name, adapter in layer.adapters.items():
             parts = parts_of(adapter)
             if isinstance(parts, str):
@@ -205,6 +236,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
                     reason = "fuse"
                 elif not _meets(base_dtype, parts[0]):
                     reason = "dtype"
+            if in_part and fast_path.level_of(layer.adapters_config) == OFF:
+                reason = "unpatched"
             path = "fallback" if reason else "fused"
             sizes = sizes_of(adapter)
             yield Row(name, layer.location_key, adapter_name, *sizes, activation, path, reason)
@@ -216,14 +249,18 @@ def _meets(base_dtype: torch.dtype | None, weight: torch.Tensor) -> bool:
     return same or torch.is_autocast_enabled(weight.device.type)
 
 
-def _base_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the base model's matrices, if it is one; norms are often wider."""
-    dtypes = {
-        parameter.dtype
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and "adapter" not in name
-    }
-    return dtypes.pop() if len(dtypes) == 1 else None
+def _base_dtype(model: nn.Module, layer: str) -> torch.dtype | None:
+    """The dtype of the matrices in the block around a layer, if it is one; norms are wider."""
+    while layer:
+        layer = layer.rpartition(".")[0]
+        dtypes = {
+            parameter.dtype
+            for name, parameter in model.get_submodule(layer).named_parameters()
+            if parameter.dim() >= 2 and parameter.is_floating_point() and not _ADDED.search(name)
+        }
+        if dtypes:
+            return dtypes.pop() if len(dtypes) == 1 else None
+    return None
 
 
 def _under_fuse(setup: Any, inside: bool = False) -> set[str]:
@@ -255,3 +292,16 @@ def _warn(report: Report, stacklevel: int) -> None:
                 FallbackWarning,
                 stacklevel=stacklevel,
             )
+
+
+def _warn_of_compiled_models(stacklevel: int) -> None:
+    """The library's own graphs have no guard on the methods that `patch` replaces."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    if getattr(dynamo, "FRAME_COUNTER", 0) > 0 and "compiled" not in fast_path.warned:
+        fast_path.warned.add("compiled")
+        warnings.warn(
+            "adapterkern: torch.compile ran before this patch, and a model that it compiled then "
+            "keeps its graph, which is the library's. Patch first, or call torch.compiler.reset().",
+            FallbackWarning,
+            stacklevel=stacklevel,
+        )

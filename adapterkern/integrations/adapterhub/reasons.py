@@ -8,7 +8,7 @@ REASONS = {
     "gating": "its output is gated by a mean over the sequence",
     "ln_before": "it has a LayerNorm of its own before the down-projection",
     "ln_after": "it has a LayerNorm of its own after the up-projection",
-    "dropout": "it drops out while training; in evaluation it runs fused",
+    "dropout": "it drops out while training; in evaluation it runs fused, if by a plain nn.Dropout",
     "stochastic_depth": "it drops whole rows while training; in evaluation it runs fused",
     "activation": "its activation has no fused form",
     "hooks": "hooks or an overridden forward run only where the module itself is called",
@@ -21,5 +21,6 @@ REASONS = {
         "its parameters and its input differ in dtype, which needs torch.autocast; "
         "model.adapter_to(name, dtype=...) converts an adapter"
     ),
+    "unpatched": "the model that it belongs to is not patched, unlike others here",
     "export": "the model is being traced or exported, where plain operations are wanted",
 }

@@ -25,6 +25,7 @@ try:
     from adapters.context import AdapterSetup, ForwardContext
     from adapters.methods.adapter_layer_base import AdapterLayerBase, ComposableAdapterLayerBase
     from adapters.methods.bottleneck import BottleneckLayer
+    from adapters.methods.modeling import Activation_Function_Class as ActivationFunction
     from adapters.methods.modeling import Adapter, ParallelAdapter
 except ImportError as error:
     version = getattr(adapters, "__version__", "(no version)")
@@ -33,6 +34,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ActivationFunction",
     "Adapter",
     "AdapterCompositionBlock",
     "AdapterSetup",
