@@ -184,6 +184,45 @@ def test_nemo_converts_without_a_norm_and_is_declined_with_one(x):
         adapterhub.from_module(NemoAdapter("post"))
 
 
+def test_nemo_with_other_layers_is_refused_by_what_they_are():
+    module = NemoAdapter(None)
+    module.module.append(nn.Tanh())
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="Linear, Swish, Linear, Tanh"):
+        adapterhub.from_module(module)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_dropout_comes_with_its_mode(x, training):
+    module = NemoAdapter(None)
+    module.dropout = nn.Dropout(0.5)
+    adapter = adapterhub.from_module(module.train(training))
+    assert (adapter.training, adapter.dropout) == (training, 0.5)
+    if not training:
+        check(module, lambda: adapter(x, residual=None), lambda: module(x))
+    module.dropout.train(not training)
+    assert adapterhub.from_module(module).training == (not training)
+    module.dropout = nn.AlphaDropout(0.5)
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="dropout is a AlphaDropout"):
+        adapterhub.from_module(module)
+
+
+def test_llm_adapters_that_are_switched_off_are_refused():
+    module = LlmAdaptersLinear("mh_adapter")
+    module.adapter_dropout.p = 0.0
+    module.disable_adapters = True
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="disable_adapters = False"):
+        adapterhub.from_module(module)
+
+
+def test_hooked_modules_are_refused():
+    hooked, overridden = SpeechBrainLinear(), SpeechBrainLinear()
+    hooked.adapter_up_proj.register_forward_hook(lambda *_: None)
+    overridden.adapter_down_proj.forward = lambda x: x
+    for module in (hooked, overridden):
+        with pytest.raises(adapterhub.UnsupportedAdapterError, match=r"hooks(.|\n)*take them off"):
+            adapterhub.from_module(module)
+
+
 def test_unknown_activations_and_modules_are_refused():
     def swish(z):  # of nobody that is known
         return z * torch.sigmoid(2 * z)
@@ -205,7 +244,13 @@ def test_unknown_activations_and_modules_are_refused():
 
 @pytest.mark.parametrize(
     "config",
-    ["seq_bn", "double_seq_bn[non_linearity='gelu']", "scaled_par_bn", "seq_bn[scaling='channel']"],
+    [
+        "seq_bn",
+        "double_seq_bn[non_linearity='gelu']",
+        "scaled_par_bn",
+        "seq_bn[scaling='channel']",
+        "seq_bn[dropout=0.5]",
+    ],
 )
 def test_adapterhub_modules_convert(config):
     pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
@@ -214,7 +259,7 @@ def test_adapterhub_modules_convert(config):
     model = models.build("bert")
     model.add_adapter("a", config=config)
     models.randomise_adapters(model)
-    module = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    module = model.get_submodule("encoder.layer.0.output").adapters["a"].eval()
     adapter = adapterhub.from_module(module)
     x, residual = torch.randn(2, 3, models.HIDDEN), torch.randn(2, 3, models.HIDDEN)
     parallel = type(module).__name__ == "ParallelAdapter"
@@ -256,5 +301,8 @@ def test_adapterhub_modules_with_stochastic_depth_are_refused_in_evaluation_too(
     module.DropPath.p = 0.1
     with pytest.raises(adapterhub.UnsupportedAdapterError, match=r"rows(.|\n)*DropPath\.p = 0"):
         adapterhub.from_module(module.eval())
+    parallel = models.bert("par_bn").get_submodule("encoder.layer.0.output").adapters["a"]
+    parallel.DropPath = module.DropPath  # which its forward does not call
+    assert adapterhub.from_module(parallel).down_proj.weight is parallel.adapter_down[0].weight
     module.DropPath.p = 0.0
     assert adapterhub.from_module(module).down_proj.weight is module.adapter_down[0].weight

@@ -112,10 +112,21 @@ def test_changed_modules_stay_stock_and_keep_their_behaviour(change, counted):
     assert len(counted) == 1
 
 
+def fully_shard(model: nn.Module) -> None:
+    """FSDP2 gives a module a class of its own, of which its mix-in is the first base."""
+
+    class FSDPModule:
+        pass
+
+    adapter = model.get_submodule("encoder.layer.0.output").adapters["a"]
+    adapter.__class__ = type("FSDPAdapter", (FSDPModule, type(adapter)), {})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (quantise, "quantized"),
+        (fully_shard, "sharded"),
         (to_meta, "sharded"),
         (partition, "sharded"),
         (partition_bias, "sharded"),

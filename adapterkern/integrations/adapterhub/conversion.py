@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.activations import activation_name
+from adapterkern.integrations.adapterhub.hooks import any_hooked
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -33,7 +34,8 @@ def from_module(module: nn.Module) -> BottleneckAdapter:
 
     A `BottleneckAdapter` drops out of its up-projection alone. Stochastic depth (AdapterPlus) and
     dropout of the input (LLM-Adapters) are refused while their p is positive, in evaluation too,
-    since the result could be trained without them.
+    since the result could be trained without them. The result is in the mode of the module, of its
+    dropout where it has one. Hooks cannot be carried over and are refused.
 
     Raises:
         UnsupportedAdapterError: the maths is not that of a `BottleneckAdapter`; the message says
@@ -124,13 +126,14 @@ def _from_adapterhub(module: Any) -> BottleneckAdapter:
     if module.add_layer_norm_after:
         raise _unsupported(module, REASONS["ln_after"])
     depth = getattr(module, "DropPath", None)
-    if depth is not None and getattr(depth, "p", 1) > 0:
+    parallel = type(module).__name__ == "ParallelAdapter"  # has it and does not call it
+    if depth is not None and not parallel and getattr(depth, "p", 1) > 0:
         raise _unsupported(module, "it drops whole rows while training", "set its DropPath.p = 0")
     if any(type(projection).__name__ == "PHMLayer" for projection in module.modules()):
         raise _unsupported(module, REASONS["phm"])
     down, _ = module.adapter_down
     return _convert(
-        module, down, module.non_linearity.f, module.adapter_up, module.scaling, module.dropout.p
+        module, down, module.non_linearity.f, module.adapter_up, module.scaling, module.dropout
     )
 
 
@@ -152,6 +155,10 @@ def _from_llm_adapters(module: Any) -> BottleneckAdapter:
         raise _unsupported(
             module, "it drops out of its input while training", "set its adapter_dropout.p = 0"
         )
+    if getattr(module, "disable_adapters", False):
+        raise _unsupported(
+            module, "its adapter is switched off", "set its disable_adapters = False"
+        )
     return _convert(
         module, module.adapter_down, module.act_fn, module.adapter_up, module.adapter_scaling
     )
@@ -160,12 +167,14 @@ def _from_llm_adapters(module: Any) -> BottleneckAdapter:
 def _from_nemo(module: Any) -> BottleneckAdapter:
     layers = list(module.module)
     norms = [layer for layer in layers if not isinstance(layer, nn.Linear) and _is_norm(layer)]
-    if norms or len(layers) != 3:
-        where = "before" if norms and layers[0] is norms[0] else "after"
+    if norms:
+        where = "before" if layers[0] is norms[0] else "after"
         raise _unsupported(module, f"it has a LayerNorm of its own {where} its projections")
-    dropout = getattr(module, "dropout", None)
+    if len(layers) != 3:
+        kinds = ", ".join(type(layer).__name__ for layer in layers)
+        raise _unsupported(module, f"it is not a linear layer, an activation and another: {kinds}")
     down, function, up = layers
-    return _convert(module, down, function, up, dropout=0.0 if dropout is None else dropout.p)
+    return _convert(module, down, function, up, dropout=getattr(module, "dropout", None))
 
 
 def _is_norm(layer: nn.Module) -> bool:
@@ -178,8 +187,11 @@ def _convert(
     function: Any,
     up: Any,
     scaling: float | Tensor = 1.0,
-    dropout: float = 0.0,
+    dropout: nn.Module | None = None,
 ) -> BottleneckAdapter:
+    called = (module, down, function, up, dropout)
+    if any_hooked(tuple(part for part in called if isinstance(part, nn.Module))):
+        raise _unsupported(module, REASONS["hooks"], "take them off, and put them on the result")
     for projection in (down, up):
         if type(projection) is not nn.Linear:
             raise _unsupported(
@@ -193,10 +205,15 @@ def _convert(
             module,
             f"it maps {down.in_features} features to {up.out_features}, so x cannot be added",
         )
+    mode, p = module.training, 0.0
+    if type(dropout) is nn.Dropout:
+        mode, p = dropout.training, dropout.p  # the one part of an adapter that heeds its mode
+    elif dropout is not None and type(dropout) is not nn.Identity:
+        raise _unsupported(module, f"its dropout is a {type(dropout).__name__}, not an nn.Dropout")
     return adapter_from_tensors(
         down.weight, up.weight, down.bias, up.bias,
-        activation=activation, scaling=scaling, dropout=dropout,
-    )  # fmt: skip
+        activation=activation, scaling=scaling, dropout=p,
+    ).train(mode)  # fmt: skip
 
 
 def _unsupported(module: nn.Module, why: str, hint: str = "") -> UnsupportedAdapterError:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from adapterkern.integrations.adapterhub.activations import activation_name
+from adapterkern.integrations.adapterhub.hooks import any_hooked
 from adapterkern.integrations.adapterhub.stock import ActivationFunction, Adapter, ParallelAdapter
 
 # down_weight, up_weight, down_bias, up_bias, activation, scaling. A plain tuple, as the cheapest
@@ -92,25 +92,3 @@ def _linear_reason(projection: nn.Module) -> str | None:
     if "bitsandbytes" in kind.__module__ or "quant" in kind.__module__.lower():
         return "quantized"
     return "not_linear"
-
-
-def any_hooked(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether something happens where one of these is called that its own forward does not say."""
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
-        return True
-    for module in modules:
-        state = module.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        ):
-            return True
-    return False

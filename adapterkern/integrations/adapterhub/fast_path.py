@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import compute_dtype, run_call
-from adapterkern.integrations.adapterhub.eligibility import any_hooked, parts_of
+from adapterkern.integrations.adapterhub.eligibility import parts_of
+from adapterkern.integrations.adapterhub.hooks import any_hooked
 from adapterkern.integrations.adapterhub.inference import infer, reference_infers
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.adapterhub.stock import (
