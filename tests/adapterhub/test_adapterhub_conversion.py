@@ -178,9 +178,9 @@ def test_nemo_converts_without_a_norm_and_is_declined_with_one(x):
     module = NemoAdapter(None)
     adapter = adapterhub.from_module(module)
     check(module, lambda: adapter(x, residual=None), lambda: module(x))
-    with pytest.raises(adapterhub.UnsupportedAdapterError, match="LayerNorm of its own before"):
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="its own LayerNorm before"):
         adapterhub.from_module(NemoAdapter("pre"))
-    with pytest.raises(adapterhub.UnsupportedAdapterError, match="LayerNorm of its own after"):
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="its own LayerNorm after"):
         adapterhub.from_module(NemoAdapter("post"))
 
 
@@ -189,6 +189,14 @@ def test_nemo_with_other_layers_is_refused_by_what_they_are():
     module.module.append(nn.Tanh())
     with pytest.raises(adapterhub.UnsupportedAdapterError, match="Linear, Swish, Linear, Tanh"):
         adapterhub.from_module(module)
+    for index, norm, why in (
+        (0, nn.RMSNorm(H), "its own RMSNorm before"),
+        (2, nn.LayerNorm(R), "its own LayerNorm between"),
+    ):
+        module = NemoAdapter(None)
+        module.module.insert(index, norm)
+        with pytest.raises(adapterhub.UnsupportedAdapterError, match=why):
+            adapterhub.from_module(module)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -221,6 +229,23 @@ def test_hooked_modules_are_refused():
     for module in (hooked, overridden):
         with pytest.raises(adapterhub.UnsupportedAdapterError, match=r"hooks(.|\n)*take them off"):
             adapterhub.from_module(module)
+
+
+def test_hooks_on_what_stands_around_the_projections_are_refused():
+    delta, llm, nemo = OpenDeltaLayer(), LlmAdaptersLinear("mh_adapter"), NemoAdapter(None)
+    delta.instantiate(H)
+    llm.adapter_dropout.p = 0.0
+    for module, part in (
+        (delta, delta.modulelist),
+        (delta, delta.modulelist.non_linear),
+        (llm, llm.adapter_dropout),
+        (nemo, nemo.module),
+    ):
+        adapterhub.from_module(module)
+        handle = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(adapterhub.UnsupportedAdapterError, match="hooks"):
+            adapterhub.from_module(module)
+        handle.remove()
 
 
 def test_unknown_activations_and_modules_are_refused():
@@ -306,3 +331,24 @@ def test_adapterhub_modules_with_stochastic_depth_are_refused_in_evaluation_too(
     assert adapterhub.from_module(parallel).down_proj.weight is parallel.adapter_down[0].weight
     module.DropPath.p = 0.0
     assert adapterhub.from_module(module).down_proj.weight is module.adapter_down[0].weight
+
+
+def test_adapterhub_modules_are_taken_as_they_are_called():
+    pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
+    import adapterhub_models as models
+
+    module = models.bert().get_submodule("encoder.layer.0.output").adapters["a"]
+    module.DropPath = nn.Identity()
+    module.DropPath.p = 0.0
+    for part in (module, module.adapter_down, module.non_linearity, module.DropPath):
+        handle = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(adapterhub.UnsupportedAdapterError, match="hooks"):
+            adapterhub.from_module(module)
+        handle.remove()
+    module.adapter_down[1] = nn.Tanh()  # module.non_linearity is not called any more
+    adapter = adapterhub.from_module(module)
+    x = torch.randn(2, 3, models.HIDDEN)
+    check(module, lambda: adapter(x), lambda: module(x, x)[0])
+    module.adapter_down.append(nn.Dropout())
+    with pytest.raises(adapterhub.UnsupportedAdapterError, match="adapter_down is not"):
+        adapterhub.from_module(module)

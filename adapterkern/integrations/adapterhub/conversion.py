@@ -131,10 +131,14 @@ def _from_adapterhub(module: Any) -> BottleneckAdapter:
         raise _unsupported(module, "it drops whole rows while training", "set its DropPath.p = 0")
     if any(type(projection).__name__ == "PHMLayer" for projection in module.modules()):
         raise _unsupported(module, REASONS["phm"])
-    down, _ = module.adapter_down
+    if len(module.adapter_down) != 2:
+        raise _unsupported(module, "its adapter_down is not a linear layer and an activation")
+    down, non_linearity = module.adapter_down  # called; module.non_linearity may be stale
+    function = getattr(non_linearity, "f", non_linearity)
     return _convert(
-        module, down, module.non_linearity.f, module.adapter_up, module.scaling, module.dropout
-    )
+        module, down, function, module.adapter_up, module.scaling, module.dropout,
+        around=(module.adapter_down, non_linearity, None if parallel else depth),
+    )  # fmt: skip
 
 
 def _from_opendelta(module: Any) -> BottleneckAdapter:
@@ -142,7 +146,8 @@ def _from_opendelta(module: Any) -> BottleneckAdapter:
         raise _unsupported(module, "it has no parameters before it has seen its first input")
     layers = module.modulelist
     function = getattr(layers.non_linear, "f", layers.non_linear)
-    return _convert(module, layers.down_proj, function, layers.up_proj)
+    around = (layers, layers.non_linear)
+    return _convert(module, layers.down_proj, function, layers.up_proj, around=around)
 
 
 def _from_speechbrain(module: Any) -> BottleneckAdapter:
@@ -160,25 +165,38 @@ def _from_llm_adapters(module: Any) -> BottleneckAdapter:
             module, "its adapter is switched off", "set its disable_adapters = False"
         )
     return _convert(
-        module, module.adapter_down, module.act_fn, module.adapter_up, module.adapter_scaling
-    )
+        module, module.adapter_down, module.act_fn, module.adapter_up, module.adapter_scaling,
+        around=(dropout,),
+    )  # fmt: skip
 
 
 def _from_nemo(module: Any) -> BottleneckAdapter:
     layers = list(module.module)
-    norms = [layer for layer in layers if not isinstance(layer, nn.Linear) and _is_norm(layer)]
-    if norms:
-        where = "before" if layers[0] is norms[0] else "after"
-        raise _unsupported(module, f"it has a LayerNorm of its own {where} its projections")
+    for index, layer in enumerate(layers):
+        if _is_norm(layer):
+            where = _place(index, layers)
+            raise _unsupported(
+                module, f"it has its own {type(layer).__name__} {where} its projections"
+            )
     if len(layers) != 3:
         kinds = ", ".join(type(layer).__name__ for layer in layers)
         raise _unsupported(module, f"it is not a linear layer, an activation and another: {kinds}")
     down, function, up = layers
-    return _convert(module, down, function, up, dropout=getattr(module, "dropout", None))
+    dropout = getattr(module, "dropout", None)
+    return _convert(module, down, function, up, dropout=dropout, around=(module.module,))
 
 
 def _is_norm(layer: nn.Module) -> bool:
-    return "Norm" in type(layer).__name__
+    return not isinstance(layer, nn.Linear) and "Norm" in type(layer).__name__
+
+
+def _place(index: int, layers: list[nn.Module]) -> str:
+    """Where among the linear layers the layer of this index stands."""
+    if not any(isinstance(layer, nn.Linear) for layer in layers[:index]):
+        return "before"
+    if not any(isinstance(layer, nn.Linear) for layer in layers[index:]):
+        return "after"
+    return "between"
 
 
 def _convert(
@@ -188,8 +206,10 @@ def _convert(
     up: Any,
     scaling: float | Tensor = 1.0,
     dropout: nn.Module | None = None,
+    around: tuple[Any, ...] = (),
 ) -> BottleneckAdapter:
-    called = (module, down, function, up, dropout)
+    """Of these parts; `around` is what else the module calls, which computes nothing itself."""
+    called = (module, down, function, up, dropout, *around)
     if any_hooked(tuple(part for part in called if isinstance(part, nn.Module))):
         raise _unsupported(module, REASONS["hooks"], "take them off, and put them on the result")
     for projection in (down, up):
