@@ -8,6 +8,7 @@ import transformers as tf
 from torch import nn
 
 VOCABULARY, BATCH, TOKENS, HIDDEN = 40, 4, 6, 32
+UNFIT = "seq_bn[reduction_factor=4,ln_after=True]"  # a configuration that cannot run fused
 _BERT = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,

@@ -141,11 +141,7 @@ def patched(
                 fast_path.token, fast_path.default = token, default
             for config, flag in zip(configs, flags, strict=True):
                 setattr(config, FLAG, flag)
-            others = [config for config in _flagged.values() if fast_path.level_of(config)]
-            if is_alone and not others and fast_path.default[0] == OFF:
-                _uninstall()  # what `_settle` finds, without a look at every object there is
-            else:
-                _settle()
+            _settle(among_copies=not is_alone)
 
 
 def explain(model: nn.Module) -> Report:
@@ -200,20 +196,21 @@ def _uninstall() -> None:
         setattr(BottleneckLayer, name, stock)
 
 
-def _settle() -> None:
+def _settle(among_copies: bool = True) -> None:
     """Replace the library's methods if something is patched, and give them back if nothing is."""
-    if fast_path.default[0] != OFF or _any_patched():
+    is_known = any(fast_path.level_of(config) for config in _flagged.values())
+    if fast_path.default[0] != OFF or is_known or (among_copies and _is_any_patched()):
         _install()
     else:
         _uninstall()
 
 
-def _any_patched() -> bool:
-    """Whether a living model's flag says so; copies of models carry flags of their own.
+def _is_any_patched() -> bool:
+    """Whether a flag says so among all objects there are: copies of models carry their own.
 
     After gc.freeze() nobody can tell, and the methods, which ask every model's flag, may stay.
     """
-    if any(fast_path.level_of(config) for config in _flagged.values()) or gc.get_freeze_count() > 0:
+    if gc.get_freeze_count() > 0:
         return True
     kinds = {ModelAdaptersConfig, *ModelAdaptersConfig.__subclasses__()}
     return any(type(thing) in kinds and fast_path.level_of(thing) for thing in gc.get_objects())
