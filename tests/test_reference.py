@@ -55,6 +55,21 @@ def test_backward_is_autograd_of_plain_modules(activation, options):
     assert list(found) == names(arguments)
 
 
+def test_a_call_is_computed_in_its_own_dtype_whatever_autocast_says():
+    call = make({name: t.detach().float() for name, t in tensors().items()})
+    dy, needs = torch.randn(3, 5, 10), (True, True, True, True, True, False)
+
+    def results():
+        y, z = reference.forward(call)
+        return y, z, *reference.backward(call, z.reshape(-1, z.shape[-1]), dy, needs)[:5]
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):  # not so where the call was made
+        found = results()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("residual", [None, "input"])
 @pytest.mark.parametrize("scaling", [0.3, -2.0, 0.0])
 def test_backward_handles_float_scaling(scaling, residual):
