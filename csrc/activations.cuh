@@ -105,6 +105,19 @@ __device__ __forceinline__ void apply_activation(float (&v)[n], int64_t activati
   });
 }
 
+// v = 0 past the end of the bottleneck. Inf or NaN in a row times the zeros that the weights hold
+// there is NaN, and NaN times zero in the product that follows would spoil a row which eager keeps
+// finite.
+template <int n>
+__device__ __forceinline__ void clear_padded_units(float (&v)[n], int64_t unit,
+                                                   int64_t bottleneck_size) {
+  if (unit + n <= bottleneck_size) return;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (unit + i >= bottleneck_size) v[i] = 0.0f;
+  }
+}
+
 // v *= act'(z)
 template <int n>
 __device__ __forceinline__ void apply_derivative(float (&v)[n], const float (&z)[n],

@@ -38,11 +38,12 @@ __device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
 // dz = da act'(z), equation (9).
 template <typename Scalar>
 __device__ __forceinline__ void finish(const BackwardParams& params, float (&da)[kVector],
-                                       const float (&z)[kVector]) {
+                                       const float (&z)[kVector], int64_t unit) {
   const Scaling scaling = scaling_of(params);
   if (!scaling.channel) scaling.multiply(da, 0);
   apply_derivative(da, z, params.activation);
   round_to<Scalar>(da);
+  clear_padded_units(da, unit, params.bottleneck_size);
 }
 
 __device__ __forceinline__ Matrix of_units(const BackwardParams& params, const View& view) {
@@ -55,7 +56,7 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, float 
                                             int64_t token, int64_t unit, bool keep_dz) {
   float z[kVector];
   load_vector(z, of_units(params, params.z), token, unit);
-  finish<Scalar>(params, da, z);
+  finish<Scalar>(params, da, z, unit);
   if (keep_dz) store_vector(of_units(params, params.dz), token, unit, da);
 }
 
@@ -193,8 +194,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         [&](float (&z)[kVector], int64_t token, int unit) {
           load_vector(z, of_units(params, params.z), token, unit);
         },
-        [&](float (&da)[kVector], const float (&z)[kVector], float (&dz)[kVector]) {
-          finish<Scalar>(params, da, z);
+        [&](float (&da)[kVector], const float (&z)[kVector], float (&dz)[kVector], int unit) {
+          finish<Scalar>(params, da, z, unit);
           copy(dz, da);
         },
         [&](const float (&dz)[kVector], int64_t token, int unit) {

@@ -204,8 +204,8 @@ __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTranspos
 }
 
 // Walks over the tokens. For every vector of the bottleneck prepare(ahead, token, unit) loads what
-// finish(v, ahead, kept) needs to make sums into elements, and keep(kept, token, unit) stores what
-// is kept; `direct`, `features` and `store` as in multiply_out, with features of H.
+// finish(v, ahead, kept, unit) needs to make sums into elements, and keep(kept, token, unit) stores
+// what is kept; `direct`, `features` and `store` as in multiply_out, with features of H.
 //
 // A barrier of the cluster stands on either side of the exchange, the only time when blocks touch
 // one another's shared memory: after it a block may overwrite its sums, or end. It waits for a
@@ -272,7 +272,7 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
     share.for_each([&](int i, int row, int unit) {
       float v[kVector];
       sum_blocks(tiles, v, row, unit);
-      finish(v, kept[i], kept[i]);
+      finish(v, kept[i], kept[i], unit);
       store_everywhere(tiles, v, row, unit);
     });
     cluster_barrier();  // the bottleneck is complete

@@ -18,16 +18,17 @@ namespace adapterkern {
 namespace {
 
 // z is finished: `kept` gets it rounded, for backward, and `z` becomes a = act(z). Both are rounded
-// where eager rounds, for backward recomputes a from the stored z. Padded units vanish because
-// their W_up columns load as zero, not because act(0) = 0 (false for sigmoid).
+// where eager rounds, for backward recomputes a from the stored z.
 template <typename Scalar>
 __device__ __forceinline__ void finish(const ForwardParams& params, float (&z)[kVector],
-                                       const float (&bias)[kVector], float (&kept)[kVector]) {
+                                       const float (&bias)[kVector], float (&kept)[kVector],
+                                       int64_t unit) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) z[i] += bias[i];
   round_to<Scalar>(z);
   copy(kept, z);
   apply_activation(z, params.activation);
+  clear_padded_units(z, unit, params.bottleneck_size);
 }
 
 __device__ __forceinline__ void load_bias(const ForwardParams& params, float (&bias)[kVector],
@@ -45,7 +46,7 @@ __device__ __forceinline__ void finish_unit(const ForwardParams& params, float (
                                             int64_t token, int64_t unit, bool keep_z) {
   float bias[kVector], kept[kVector];
   load_bias(params, bias, unit);
-  finish<Scalar>(params, z, bias, kept);
+  finish<Scalar>(params, z, bias, kept, unit);
   if (keep_z) store_z(params, kept, token, unit);
 }
 
@@ -206,8 +207,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
          params.features_per_split},
         Unchanged(),
         [&](float (&bias)[kVector], int64_t, int unit) { load_bias(params, bias, unit); },
-        [&](float (&z)[kVector], const float (&bias)[kVector], float (&kept)[kVector]) {
-          finish<Scalar>(params, z, bias, kept);
+        [&](float (&z)[kVector], const float (&bias)[kVector], float (&kept)[kVector], int unit) {
+          finish<Scalar>(params, z, bias, kept, unit);
         },
         [&](const float (&z)[kVector], int64_t token, int unit) {
           store_z(params, z, token, unit);

@@ -107,12 +107,21 @@ FAULTS = {
         "min(first + params.tokens_per_split, params.num_tokens)",
         "min(first + params.tokens_per_split, params.num_tokens) - 1",
     ),
+    "padded units not cleared": (
+        "forward.cu",
+        "  clear_padded_units(z, unit, params.bottleneck_size);\n",
+        "",
+    ),
     "derivative of the wrong sign": ("activations.cuh", "+ z * expf(-0.5f", "- z * expf(-0.5f"),
 }
 CASES = [
     # a device, and a problem that takes each form on it, with every tile partly filled
     (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=200, bottleneck_size=24)),
     (Device(64), Case(dtype=torch.bfloat16, shape=(5,), hidden_size=536, bottleneck_size=24)),
+    (
+        Device(1),
+        Case(torch.bfloat16, "tanh", (70,), hidden_size=200, bottleneck_size=24, nonfinite=True),
+    ),
 ]
 CLUSTER_CASES = [
     (

@@ -72,6 +72,8 @@ def bottleneck_bwd_dx_kernel(
             EVEN_R,
         )  # [BLOCK_H, BLOCK_R]
         da = tl.dot(du, w_up.to(DTYPE), da, input_precision=PRECISION)
+    if not EVEN_R:  # as z in the forward: Inf or NaN in dy must not become NaN in padded units
+        da = tl.where(unit[None, :] < bottleneck_size, da, 0.0)
     z = load_rows(z_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
     dz = (da * DERIVATIVE(z.to(tl.float32))).to(DTYPE)
     if dz_ptr is not None:

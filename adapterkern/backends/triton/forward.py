@@ -87,9 +87,13 @@ def bottleneck_fwd_kernel(
         )  # [BLOCK_H, BLOCK_R]
         z = tl.dot(x.to(DTYPE), w_down.to(DTYPE), z, input_precision=PRECISION)
     z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
+    # Padded units vanish because their w_up rows load as zero, not because act(0) == 0 (false for
+    # sigmoid). Inf or NaN in x times the zeros of their w_down is NaN, which zero does not undo: it
+    # would spoil a row that eager keeps finite.
+    if not EVEN_R:
+        z = tl.where(unit[None, :] < bottleneck_size, z, 0.0)
     # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
-    # and the second product runs on the tensor cores. Padded units vanish because their w_up rows
-    # load as zero, not because act(0) == 0 (false for sigmoid).
+    # and the second product runs on the tensor cores.
     z = z.to(DTYPE)
     if z_ptr is not None:
         store_rows(z_ptr, z, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
