@@ -90,6 +90,15 @@ void probe(uintptr_t out, int device, uintptr_t stream) {
         "probe_kernel");
 }
 
+int clusters(int device, int size, int threads, int shared_bytes) {
+  const DeviceGuard guard(device);
+  int fitting = 0;
+  check(clusters_that_fit(size, threads, shared_bytes, &fitting),
+        "clusters of " + std::to_string(size) + " blocks with " + std::to_string(shared_bytes) +
+            " bytes each");
+  return fitting;
+}
+
 // The struct whose bytes Python packed; see adapterkern/backends/cuda/params.py.
 template <typename Params>
 Params unpack(const py::bytes& packed) {
@@ -141,6 +150,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("probe", &probe, py::arg("out"), py::arg("device"), py::arg("stream"),
         "Run the probe kernel: int32[2] at the address `out` becomes (__CUDA_ARCH__, is it \"a\" "
         "code).");
+  m.def("clusters", &clusters, py::arg("device"), py::arg("size"), py::arg("threads"),
+        py::arg("shared_bytes"), "Clusters of `size` such blocks that can run at once.");
   m.def("forward", &forward, py::arg("packed"), py::arg("device"), py::arg("stream"),
         "Launch the forward kernels; `packed` holds the bytes of ForwardParams.");
   m.def("backward", &backward, py::arg("packed"), py::arg("device"), py::arg("stream"),

@@ -2,8 +2,11 @@
 //
 // The driver takes the machine code of the device's own architecture, else of a lower one of the
 // same generation, else compiles the PTX. The choice decides which instructions the adapter kernels
-// may use, and only running shows it.
+// may use, and only running shows it. Likewise how many clusters a device can place at once: a
+// cluster lies within a GPC, and a part of a GPU (MIG) may have room for none.
 #include "probe.h"
+
+#include <cuda_runtime.h>
 
 namespace adapterkern {
 namespace {
@@ -24,6 +27,25 @@ __global__ void probe_kernel(int* out) {
 cudaError_t launch_probe(int* out, cudaStream_t stream) {
   probe_kernel<<<1, 1, 0, stream>>>(out);
   return cudaGetLastError();
+}
+
+cudaError_t clusters_that_fit(int size, int threads, int shared_bytes, int* clusters) {
+  cudaError_t error =
+      cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(size);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(clusters, probe_kernel, &config);
 }
 
 }  // namespace adapterkern
