@@ -31,7 +31,8 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
 
 def _forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
     dtype = call.compute_dtype
-    z = F.linear(_to(call.x, dtype), _to(call.down_weight, dtype), _to(call.down_bias, dtype))
+    x = _without_gaps(_to(call.x, dtype))
+    z = F.linear(x, _to(call.down_weight, dtype), _to(call.down_bias, dtype))
     a = ACTIVATIONS[call.activation].value(z)
     y = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
     if call.scaling is not None:
@@ -109,6 +110,16 @@ def _backward(
 def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
     # Tensor.to takes as long as a small addition even where there is nothing to convert.
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """x in one piece where oneDNN's half-precision products would read between its rows.
+
+    On CPUs with AMX they load past the end of a row whose width is no multiple of 32, and multiply
+    what is there by zero: NaN or Inf in a gap makes the row NaN, in plain torch too
+    (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    """
+    return x.contiguous() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
