@@ -1,4 +1,6 @@
-"""For tests and `adapterkern check`: exact bfloat16 in Triton's interpreter, NaN-filled memory."""
+"""For tests and `adapterkern check`: exact bfloat16 in Triton's interpreter, NaN-filled memory, and
+whether a device still answers.
+"""
 
 import contextlib
 import warnings
@@ -22,6 +24,8 @@ def enable_triton_interpreter() -> None:
     Arithmetic on bfloat16 tiles without a conversion stays wrong in the interpreter (a sum of bit
     patterns): a kernel converts to float32 before it computes, as it does for its precision anyway.
 
+    numpy's warnings of Inf and NaN in the interpreter are turned off: that is what some cases have.
+
     Verified on triton 3.6 to 3.9; the interpreter of 3.6 itself needs numpy below 2.4. Calling it
     again changes nothing.
 
@@ -40,6 +44,9 @@ def enable_triton_interpreter() -> None:
     if not getattr(InterpreterBuilder, "has_exact_bfloat16", False):
         _install_exact_bfloat16(InterpreterBuilder)
         InterpreterBuilder.has_exact_bfloat16 = True
+    warnings.filterwarnings(
+        "ignore", "invalid value", RuntimeWarning, module=r"triton\.runtime\.interpreter"
+    )
 
 
 def _install_exact_bfloat16(builder: Any) -> None:
@@ -76,6 +83,21 @@ def _install_exact_bfloat16(builder: Any) -> None:
 
     builder.create_dot = create_dot
     builder.cast_impl = cast_impl
+
+
+def lost_device(device: torch.device | str) -> str | None:
+    """What a CUDA device says that no longer answers; None where it does, and on a CPU.
+
+    After an illegal access or a trap, every further call in the process fails, this one too.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"{device} is lost: {lines[0]}"
+    return None
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """What all tests share: a fixed seed, a clean dispatcher, and the device where there is one."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,9 @@ from adapterkern import dispatch
 from adapterkern.backends import _loaded
 from adapterkern.backends.base import Backend
 from adapterkern.backends.reference.backend import ReferenceBackend
+from adapterkern.testing import lost_device
+
+DEVICE_LOST = 86  # exit code of a worker of pytest-xdist whose device is gone
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +22,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """After a gpu test the device must answer: one that is lost fails every test that follows in
+    the process. A worker of pytest-xdist ends at once, for xdist to report the test as crashed and
+    go on with a new worker; without xdist the run ends here."""
+    result = yield
+    if item.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        return result
+    lost = lost_device("cuda")
+    if lost is None:
+        return result
+    message = f"{lost} (after {item.nodeid})"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        print(message, file=sys.__stderr__, flush=True)
+        os._exit(DEVICE_LOST)
+    pytest.exit(message, returncode=1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,28 @@
 """`adapterkern check`: what it prints, what it returns."""
 
 import json
+import re
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 
+from adapterkern import testing
 from adapterkern.backends.reference.backend import ReferenceBackend
+from adapterkern.cli import check
 from adapterkern.cli.main import main
 
 QUICK = ["check", "--backend", "reference", "--quick", "--dtype", "fp32"]
+IDS = [
+    f"fp32-{activation}-T37-H70-R20"
+    for activation in ("gelu", "gelu_tanh", "identity", "leaky_relu", "relu", "sigmoid", "silu")
+] + ["fp32-tanh-T37-H70-R20"]
+
+
+def events(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.fixture
@@ -23,10 +36,21 @@ def wrong_dx(monkeypatch):
     monkeypatch.setattr(ReferenceBackend, "backward", wrong)
 
 
+@pytest.fixture
+def raises_in_relu(monkeypatch):
+    forward = ReferenceBackend.forward
+
+    def explode(self, call, save_z):
+        if call.activation == "relu":
+            raise IndexError("no such\n tile")
+        return forward(self, call, save_z)
+
+    monkeypatch.setattr(ReferenceBackend, "forward", explode)
+
+
 def test_check_prints_each_error_beside_its_tolerance(capsys):
     assert main(QUICK) == 0
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     header = next(index for index, line in enumerate(lines) if "tolerance  used" in line)
     rows = [line.split() for line in lines[header + 1 :] if line.startswith("  ")]
     tensors = ["y", "dx", "d_down_weight", "d_up_weight", "d_down_bias", "d_up_bias"]
@@ -35,7 +59,41 @@ def test_check_prints_each_error_beside_its_tolerance(capsys):
         assert 0 < float(row[2]) <= float(row[3]) < 1e-5
         assert row[5].startswith("fp32-")
     assert lines[-1] == "passed: 56 comparisons on reference, 0 missed"  # 8 activations, 7 tensors
-    assert "checking reference: 8 cases" in err
+
+
+def test_check_prints_a_line_as_each_case_ends(capsys):
+    assert main(QUICK) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reference on cpu: 8 cases"
+    for line, case in zip(lines[1:9], IDS, strict=True):
+        found = re.fullmatch(r"passed  (\S+) +(\d+)% +(\d+\.\d) s", line)
+        assert found[1] == case
+        assert 0 < int(found[2]) <= 100
+    assert lines[9] == ""
+
+
+def test_check_streams_its_lines():
+    """Into a pipe: the first lines are there while the second case still runs."""
+    slow = (
+        "import sys\n"
+        "from adapterkern.cli.check import worker\n"
+        "from adapterkern.cli.main import main\n"
+        "run = worker._run_case\n"
+        "def held(case, *rest):\n"
+        "    if case.activation == 'gelu_tanh':\n"
+        "        sys.stdin.readline()\n"
+        "    return run(case, *rest)\n"
+        "worker._run_case = held\n"
+        f"sys.exit(main({[*QUICK, '--json']!r}))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    first = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert [event["event"] for event in first] == ["backend", "case"]
+    rest, _ = process.communicate("go on\n")
+    assert len(rest.splitlines()) == 8
+    assert process.returncode == 0
 
 
 def test_check_output_is_plain_without_a_terminal(capsys):
@@ -48,36 +106,107 @@ def test_check_output_is_plain_without_a_terminal(capsys):
 def test_check_fails_and_names_the_miss(wrong_dx, capsys):
     assert main(QUICK) == 1
     out = capsys.readouterr().out
-    assert out.count("MISSED") == 8
+    assert re.findall(r"MISSED  (\S+) +\d+x +\d+\.\d s  (\S+)\n", out) == [(i, "dx") for i in IDS]
+    assert out.count("MISSED") == 16  # again below the table
     assert "MISSED fp32-gelu-T37-H70-R20 dx: 1." in out
     assert out.splitlines()[-1].startswith("FAILED: 56 comparisons on reference, 8 missed")
 
 
 def test_check_json_carries_every_comparison(wrong_dx, capsys):
     assert main([*QUICK, "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["passed"] is False
-    (backend,) = report["backends"]
-    assert (backend["name"], backend["device"], backend["unavailable"]) == (
-        "reference",
-        "cpu",
-        None,
-    )
-    assert len(backend["rows"]) == 56
-    for row in backend["rows"]:
-        assert row["passed"] == (row["tensor"] != "dx") == (row["error"] <= row["tolerance"])
+    backend, *cases, end = events(capsys)
+    assert backend == {
+        "event": "backend", "backend": "reference", "device": "cpu", "unavailable": None, "cases": 8
+    }  # fmt: skip
+    assert end == {"event": "end", "passed": False, "comparisons": 56, "missed": 8, "cases": 8}
+    assert [case["case"] for case in cases] == IDS
+    for case in cases:
+        assert (case["event"], case["backend"], case["status"]) == ("case", "reference", "missed")
+        assert case["seconds"] >= 0
+        assert len(case["rows"]) == 7
+        for row in case["rows"]:
+            assert row["passed"] == (row["tensor"] != "dx") == (row["error"] <= row["tolerance"])
+            assert row["dtype"] == "fp32"
+            assert row["activation"] in case["case"]
 
 
-def test_check_counts_a_backend_that_raises_as_a_miss(monkeypatch, capsys):
-    def explode(self, call, save_z):
-        raise IndexError("no such\n tile")
-
-    monkeypatch.setattr(ReferenceBackend, "forward", explode)
+def test_check_counts_a_backend_that_raises_as_a_miss(raises_in_relu, capsys):
     assert main(QUICK) == 1
-    assert (
-        "MISSED fp32-gelu-T37-H70-R20 y: - of - (IndexError: no such tile)"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert re.search(r"RAISED  fp32-relu-T37-H70-R20 .* s  IndexError: no such tile\n", out)
+    assert "MISSED fp32-relu-T37-H70-R20 y: - of - (IndexError: no such tile)" in out
+    assert out.splitlines()[-1] == "FAILED: 50 comparisons on reference, 1 missed"
+    main([*QUICK, "--json"])
+    (raised,) = (event for event in events(capsys) if event.get("status") == "raised")
+    assert raised["note"] == "IndexError: no such tile"
+    assert [row["passed"] for row in raised["rows"]] == [False]
+
+
+def test_check_stops_a_backend_at_a_lost_device(raises_in_relu, monkeypatch, capsys):
+    """What raised is one thing, that the device no longer answers another: the next cases would
+    all fail."""
+    answers = iter([None] * 4 + ["cuda:0 is lost: CUDA error: illegal access"] * 9)
+    monkeypatch.setattr(testing, "lost_device", lambda device: next(answers))
+    assert main([*QUICK, "--json"]) == 1
+    _, *cases, end = events(capsys)
+    assert [case["status"] for case in cases] == ["passed"] * 4 + ["lost"]
+    assert cases[-1]["case"] == "fp32-relu-T37-H70-R20"
+    assert cases[-1]["note"] == "cuda:0 is lost: CUDA error: illegal access"
+    assert end["missed"] == 1
+
+
+def test_check_runs_each_backend_in_a_process_of_its_own(monkeypatch, capsys):
+    """The second runs although the first dies, with the case that it died in as the miss."""
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append(command[command.index("--backend") + 1])
+            if started[-1] == "triton":
+                spoken = [
+                    check.backend_event("triton", torch.device("cpu"), None, 8),
+                    check.case_event("triton", IDS[0], "passed", 1.0, "", []),
+                ]
+                lines = "\n".join([*map(json.dumps, spoken), "oh"])
+                dies = f"import os; print({lines!r}, flush=True); os.abort()"
+                command = [sys.executable, "-c", dies]
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    words = ["check", "--backend", "triton", "--backend", "reference", "--device", "cpu"]
+    assert main([*words, "--quick", "--dtype", "fp32", "--json"]) == 1
+    out, err = capsys.readouterr()
+    *both, end = map(json.loads, out.splitlines())
+    assert started == ["triton", "reference"]
+    assert "oh" in err  # what is no event goes by
+    died = both[2]
+    assert (died["backend"], died["status"], died["case"]) == ("triton", "lost", IDS[1])
+    assert died["note"].startswith("the process ended by signal SIGABRT during this case")
+    of_reference = [event for event in both if event["backend"] == "reference"]
+    assert [event["status"] for event in of_reference[1:]] == ["passed"] * 8
+    assert end == {"event": "end", "passed": False, "comparisons": 57, "missed": 1, "cases": 9}
+
+
+def test_check_hands_its_options_to_the_processes(monkeypatch, capsys):
+    seen = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, **options):
+            seen.append((command[2:], options["env"].get("TRITON_INTERPRET")))
+            super().__init__([sys.executable, "-c", "pass"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    pytest.importorskip("triton")
+    words = ["--full", "--dtype", "bf16", "--dtype", "fp32", "--case", "*tanh*", "--case", "b*"]
+    words += ["--shard", "2/3", "--device", "cpu"]
+    assert main(["check", *words, "--backend", "triton"]) == 1
+    ((command, interpreted),) = seen
+    assert command == [
+        "adapterkern", "check", "--json", "--backend", "triton", "--device", "cpu", "--full",
+        "--dtype", "bf16", "--dtype", "fp32", "--case=*tanh*", "--case=b*", "--shard", "2/3",
+    ]  # fmt: skip
+    assert interpreted == "1"
+    assert "ended with code 0 during this case" in capsys.readouterr().out
 
 
 def test_check_lists_an_unavailable_backend_with_its_reason(monkeypatch, capsys):
@@ -119,12 +248,36 @@ def test_check_runs_triton_in_the_interpreter_without_a_gpu(capsys):
     assert "triton on cpu, in Triton's interpreter: 8 cases, 8 activations, 56 comparisons" in out
 
 
-def test_check_reports_an_interpreter_that_died(monkeypatch, capsys):
-    pytest.importorskip("triton")
-    died = subprocess.CompletedProcess([], -11, stdout="")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
-    assert main(["check", "--backend", "triton", "--device", "cpu"]) == 1
-    assert "the process ended with code -11" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(1, "with code 1"), (-11, "by signal SIGSEGV"), (-int(signal.SIGKILL), "by signal SIGKILL"),
+     (-200, "by signal 200")],
+)  # fmt: skip
+def test_check_says_how_a_process_ended(code, words):
+    assert check._how(code) == words
+
+
+def test_check_shards_divide_the_cases(capsys):
+    found = []
+    for shard in (1, 2, 3):
+        assert main([*QUICK, "--json", "--shard", f"{shard}/3"]) == 0
+        _, *cases, _ = events(capsys)
+        found.append([case["case"] for case in cases])
+    assert found == [IDS[0::3], IDS[1::3], IDS[2::3]]
+    assert main([*QUICK, "--json", "--shard", "9/9"]) == 0  # more shards than cases
+    assert events(capsys)[-1]["comparisons"] == 0
+
+
+def test_check_runs_the_cases_that_fit_a_pattern(capsys):
+    assert main([*QUICK, "--json", "--case", "*-gelu*", "--case", IDS[4]]) == 0
+    _, *cases, _ = events(capsys)
+    assert [case["case"] for case in cases] == [IDS[0], IDS[1], IDS[4]]
+
+
+def test_check_refuses_a_pattern_that_fits_nothing(capsys):
+    assert main([*QUICK, "--case", "fp32-relu"]) == 2
+    err = capsys.readouterr().err
+    assert "--case fp32-relu fits none of 8 cases; some are fp32-gelu-T37-H70-R20, fp32-" in err
 
 
 @pytest.mark.parametrize(
@@ -133,6 +286,10 @@ def test_check_reports_an_interpreter_that_died(monkeypatch, capsys):
         (["--quick", "--full"], "not allowed with"),
         (["--dtype", "int8"], "'bf16'"),
         (["--backend", "numpy"], "'reference'"),
+        (["--shard", "0/3"], "expected I/N with 1 <= I <= N, such as 2/14; got 0/3"),
+        (["--shard", "4/3"], "expected I/N with 1 <= I <= N, such as 2/14; got 4/3"),
+        (["--shard", "2"], "expected I/N with 1 <= I <= N, such as 2/14; got 2"),
+        (["--shard", "1/-2"], "got 1/-2"),
     ],
 )
 def test_check_refuses_wrong_usage(capsys, words, hint):

@@ -182,11 +182,46 @@ def test_oracle_rounds_what_enters_the_products_and_nothing_else(half):
     np.testing.assert_allclose(oracle["dx"].numpy(), dx, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["rows", "transposed", "spread", "expanded", "unaligned"])
+@pytest.mark.parametrize("half", HALVES)
+def test_oracle_and_eager_draw_from_contiguous_copies(monkeypatch, half, layout):
+    """torch's own half-precision product on a CPU with AMX reads the NaN between rows."""
+    seen = []
+    plain = parity._run_plain
+
+    def watched(case, tensors, dy, **options):
+        seen.append([*tensors.values(), dy])
+        return plain(case, tensors, dy, **options)
+
+    monkeypatch.setattr(parity, "_run_plain", watched)
+    case = Case(half, layout=layout, residual="tensor", skip=True, grad_layout=layout)
+    check_case(case, "reference")
+    assert len(seen) == 2
+    for tensor in seen[0] + seen[1]:
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("hidden", [70, 129, 264])
+def test_reference_reads_no_gap_between_rows(half, hidden):
+    """Where plain torch does (oneDNN on a CPU with AMX), a NaN beside x would reach y."""
+    case = Case(half, hidden_size=hidden, layout="rows", grad_layout="rows")
+    assert missed(case) == set()
+
+
 def test_differing_bits_names_the_tensors_that_vary(monkeypatch):
     assert differing_bits(Case(dtype=torch.bfloat16), "reference") == []
     runs = iter(range(10))
     spoil_gradient(monkeypatch, "up_weight", lambda gradient: gradient + 1e-3 * next(runs))
     assert differing_bits(Case(), "reference") == ["d_up_weight"]
+
+
+def test_differing_bits_compares_as_many_runs_as_asked_for(monkeypatch):
+    runs = iter([0, 0, 0, 1])
+    spoil_gradient(monkeypatch, "up_weight", lambda gradient: gradient + 1e-3 * next(runs))
+    assert differing_bits(Case(), "reference", runs=4) == ["d_up_weight"]
+    assert next(runs, "none left") == "none left"
 
 
 def test_refusals_lists_every_reason_a_backend_gives(monkeypatch):
@@ -205,6 +240,7 @@ def test_case_id_reads_as_its_options():
         "bf16-gelu-T2x3-H768-R48-bias_none-residual_tensor_fp32-scaling_channel-x_rows"
         "-needs_x+up_weight"
     )
+    assert str(Case(tf32=True, nonfinite=True)) == "tf32-gelu-T37-H70-R20-nonfinite"
 
 
 def test_case_draw_is_repeatable_and_of_order_one():
@@ -260,6 +296,10 @@ def test_grid_covers_what_a_backend_declares(small):
     assert {c.grad_layout for c in default} == set(parity.LAYOUTS)
     assert {c.layout for c in default} == set(parity.LAYOUTS) - {"scalar"}
     assert torch.bfloat16 in {c.autocast for c in default}
+    assert {(c.tf32, c.dtype) for c in default} == {
+        *((False, dtype) for dtype in dtypes), (True, torch.float32)
+    }  # fmt: skip
+    assert {c.nonfinite for c in default} == {False, True}
 
 
 def test_grid_of_an_unknown_level_lists_the_known_ones():

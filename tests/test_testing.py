@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adapterkern as ak
-from adapterkern.testing import enable_triton_interpreter, nan_filled_memory
+from adapterkern.testing import enable_triton_interpreter, lost_device, nan_filled_memory
 
 # Runs in a process of its own: the environment chooses the interpreter when a kernel is defined.
 PROBE = """
@@ -137,3 +137,19 @@ def test_nan_filled_memory_restores_torch_settings_after_an_error():
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_lost_device_is_none_on_a_cpu_and_where_the_device_answers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    assert lost_device("cpu") is None
+    assert lost_device("cuda:1") is None
+    assert asked == ["cuda:1"]
+
+
+def test_lost_device_gives_the_first_line_of_what_the_device_says(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: misaligned address\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert lost_device(torch.device("cuda", 1)) == "cuda:1 is lost: CUDA error: misaligned address"

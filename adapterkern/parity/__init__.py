@@ -6,7 +6,15 @@
   sign is legitimate. Where the oracle is zero throughout, so must the output be.
 - Tolerance: `FORWARD_ALLOWANCE` (gradients: `GRADIENT_ALLOWANCE`) times the metric of eager, the
   same composition in plain torch operations, in the compute dtype, on the same device. At least one
-  rounding of the output (`FLOORS`). NaN never passes.
+  rounding of the output (`FLOORS`). NaN never passes. For TF32 it is the larger of eager's metric
+  and that of products with truncated operands (`TruncatedProducts` says why).
+- Inf and NaN, in the cases that have them in x and dy: an element is finite, Inf, -Inf or NaN where
+  oracle and eager agree that it is; the metric runs over those that are finite in both. Where the
+  two disagree, as where float16 overflows, nothing is asked.
+
+Oracle and eager get contiguous copies of the inputs, the backend the tensors as they lie: with bf16
+on CPUs with AMX, torch's own F.linear reads the gap behind a row whose width is no multiple of 32,
+and gives NaN where there is NaN (https://github.com/uxlfoundation/oneDNN/issues/5717).
 
 Run it under `testing.nan_filled_memory`: then a read of unwritten memory or a hole in an output
 fails too.
@@ -22,7 +30,9 @@ from torch import Tensor
 from adapterkern import reference
 from adapterkern.backends import get
 from adapterkern.functional import bottleneck_adapter
-from adapterkern.parity.cases import LAYOUTS, LEVELS, SHORT_NAMES, Case, grid, options, place
+from adapterkern.parity.cases import LAYOUTS, SHORT_NAMES, Case, place
+from adapterkern.parity.grid import LEVELS, grid, options
+from adapterkern.parity.tf32 import TruncatedProducts
 from adapterkern.spec import TENSOR_NAMES, name_of
 
 __all__ = [
@@ -34,6 +44,7 @@ __all__ = [
     "SHORT_NAMES",
     "Case",
     "Row",
+    "TruncatedProducts",
     "check_case",
     "differing_bits",
     "grid",
@@ -97,25 +108,44 @@ def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> 
     Raises:
         BackendUnsupportedError: the backend cannot run this case (`refusals` tells beforehand).
     """
-    runs = []
-    for seed in range(case.draws):
-        tensors = case.draw(device, seed)
-        call = case.make_call(tensors)
-        dy = case.draw_grad_output(call, seed)
-        widened = {name: tensor.double() for name, tensor in tensors.items()}
-        oracle = _run_plain(case, widened, dy.double(), operands_in=call.compute_dtype)
-        eager = _run_plain(case, tensors, dy)
-        runs.append((_run_backend(case, tensors, dy, backend), oracle, eager))
+    with case.matmul_precision():
+        runs = [_run(case, backend, device, seed) for seed in range(case.draws)]
     names = runs[0][2].keys()
     return [_judge(backend, case, name, [[o[name] for o in run] for run in runs]) for name in names]
 
 
-def differing_bits(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
-    """The tensors that two runs of `backend` on the same inputs do not give bit for bit."""
+def _run(
+    case: Case, backend: str, device: torch.device | str, seed: int
+) -> tuple[dict[str, Tensor], ...]:
+    """One draw of data: what the backend gives, the oracle, eager, and for TF32 the composition
+    with truncated operands."""
+    tensors = case.draw(device, seed)
+    call = case.make_call(tensors)
+    dy = case.draw_grad_output(call, seed)
+    packed = {name: _packed(tensor) for name, tensor in tensors.items()}
+    wide = {name: tensor.double() for name, tensor in packed.items()}
+    packed_dy, wide_dy = _packed(dy), _packed(dy).double()
+    oracle = _run_plain(case, wide, wide_dy, operands_in=call.compute_dtype)
+    plain = [oracle, _run_plain(case, packed, packed_dy)]
+    if case.tf32:
+        with TruncatedProducts():
+            plain.append(_run_plain(case, wide, wide_dy, operands_in=call.compute_dtype))
+    return (_run_backend(case, tensors, dy, backend), *plain)
+
+
+def differing_bits(
+    case: Case, backend: str, device: torch.device | str = "cpu", runs: int = 2
+) -> list[str]:
+    """The tensors that `runs` runs of `backend` on the same inputs do not give bit for bit."""
     tensors = case.draw(device, seed=0)
     dy = case.draw_grad_output(case.make_call(tensors), seed=0)
-    first, second = (_run_backend(case, tensors, dy, backend) for _ in range(2))
-    return [name for name in first if not torch.equal(_bits(first[name]), _bits(second[name]))]
+    with case.matmul_precision():
+        first = _run_backend(case, tensors, dy, backend)
+        differing: set[str] = set()
+        for _ in range(runs - 1):
+            other = _run_backend(case, tensors, dy, backend)
+            differing |= {n for n in first if not torch.equal(_bits(first[n]), _bits(other[n]))}
+    return [name for name in first if name in differing]
 
 
 def refusals(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
@@ -133,24 +163,41 @@ def metric(out: Tensor, oracle: Tensor) -> float:
 
 
 def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row:
-    """The row of one tensor, from its (out, oracle, eager) in each draw of data."""
-    out, _, eager = runs[0]
+    """The row of one tensor, from its (out, oracle, eager, ...) in each draw of data."""
+    out, _, eager = runs[0][:3]
     if (out.dtype, out.shape) != (eager.dtype, eager.shape):
         got, expected = (f"{name_of(t.dtype)} {list(t.shape)}" for t in (out, eager))
         return Row(backend, case, name, math.inf, 0.0, f"{got}, expected {expected}")
-    outs, oracles, eagers = (
+    outs, oracles, *yardsticks = (
         torch.cat([tensor.detach().flatten().double() for tensor in tensors])
         for tensors in zip(*runs, strict=True)
     )
+    if case.nonfinite:
+        kinds = [_kind(tensor) for tensor in (outs, oracles, *yardsticks)]
+        agreed = torch.stack([kind == kinds[1] for kind in kinds[2:]]).all(0)
+        wrong = int((agreed & (kinds[0] != kinds[1])).sum())
+        if wrong:
+            both = f"the {int(agreed.sum())} elements that float64 and eager agree on"
+            note = f"{wrong} of {both} are another of finite, Inf, -Inf and NaN"
+            return Row(backend, case, name, math.inf, 0.0, note)
+        finite = agreed & oracles.isfinite()
+        outs, oracles, *yardsticks = (t[finite] for t in (outs, oracles, *yardsticks))
     allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
     floor = FLOORS[eager.dtype] if oracles.any() else 0.0
-    tolerance = max(allowance * metric(eagers, oracles), floor)
+    largest = max(metric(yardstick, oracles) for yardstick in yardsticks)
+    tolerance = max(allowance * largest, floor)
     return Row(backend, case, name, metric(outs, oracles), tolerance)
+
+
+def _kind(tensor: Tensor) -> Tensor:
+    """0 where a number is finite, 1 and -1 at Inf and -Inf, 2 at NaN."""
+    return torch.where(tensor.isnan(), 2, torch.where(tensor.isinf(), tensor.sign(), 0))
 
 
 def _run_backend(
     case: Case, tensors: dict[str, Tensor], dy: Tensor, backend: str
 ) -> dict[str, Tensor]:
+    """Within `case.matmul_precision`, which the backward asks for too."""
     leaves = _leaves(case, tensors)
     arguments = case.arguments(leaves)
     with case.precision(dy.device):
@@ -181,7 +228,14 @@ def _run_plain(
 
 def _round_values(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A float64 tensor with its values rounded to `dtype` and its gradient left alone."""
-    return None if tensor is None else tensor + (tensor.to(dtype).double() - tensor).detach()
+    if tensor is None:
+        return None
+    change = (tensor.to(dtype).double() - tensor).detach()
+    return tensor + torch.where(tensor.isfinite(), change, 0.0)  # Inf - Inf would be NaN
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _leaves(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,20 +1,19 @@
-"""What is compared: one `Case` a call, its inputs, and the grids of cases.
+"""What is compared: one `Case` a call, and its inputs.
 
 Every input lies in a larger buffer of NaN, so a read beyond its end shows in the result.
 """
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkern.functional import make_call
-from adapterkern.spec import AdapterCall, name_of
+from adapterkern.spec import AdapterCall
 
 SHORT_NAMES = {
     torch.float32: "fp32",
@@ -23,12 +22,15 @@ SHORT_NAMES = {
     torch.float64: "fp64",
 }
 LAYOUTS = ("contiguous", "rows", "transposed", "expanded", "scalar", "spread", "unaligned")
-LEVELS = ("quick", "default", "full")
 
 _PADDING = 128  # elements of NaN around each input; a multiple of what an allocation is aligned to
 # A tensor with fewer elements than this is judged over several draws of data, so that neither a sum
 # that happens to cancel nor an eager result that happens to be exact decides.
 _FEWEST_ELEMENTS = 16
+# Of a case with nonfinite values: what x and dy each hold, and in which tokens. Those around them
+# stay finite; none follows another, for eager on a CPU with AMX may spoil the token before one.
+_NONFINITE = (math.inf, -math.inf, math.nan)
+_NONFINITE_IN_X, _NONFINITE_IN_DY = (1, 3, 5), (7, 9, 11)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Case:
     grad_layout: str = "contiguous"  # of the gradient of y, one of LAYOUTS
     parameter_layout: str = "contiguous"  # or strided: weights transposed, vectors spread
     needs: tuple[str, ...] | None = None  # names of `AdapterCall`; None: every gradient there is
+    tf32: bool = False  # float32 products in TF32
+    nonfinite: bool = False  # Inf, -Inf and NaN in a few tokens of x and others of dy
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.shape))
@@ -69,9 +73,16 @@ class Case:
             f"grad_{self.grad_layout}": self.grad_layout != "contiguous",
             f"parameters_{self.parameter_layout}": self.parameter_layout != "contiguous",
             f"needs_{'+'.join(self.needs or ('nothing',))}": self.needs is not None,
+            "nonfinite": self.nonfinite,
         }
         present = [option for option, is_present in options.items() if is_present]
-        return "-".join([_short(self.dtype), self.activation, sizes, *present])
+        dtype = "tf32" if self.tf32 else _short(self.dtype)
+        return "-".join([dtype, self.activation, sizes, *present])
+
+    @property
+    def dtype_class(self) -> str:
+        """The arithmetic of the products: fp32, tf32, fp16, bf16 or fp64."""
+        return "tf32" if self.tf32 else _short(self.autocast or self.dtype)
 
     @property
     def draws(self) -> int:
@@ -85,11 +96,28 @@ class Case:
         """Of the tensors, those whose gradient this case asks for."""
         return [name for name in tensors if self.needs is None or name in self.needs]
 
-    def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """The autocast of this case, where it has one."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast)
+    @contextlib.contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """The settings under which a user would make the call: `matmul_precision`, and autocast
+        where the case has it."""
+        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.autocast is not None:
+            autocast = torch.autocast(device.type, self.autocast)
+        with self.matmul_precision(), autocast:
+            yield
+
+    @contextlib.contextmanager
+    def matmul_precision(self) -> Iterator[None]:
+        """torch's setting for float32 products: "high" (TF32) or "highest", whatever it was."""
+        if self.dtype != torch.float32:
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments of `bottleneck_adapter`, all but the backend."""
@@ -112,15 +140,16 @@ class Case:
 
         strided = self.parameter_layout == "strided"
 
-        def normal(shape, scale, dtype, layout, mean=0.0) -> Tensor:
+        def normal(shape, scale, dtype, layout, mean=0.0, nonfinite_in=()) -> Tensor:
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + mean
+            self._plant(values, nonfinite_in)
             return place(values.to(dtype).to(device), layout)
 
         wide = (*self.shape, hidden)
         weights = parameter_dtype, "transposed" if strided else "contiguous"
         vectors = parameter_dtype, "spread" if strided else "contiguous"
         tensors = {
-            "x": normal(wide, 1.0, self.dtype, self.layout),
+            "x": normal(wide, 1.0, self.dtype, self.layout, nonfinite_in=_NONFINITE_IN_X),
             "down_weight": normal((bottleneck, hidden), hidden**-0.5, *weights),
             "up_weight": normal((hidden, bottleneck), 2 * bottleneck**-0.5, *weights),
         }
@@ -141,7 +170,21 @@ class Case:
         """A gradient of y, [..., H] in the dtype of y."""
         generator = torch.Generator().manual_seed(2**20 + seed)
         values = torch.randn(call.x.shape, generator=generator, dtype=torch.float64)
+        self._plant(values, _NONFINITE_IN_DY)
         return place(values.to(call.output_dtype).to(call.x.device), self.grad_layout)
+
+    def _plant(self, values: Tensor, tokens: tuple[int, ...]) -> None:
+        """Inf, -Inf and NaN, one element of a token each, where the case is nonfinite."""
+        if not self.nonfinite or not tokens:
+            return
+        rows = values.view(-1, self.hidden_size)
+        if rows.shape[0] <= max(_NONFINITE_IN_DY) + 1:
+            raise ValueError(
+                f"a nonfinite case needs at least {max(_NONFINITE_IN_DY) + 2} tokens, so that some "
+                f"stay finite; got {rows.shape[0]}."
+            )
+        for token, value in zip(tokens, _NONFINITE, strict=True):
+            rows[token, token * self.hidden_size // 12] = value
 
 
 def _short(dtype: torch.dtype | None) -> str:
@@ -173,104 +216,3 @@ def place(values: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return view[:1].expand(shape)
     return view[(0,) * len(shape)].expand(shape) if layout == "scalar" else view
-
-
-# (T, H, R): the base size first, then one whose bottleneck is too wide for one program. No size
-# divides evenly into tiles.
-_SIZES = (
-    (1037, 776, 49), (37, 1030, 517), (0, 768, 48), (1, 768, 48), (4097, 768, 48), (129, 384, 192),
-    (300, 4096, 64), (2050, 129, 8), (61, 3, 5), (7, 1, 1),
-)  # fmt: skip
-# For the interpreter: many tokens, few tokens, wide H, wide R, many slices of tokens, each once.
-_SMALL_SIZES = (
-    (37, 70, 20), (9, 75, 150), (0, 70, 20), (1, 70, 20), (290, 70, 20), (5, 530, 20),
-    (530, 33, 9), (5, 3, 2),
-)  # fmt: skip
-_OPTIONS: tuple[dict, ...] = (
-    {"bias": "none"},
-    {"bias": "down"},
-    {"bias": "up"},
-    {"residual": "none"},
-    {"residual": "tensor", "residual_dtype": torch.float32},
-    {"residual": "tensor", "skip": True, "scaling": "channel"},
-    {"skip": True, "scaling": 0.7},
-    {"scaling": "learned", "shape": (3,)},
-    {"scaling": "channel", "bias": "none"},
-    {"needs": ("x",)},
-    {"needs": ("down_weight", "up_weight", "down_bias", "up_bias")},
-    {"needs": ("up_bias",), "residual": "none"},
-    {"needs": ("scaling",), "scaling": "channel"},
-    {"layout": "rows", "residual": "tensor", "grad_layout": "rows"},
-    {"layout": "transposed", "shape": (5, 7), "skip": True, "grad_layout": "transposed"},
-    {"layout": "expanded"},
-    # Two tokens: a long sum of one number rounds as its order says, in eager as anywhere else.
-    {"grad_layout": "expanded", "shape": (2,)},
-    {"grad_layout": "scalar", "shape": (2,)},
-    {"layout": "spread", "grad_layout": "spread", "skip": True},
-    {"layout": "unaligned", "grad_layout": "unaligned"},
-    {"parameter_layout": "strided", "scaling": "channel"},
-)
-_MIXED_OPTIONS: tuple[dict, ...] = (  # with a half-precision x
-    {"parameter_dtype": torch.float32},
-    {"parameter_dtype": torch.float32, "scaling": "channel"},
-    {"parameter_dtype": torch.float32, "residual": "tensor", "residual_dtype": torch.float32},
-)
-
-
-def grid(
-    dtypes: Iterable[torch.dtype],
-    activations: Iterable[str],
-    level: str = "default",
-    small: bool = False,
-) -> list[Case]:
-    """Cases over dtypes, activations, sizes that divide nothing, and every option of the call.
-
-    Args:
-        dtypes, activations: what a backend declares.
-        level: quick (every activation at one size), default (also every size and every option, with
-            gelu) or full (every activation at every size, every option in every dtype and form).
-        small: sizes for the CPU and Triton's interpreter instead of a GPU.
-
-    Raises:
-        ValueError: an unknown level.
-    """
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}.")
-    dtypes, activations = sorted(dtypes, key=name_of), sorted(activations)
-    if not dtypes or not activations:
-        return []
-    sizes = [
-        Case(shape=(tokens,), hidden_size=hidden, bottleneck_size=bottleneck)
-        for tokens, hidden, bottleneck in (_SMALL_SIZES if small else _SIZES)
-    ]
-    one = "gelu" if "gelu" in activations else activations[0]
-    cases = _product(sizes[:1], dtypes, activations)
-    if level != "quick":
-        cases += _product(sizes, dtypes, activations if level == "full" else [one])
-        cases += options(replace(sizes[0], activation=one), dtypes, every_dtype=level == "full")
-    if level == "full":
-        cases += options(replace(sizes[1], activation=one), dtypes)
-    return list(dict.fromkeys(cases))
-
-
-def _product(sizes: list[Case], dtypes: list[torch.dtype], activations: list[str]) -> list[Case]:
-    combinations = itertools.product(sizes, dtypes, activations)
-    return [replace(size, dtype=dtype, activation=name) for size, dtype, name in combinations]
-
-
-def options(base: Case, dtypes: Iterable[torch.dtype], every_dtype: bool = True) -> list[Case]:
-    """`base` with one option of the call after another, float32 masters and autocast among them.
-
-    Without `every_dtype` the options take turns through the dtypes.
-    """
-    dtypes = sorted(dtypes, key=name_of)
-    cases = []
-    for index, option in enumerate(_OPTIONS):
-        for dtype in dtypes if every_dtype else [dtypes[index % len(dtypes)]]:
-            if dtype != torch.float64 or "residual_dtype" not in option:  # float64 does not mix
-                cases.append(replace(base, dtype=dtype, **option))
-    for half in (dtype for dtype in dtypes if dtype.itemsize == 2):
-        mixed = [replace(base, dtype=half, **option) for option in _MIXED_OPTIONS]
-        # Under autocast: all of it float32, and half-precision x beside a float32 residual stream.
-        cases += [*mixed, replace(base, autocast=half), replace(mixed[-1], autocast=half)]
-    return cases

@@ -1,0 +1,158 @@
+"""What `adapterkern check` prints: a line as each case ends, and a table of all at the end."""
+
+import math
+
+import torch
+
+from adapterkern import __version__
+from adapterkern.cli.check.worker import Event
+from adapterkern.spec import TENSOR_NAMES
+
+_ORDER = ("y", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # of the table's rows
+_MOST_MISSES = 20  # listed one by one
+_VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
+
+
+class Report:
+    """The events of all backends, put together."""
+
+    def __init__(self) -> None:
+        self.backends: list[Event] = []  # of the kind "backend"
+        self.cases: dict[str, list[Event]] = {}
+
+    def add(self, event: Event) -> None:
+        if event["event"] == "backend":
+            self.backends.append(event)
+            self.cases[event["backend"]] = []
+        else:
+            self.cases[event["backend"]].append(event)
+
+    def rows(self, backend: str) -> list[dict]:
+        """The comparisons of one backend, each with its case."""
+        return [
+            {**row, "case": event["case"]} for event in self.cases[backend] for row in event["rows"]
+        ]
+
+    def passed(self, named: bool, whole: bool) -> bool:
+        """Whether nothing failed. A backend that was asked for by name must be there, and run at
+        least one of its cases where these are the `whole` list."""
+        for backend in self.backends:
+            rows = self.rows(backend["backend"])
+            absent = backend["unavailable"] is not None
+            idle = whole and backend["cases"] > 0 and not rows
+            if (named and (absent or idle)) or not all(row["passed"] for row in rows):
+                return False
+        return True
+
+    def end(self, passed: bool) -> Event:
+        """The event that closes the stream."""
+        rows = [row for backend in self.cases for row in self.rows(backend)]
+        return {
+            "event": "end",
+            "passed": passed,
+            "comparisons": len(rows),
+            "missed": sum(not row["passed"] for row in rows),
+            "cases": sum(bool(event["rows"]) for events in self.cases.values() for event in events),
+        }
+
+    def render(self, passed: bool) -> str:
+        """The table of every backend and the verdict."""
+        lines = [
+            f"adapterkern {__version__}, torch {torch.__version__}",
+            "error: rms relative to float64; tolerance: twice (gradients: three times) the error",
+            "of plain PyTorch in the same dtype, at least one rounding",
+            "",
+        ]
+        for backend in self.backends:
+            lines += [*self._render_backend(backend), ""]
+        end = self.end(passed)
+        ran = [name for name in self.cases if self.rows(name)]
+        verdict = "passed" if passed else "FAILED"
+        counts = f"{end['comparisons']} comparisons on {', '.join(ran) or 'nothing'}"
+        return "\n".join([*lines, f"{verdict}: {counts}, {end['missed']} missed"])
+
+    def _render_backend(self, backend: Event) -> list[str]:
+        name = backend["backend"]
+        if backend["unavailable"] is not None:
+            return [f"{name}: not run, {backend['unavailable']}"]
+        events, rows = self.cases[name], self.rows(name)
+        activations = len({row["activation"] for row in rows})
+        seconds = sum(event["seconds"] for event in events)
+        lines = [
+            f"{name} on {backend['device']}: {sum(bool(event['rows']) for event in events)} cases, "
+            f"{activations} activations, {len(rows)} comparisons ({seconds:.1f} s)"
+        ]
+        worst: dict[tuple[str, str], dict] = {}
+        for row in rows:
+            key = row["dtype"], row["tensor"].split()[0]
+            if key not in worst or _share(row) > _share(worst[key]):
+                worst[key] = row
+        table: list[tuple[str, ...]] = [
+            ("dtype", "tensor", "error", "tolerance", "used", "closest case")
+        ]
+        for dtype, tensor in sorted(worst, key=lambda key: (key[0], _ORDER.index(key[1]))):
+            row = worst[dtype, tensor]
+            table.append((dtype, tensor, *_numbers(row), row["case"]))
+        missed = [row for row in rows if not row["passed"]]
+        lines += _aligned(table) + list(map(_render_miss, missed[:_MOST_MISSES]))
+        if len(missed) > _MOST_MISSES:
+            lines.append(f"  and {len(missed) - _MOST_MISSES} more misses; --json has all of them")
+        refused: dict[str, int] = {}
+        for event in events:
+            if event["status"] == "refused":
+                refused[event["note"]] = refused.get(event["note"], 0) + 1
+        lines += [f"  not run: {count} cases, {reason}" for reason, count in refused.items()]
+        return lines
+
+
+def line_of(event: Event) -> str:
+    """One line: of a case the verdict, its id, the worst share of a tolerance, and seconds."""
+    if event["event"] == "backend":
+        if event["unavailable"] is not None:
+            return f"{event['backend']}: not run, {event['unavailable']}"
+        return f"{event['backend']} on {event['device']}: {event['cases']} cases"
+    verdict = _VERDICTS.get(event["status"], event["status"])
+    note = event["note"]
+    used = ""
+    if event["status"] in ("passed", "missed"):
+        worst = max(event["rows"], key=_share)
+        used = _numbers(worst)[2]
+        if event["status"] == "missed":
+            over = [row["tensor"] for row in event["rows"] if not row["passed"]]
+            note = ", ".join([worst["tensor"], *(t for t in over if t != worst["tensor"])])
+    return f"{verdict:8}{event['case']:60} {used:>6}{event['seconds']:7.1f} s  {note}".rstrip()
+
+
+def _render_miss(row: dict) -> str:
+    error, tolerance, _ = _numbers(row)
+    note = f" ({row['note']})" if row["note"] else ""
+    return f"  MISSED {row['case']} {row['tensor']}: {error} of {tolerance}{note}"
+
+
+def _share(row: dict) -> float:
+    """The part of its tolerance that an error uses up."""
+    if row["error"] is None or row["tolerance"] is None:
+        return math.inf
+    return row["error"] / row["tolerance"] if row["tolerance"] else math.inf * bool(row["error"])
+
+
+def _numbers(row: dict) -> tuple[str, str, str]:
+    error, tolerance = (
+        "-" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "tolerance")
+    )
+    share = _share(row)
+    used = f"{share:.0%}" if share < 10 else f"{share:.0f}x" if math.isfinite(share) else "-"
+    return error, tolerance, used
+
+
+def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+    """Rows in columns, numbers (the third to the fifth) to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if 2 <= index <= 4 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
