@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from adapterkern.bench.measure import failure
 from adapterkern.bench.results import ModelRow, Timing
-from adapterkern.bench.timing import CudaTimer, Subject, WallTimer, interleave
+from adapterkern.bench.timing import CudaTimer, Subject, WallTimer, nothing
 from benchmarks import models
 from benchmarks.attention import RefuseMasks
 from benchmarks.models import MissingPackageError, Spec
@@ -34,6 +33,12 @@ def measure_model(
     whole sequence. step: forward, backward from a given gradient of the last hidden state down to
     the embedded input, and AdamW on the parameters that are trained; the plain model trains none,
     full fine-tuning all, the embedding included.
+
+    On a GPU by its events: a graph with the host ahead, eager and compiled models with the gaps in
+    which the GPU waits for the host.
+
+    Raises:
+        LostDeviceError: the GPU fails whatever is asked of it.
     """
     names = models.variants(spec) if variants is None else tuple(variants)
     names = tuple(name for name in names if mode == "step" or name != "full")
@@ -48,10 +53,13 @@ def measure_model(
                 subjects[name] = _subject(spec, name, row, timer, device, dtype, patches)
             except Exception as error:  # recorded in the row; the others are still measured
                 _record(row, error)
-        timings = interleave(subjects, lambda _name, subject: _wall(subject, device), seconds)
+                timer.raise_if_lost(error, name)
+        timings = _timed(subjects, execution, timer, seconds)
     for name, subject in subjects.items():
         if subject.failure is not None:
             _record(rows[name], subject.failure)
+        elif subject.late:
+            rows[name].note = "launches included, the host was behind the GPU"
     for name, timing in timings.items():
         rows[name].milliseconds = _in_milliseconds(timing)
     if device.type == "cuda":  # a CPU tells nothing of what a GPU pays
@@ -97,7 +105,7 @@ def _subject(
         torch.cuda.synchronize(device)
         row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
     if row.execution == "graph" and isinstance(timer, CudaTimer):
-        graph, _ = timer.capture(Subject([call]), most_calls=1)
+        graph, _ = timer.capture(Subject([call], least_calls=1))
         return Subject([graph.replay], produce=call)  # keeps what the graph reads alive
     return Subject([call])
 
@@ -148,19 +156,26 @@ def _call(
     return step
 
 
-def _wall(subject: Subject, device: torch.device) -> float:
-    """Microseconds of one call up to its completion."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    subject.calls[0]()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e6
+def _timed(
+    subjects: dict[str, Subject], execution: str, timer: WallTimer | CudaTimer, seconds: float
+) -> dict[str, Timing]:
+    """Microseconds of one call of each."""
+    if not isinstance(timer, CudaTimer):
+        return timer.measure("eager", subjects, seconds)
+
+    def sample(_name: str, subject: Subject) -> float:
+        call = subject.calls[0]
+        if execution == "graph":
+            return timer.between_events(subject, nothing, call)
+        return timer.with_gaps(call)
+
+    return timer.interleave(subjects, sample, seconds)
 
 
 def _in_milliseconds(timing: Timing) -> Timing:
-    return Timing(timing.p20 / 1e3, timing.p50 / 1e3, timing.p80 / 1e3, timing.samples)
+    raw = tuple(round(sample / 1e3, 6) for sample in timing.raw)
+    quantiles = timing.p20 / 1e3, timing.p50 / 1e3, timing.p80 / 1e3
+    return Timing(*quantiles, timing.samples, raw)
 
 
 def _overheads(rows: dict[str, ModelRow]) -> None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from adapterkern.bench import environment
 from adapterkern.bench.roofline import Machine
-from adapterkern.bench.timing import CudaTimer, Subject
+from adapterkern.bench.timing import CudaTimer, Subject, random_bits
 
 COPY_BYTES = 2 * 2**30  # read plus written; far beyond L2
 MATRIX_SIZE = 8192
 FLOAT32_SIZE = 4096  # an eighth of the work, which CUDA cores do at a tenth of the rate
-STEADY = 0.03  # clocks that moved further than this between two copies spoil a run
+KERNELS_IN_GRAPH = 512  # of the smallest kernel, beside which the graph's own launch is nothing
+STEADY = 0.03  # clocks that moved further than this between two measurements spoil a run
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Calibration:
     matrix_rate_fp32: in float32 as torch computes it here (TF32 or IEEE);
     graph_kernel: seconds of a near-empty kernel in a CUDA graph; eager_launch: host seconds of one
     eager elementwise call; l2_bandwidth: bytes per second read from L2; triton_launch: host seconds
-    of one Triton launch; copy_bandwidth_after: the same copy when all else was measured.
+    of one Triton launch; copy_bandwidth_after, matrix_rate_after: the same copy and the same
+    product when all else was measured. peak_bandwidth is not measured: bytes per second that the
+    memory can transfer, by its clock and width.
     """
 
     copy_bandwidth: float | None = None
@@ -34,6 +38,8 @@ class Calibration:
     l2_bandwidth: float | None = None
     triton_launch: float | None = None
     copy_bandwidth_after: float | None = None
+    matrix_rate_after: float | None = None
+    peak_bandwidth: float | None = None
 
     def machine(self, dtype: str) -> Machine | None:
         """The roofline's machine for a case's dtype; None where the copy was not measured.
@@ -47,11 +53,26 @@ class Calibration:
         return Machine(self.copy_bandwidth, rates.get(dtype), self.graph_kernel or 0.0)
 
     @property
+    def moves(self) -> dict[str, float]:
+        """How far the copy and the product moved during the run, relative, by name; those that
+        were measured twice.
+        """
+        pairs = {
+            "copy bandwidth": (self.copy_bandwidth, self.copy_bandwidth_after),
+            "matrix rate": (self.matrix_rate, self.matrix_rate_after),
+        }
+        return {
+            name: after / before - 1 for name, (before, after) in pairs.items() if before and after
+        }
+
+    @property
     def steady(self) -> bool | None:
-        """Whether the copy ran as fast after as before; None if it was not measured twice."""
-        if self.copy_bandwidth is None or self.copy_bandwidth_after is None:
-            return None
-        return abs(self.copy_bandwidth_after / self.copy_bandwidth - 1) <= STEADY
+        """Whether copy and product, memory's clock and the SMs', ran as fast after as before; None
+        where neither moved but one of them was not measured twice.
+        """
+        if any(abs(move) > STEADY for move in self.moves.values()):
+            return False
+        return True if len(self.moves) == 2 else None
 
     def as_dict(self) -> dict[str, float]:
         """What was measured, for a result's header."""
@@ -74,12 +95,22 @@ def measure(timer: CudaTimer, seconds: float = 1.0) -> Calibration:
         matrix_rate_fp32=matrix_rate(timer, part, FLOAT32_SIZE, torch.float32),
         graph_kernel=graph_kernel(timer, part),
         eager_launch=eager_launch(timer),
+        peak_bandwidth=environment.peak_bandwidth(torch.device(timer.device)),
+    )
+
+
+def measure_after(timer: CudaTimer, measured: Calibration, seconds: float = 0.3) -> Calibration:
+    """`measured` with its copy and its product measured again, when a run is over."""
+    return dataclasses.replace(
+        measured,
+        copy_bandwidth_after=copy_bandwidth(timer, seconds / 2),
+        matrix_rate_after=matrix_rate(timer, seconds / 2),
     )
 
 
 def copy_bandwidth(timer: CudaTimer, seconds: float) -> float:
     """Bytes read plus written per second by a device-to-device copy."""
-    source = torch.empty(COPY_BYTES // 2, dtype=torch.int8, device=timer.device)
+    source = random_bits(COPY_BYTES // 2, timer.device)
     target = torch.empty_like(source)
     return COPY_BYTES / _seconds(timer, "cold", lambda: target.copy_(source), seconds)
 
@@ -93,13 +124,13 @@ def matrix_rate(
     """FLOP/s of a square product; in float32 by the arithmetic that torch is set to."""
     a = torch.randn(size, size, device=timer.device, dtype=dtype)
     b, c = torch.randn_like(a), torch.empty_like(a)
-    return 2 * size**3 / _seconds(timer, "hot", lambda: torch.mm(a, b, out=c), seconds)
+    return 2 * size**3 / _seconds(timer, "cold", lambda: torch.mm(a, b, out=c), seconds)
 
 
 def graph_kernel(timer: CudaTimer, seconds: float) -> float:
     """Seconds of a near-empty kernel among others in a CUDA graph."""
     one = torch.zeros(1, device=timer.device)
-    return _seconds(timer, "graph", lambda: one.add_(1), seconds)
+    return _seconds(timer, "graph", lambda: one.add_(1), seconds, KERNELS_IN_GRAPH)
 
 
 def eager_launch(timer: CudaTimer) -> float:
@@ -110,8 +141,10 @@ def eager_launch(timer: CudaTimer) -> float:
     return launch * 1e-6
 
 
-def _seconds(timer: CudaTimer, kind: str, call: Callable, seconds: float) -> float:
-    subject = Subject([call])
+def _seconds(
+    timer: CudaTimer, kind: str, call: Callable, seconds: float, least_calls: int = 1
+) -> float:
+    subject = Subject([call], least_calls=least_calls)
     timings = timer.measure(kind, {"call": subject}, seconds)
     if subject.failure is not None:
         raise subject.failure

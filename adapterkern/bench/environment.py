@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adapterkern import __version__, _env
+from adapterkern.bench import driver
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters", "nvmath-python")
 ROOT = Path(__file__).parents[2]  # of the source tree, where there is one
@@ -109,6 +110,21 @@ def clocks(device: torch.device) -> dict[str, float] | None:
     return numbers
 
 
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Bytes per second that a GPU's memory can transfer, two a clock and data line; None where its
+    driver does not tell, and on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        clock = driver.device_attribute(index, driver.MEMORY_CLOCK_RATE)
+        width = driver.device_attribute(index, driver.MEMORY_BUS_WIDTH)
+    except (OSError, RuntimeError):
+        return None
+    return 2 * clock * 1e3 * width / 8 or None  # some virtual GPUs hide the clock: 0
+
+
 def command_line(name: str) -> str:
     """How the running command was called, under its public name."""
     return " ".join([name, *sys.argv[1:]])
@@ -118,13 +134,14 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     properties: Any = torch.cuda.get_device_properties(device)
-    driver = _query_gpu(device, "driver_version")
+    version = _query_gpu(device, "driver_version")
     return {
         "capability": f"{properties.major}.{properties.minor}",
         "num_sms": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "driver": driver[0] if driver else None,
+        "peak_bandwidth": peak_bandwidth(device),
+        "driver": version[0] if version else None,
     }
 
 

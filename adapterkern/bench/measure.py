@@ -1,6 +1,5 @@
 """One case, all providers: build, pass the parity gate, count memory, time, count launches."""
 
-import contextlib
 import gc
 import sys
 import warnings
@@ -12,18 +11,21 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.base import BackendUnsupportedError
-from adapterkern.bench import memory, roofline
+from adapterkern.bench import memory, roofline, rotation
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.bench.gate import Gate
-from adapterkern.bench.providers import Built, Provider, UnavailableError
-from adapterkern.bench.results import Row
-from adapterkern.bench.timing import CALLS_IN_GRAPH, CudaTimer, Subject, WallTimer
+from adapterkern.bench.providers import PROVIDERS, Built, Provider, UnavailableError
+from adapterkern.bench.results import LostDeviceError, Row, Timing
+from adapterkern.bench.rotation import FixedWeightsError
+from adapterkern.bench.timing import CALLS_IN_EAGER, CudaTimer, Subject, WallTimer
 
 # Up to here a call is shorter than its launch: its time in a graph is what a captured model pays.
 FEW_TOKENS = 4096
+# Tolerances that other weights may take: the gate has judged the rounding before, and weights that
+# did not arrive are wrong by half.
+EXCHANGE_SLACK = 4
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
-DISTINCT_BYTES = 3 * 50 * 2**20  # of buffers in turn where they are large: three L2s of an H200
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Settings:
 
     seconds: float = 0.5
     details: bool = True  # memory, saved bytes, kernels, host time
+    hot: bool = False  # also with the input just written, on a GPU
 
 
 @dataclass
@@ -43,6 +46,187 @@ class _Entry:
     built: Built | None = None
 
 
+class _Run:
+    """One case on its way: what is shared by everything that is done to its providers."""
+
+    def __init__(
+        self,
+        case: BenchCase,
+        providers: Sequence[Provider],
+        timer: WallTimer | CudaTimer,
+        settings: Settings,
+        progress: Callable[[str], Any],
+    ) -> None:
+        self.case, self.timer, self.settings, self.progress = case, timer, settings, progress
+        self.device = timer.device if isinstance(timer, CudaTimer) else torch.device("cpu")
+        how = headline(case, self.device)
+        self.entries = [
+            _Entry(Row(case, provider.name, ours=provider.ours, headline=how), provider)
+            for provider in providers
+        ]
+        self.rows = [entry.row for entry in self.entries]
+
+    def measure(self) -> None:
+        """Everything up to what follows from the times.
+
+        Raises:
+            LostDeviceError: nothing more can be measured; the rows stand.
+        """
+        try:
+            self.inputs = self.case.draw(self.device)
+        except Exception as error:
+            self.timer.raise_if_lost(error)
+            for row in self.rows:
+                _record(row, error)
+            return
+        self.gate = Gate(self.case, self.inputs)
+        self.halved = rotation.halved(self.inputs)
+        self.gate_of_halved = Gate(self.case, self.halved)
+        for entry in self.entries:
+            self._attempt(entry, "", self._admit)
+        if self.settings.details:
+            for entry in self._built():
+                self._attempt(entry, "not counted", self._count)
+        sets = rotation.sets(self.case, self.inputs, self.timer)
+        for kind in kinds(self.case, self.timer, self.settings.hot):
+            self._time(kind, sets)
+        for row in self.rows:
+            if row.timings:
+                row.status = "ok"
+        if self.settings.details and isinstance(self.timer, CudaTimer):
+            for entry in self._built():
+                self._attempt(entry, "kernels not counted", self._count_kernels)
+
+    def _built(self) -> list[_Entry]:
+        return [entry for entry in self.entries if entry.built is not None]
+
+    def _attempt(self, entry: _Entry, what: str, work: Callable[[_Entry], Any]) -> None:
+        """Do a part of the work on one provider, whose failure must not end the run.
+
+        what: is missing then and said in the row's note; "": everything, and the status says so.
+        """
+        try:
+            work(entry)
+        except Exception as error:
+            if what:
+                _add_note(entry.row, f"{what}: {failure(error)[1]}")
+            else:
+                entry.built = None
+                _record(entry.row, error)
+            self.timer.raise_if_lost(error, entry.provider.name)
+
+    def _admit(self, entry: _Entry) -> None:
+        """Build a provider and send it through the parity gate."""
+        self.progress(f"{self.case}: checking {entry.provider.name}")
+        row, built = entry.row, entry.provider.build(self.case, self.inputs)
+        row.note = built.note
+        if built.checked:
+            outputs = outputs_of(built, self.case, self.inputs)
+            names = tuple(name for name in self.inputs.parameters if name in built.parameters)
+            verdict = self.gate.judge(outputs, built.activation, names)
+            row.error, row.tolerance = verdict.error, verdict.tolerance
+            if not verdict.passed:
+                row.status, row.note = "wrong", str(verdict)
+                return
+            if entry.provider.ours:
+                again = outputs_of(built, self.case, self.inputs)
+                row.repeatable = all(torch.equal(outputs[name], again[name]) for name in outputs)
+        entry.built = built
+
+    def _count(self, entry: _Entry) -> None:
+        built, row = entry.built, entry.row
+        assert built is not None
+        call = prepared_call(built, self.case, self.inputs.x, self.inputs.dy)
+        row.host_us = self.timer.host_us(Subject([call]))
+        counted = memory.allocated(call, self.device)
+        if counted is not None:
+            row.peak_bytes, row.transient_bytes = counted.peak, counted.transient
+        if built.checked and self.case.mode != "forward":
+            x = self.inputs.x.detach().requires_grad_()
+            row.saved_bytes = memory.saved_bytes(
+                lambda: built.forward(x), [x, *built.parameters.values()]
+            )
+
+    def _count_kernels(self, entry: _Entry) -> None:
+        assert entry.built is not None
+        assert isinstance(self.timer, CudaTimer)
+        if entry.provider.name in self.timer.not_captured:
+            raise RuntimeError("its call cannot be captured")
+        call = prepared_call(entry.built, self.case, self.inputs.x, self.inputs.dy)
+        entry.row.kernels = memory.kernels_launched(call, self.timer)
+
+    def _time(self, kind: str, sets: list[Inputs]) -> None:
+        """Time all providers in one way. What this costs one of them is said in its row, whose
+        status follows it until another way gives a time.
+        """
+        rows = {row.provider: row for row in self.rows}
+        subjects: dict[str, Subject] = {}
+        for entry in self._built():
+            name, broken = entry.provider.name, {}
+            if kind == "graph" and isinstance(self.timer, CudaTimer):
+                broken = self.timer.not_captured
+            if name in broken:  # one more try may cost the process
+                _add_note(rows[name], f"graph: not tried, as it failed before: {broken[name]}")
+                continue
+            try:
+                subjects[name] = self._subject(kind, entry, sets)
+            except Exception as error:
+                _record(rows[name], error, kind)
+                self.timer.raise_if_lost(error, name)
+        self.progress(f"{self.case}: timing {', '.join(subjects)} ({kind})")
+        try:
+            timings = self.timer.measure(kind, subjects, self.settings.seconds)
+        except LostDeviceError as error:
+            _record(rows[error.subject], error, kind)
+            raise
+        for name, subject in subjects.items():
+            self._enter(rows[name], kind, subject, timings.get(name))
+
+    def _enter(self, row: Row, kind: str, subject: Subject, timing: Timing | None) -> None:
+        if timing is not None:
+            row.timings[kind] = timing
+        if subject.late:
+            _add_note(row, f"{kind}: launches included, the host was behind the GPU")
+        if subject.failure is not None:
+            _record(row, subject.failure, kind)
+            if kind == "graph" and isinstance(self.timer, CudaTimer) and row.status == "failed":
+                self.timer.not_captured[row.provider] = failure(subject.failure)[1]
+
+    def _subject(self, kind: str, entry: _Entry, sets: list[Inputs]) -> Subject:
+        built, case = entry.built, self.case
+        assert built is not None
+        if kind == "graph":
+            self._check_exchange(built)
+            weights = rotation.weight_bytes(case) if built.parameters else 0
+            entry.row.buffer_bytes = len(sets) * (rotation.activation_bytes(case) + weights)
+            calls = [_rotating_call(built, case, chosen) for chosen in sets]
+            return Subject(calls, least_calls=rotation.least_calls(case))
+        most = CALLS_IN_EAGER if kind == "eager" else 1
+        calls = [prepared_call(built, case, chosen.x, chosen.dy) for chosen in sets[:most]]
+        if kind != "hot":
+            return Subject(calls)
+        # `.data`: rewriting the same values is no change that a saved tensor has to know of.
+        written = (self.inputs.dy if case.mode == "backward" else self.inputs.x).data
+        source = written.clone()
+        return Subject(calls, lambda: written.copy_(source))
+
+    def _check_exchange(self, built: Built) -> None:
+        """That a provider computes with whatever weights its leaves are given.
+
+        Raises:
+            FixedWeightsError: it does not, so each call of a graph would find its weights in L2.
+        """
+        if not built.parameters:
+            return
+        halved = self.halved
+        names = tuple(name for name in halved.parameters if name in built.parameters)
+        with rotation.exchanged(built.parameters, halved.parameters):
+            outputs = outputs_of(built, self.case, halved)
+        verdict = self.gate_of_halved.judge(outputs, built.activation, names)
+        if not verdict.error <= EXCHANGE_SLACK * verdict.tolerance:
+            raise FixedWeightsError(f"other weights in its leaves do not reach it ({verdict})")
+
+
 def measure_case(
     case: BenchCase,
     providers: Sequence[Provider],
@@ -51,37 +235,34 @@ def measure_case(
     settings: Settings | None = None,
     progress: Callable[[str], Any] = lambda _text: None,
 ) -> list[Row]:
-    """One row a provider, in the given order. A provider that fails costs its own row alone."""
-    settings = settings or Settings()
-    device = timer.device if isinstance(timer, CudaTimer) else torch.device("cpu")
-    entries = [
-        _Entry(
-            Row(case, provider.name, ours=provider.ours, headline=headline(case, device)), provider
-        )
-        for provider in providers
-    ]
+    """One row a provider, in the given order. A provider that fails costs its own row alone.
+
+    On a GPU all are judged by the copy of the same case, so `limit` is added where it is missing.
+
+    Raises:
+        LostDeviceError: the GPU fails whatever is asked of it; its `rows` are what this returns.
+    """
+    if isinstance(timer, CudaTimer) and all(provider.name != "limit" for provider in providers):
+        providers = [*providers, PROVIDERS["limit"]]
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # what earlier cases compiled would count against torch's limit
-    with timer.session(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch._inductor")  # advice on other settings
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # no-adapter's is
-        try:
-            inputs = case.draw(device)
-        except Exception as error:
-            for entry in entries:
-                _record(entry.row, error)
-            return [entry.row for entry in entries]
-        _admit(entries, case, inputs, progress)
-        if settings.details:
-            for entry in entries:
-                _guarded(entry, _count, case, inputs, timer, device)
-        _time(entries, case, inputs, timer, settings, progress)
-        if settings.details:  # last: a profiler slows the launches of what runs after it
-            for entry in entries:
-                _count_kernels(entry, case, inputs, device)
-    rows = [entry.row for entry in entries]
-    _derive(rows, case, calibration, device)
-    _release(device)
+    run = _Run(case, providers, timer, settings or Settings(), progress)
+    rows, device = run.rows, run.device
+    try:
+        with timer.session(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch._inductor")  # advice on other settings
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # no-adapter's is
+            run.measure()
+        del run
+        _release(timer)
+    except LostDeviceError as error:
+        for row in rows:
+            if row.status == "ok" and not row.timings:
+                row.status, row.note = "failed", "not measured: the GPU was lost before"
+        error.rows = rows
+        raise
+    finally:
+        _derive(rows, case, calibration, device)
     return rows
 
 
@@ -92,42 +273,12 @@ def headline(case: BenchCase, device: torch.device) -> str:
     return "graph" if case.tokens <= FEW_TOKENS else "cold"
 
 
-def kinds(case: BenchCase, timer: WallTimer | CudaTimer) -> list[str]:
-    """The kinds of timing that say something about a case."""
-    return [kind for kind in timer.kinds if kind != "eager" or _eager_tells(case, timer)]
-
-
-def _eager_tells(case: BenchCase, timer: WallTimer | CudaTimer) -> bool:
-    return isinstance(timer, WallTimer) or case.tokens <= MOST_TOKENS_EAGER
-
-
-def _admit(
-    entries: list[_Entry], case: BenchCase, inputs: Inputs, progress: Callable[[str], Any]
-) -> None:
-    """Build each provider and send it through the parity gate."""
-    gate = Gate(case, inputs)
-
-    def admit(entry: _Entry) -> None:
-        progress(f"{case}: checking {entry.provider.name}")
-        built = entry.provider.build(case, inputs)
-        entry.row.note = built.note
-        if built.checked:
-            outputs = outputs_of(built, case, inputs)
-            names = tuple(name for name in inputs.parameters if name in built.parameters)
-            verdict = gate.judge(outputs, built.activation, names)
-            entry.row.error, entry.row.tolerance = verdict.error, verdict.tolerance
-            if not verdict.passed:
-                entry.row.status, entry.row.note = "wrong", str(verdict)
-                return
-            if entry.provider.ours:
-                again = outputs_of(built, case, inputs)
-                entry.row.repeatable = all(
-                    torch.equal(outputs[name], again[name]) for name in outputs
-                )
-        entry.built = built
-
-    for entry in entries:
-        _guarded(entry, admit)
+def kinds(case: BenchCase, timer: WallTimer | CudaTimer, hot: bool = False) -> list[str]:
+    """The kinds of timing that say something about a case, with `hot` where it is asked for."""
+    left_out = set() if hot else {"hot"}
+    if isinstance(timer, CudaTimer) and case.tokens > MOST_TOKENS_EAGER:
+        left_out.add("eager")
+    return [kind for kind in timer.kinds if kind not in left_out]
 
 
 def outputs_of(built: Built, case: BenchCase, inputs: Inputs) -> dict[str, Tensor]:
@@ -162,137 +313,38 @@ def prepared_call(built: Built, case: BenchCase, x: Tensor, dy: Tensor) -> Calla
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def _count(
-    entry: _Entry,
-    case: BenchCase,
-    inputs: Inputs,
-    timer: WallTimer | CudaTimer,
-    device: torch.device,
-) -> None:
-    built, row = entry.built, entry.row
-    if built is None:
-        return
-    call = prepared_call(built, case, inputs.x, inputs.dy)
-    row.host_us = timer.host_us(Subject([call]))
-    counted = memory.allocated(call, device)
-    if counted is not None:
-        row.peak_bytes, row.transient_bytes = counted.peak, counted.transient
-    if built.checked and case.mode != "forward":
-        x = inputs.x.detach().requires_grad_()
-        row.saved_bytes = memory.saved_bytes(
-            lambda: built.forward(x), [x, *built.parameters.values()]
-        )
-
-
-def _count_kernels(entry: _Entry, case: BenchCase, inputs: Inputs, device: torch.device) -> None:
-    if entry.built is None or entry.row.status != "ok":
-        return
-    try:
-        call = prepared_call(entry.built, case, inputs.x, inputs.dy)
-        entry.row.kernels = memory.kernels_launched(call, device)
-    except Exception as error:  # the times stand without it
-        _add_note(entry.row, f"kernels not counted: {_sentence(error)}")
-
-
-def _time(
-    entries: list[_Entry],
-    case: BenchCase,
-    inputs: Inputs,
-    timer: WallTimer | CudaTimer,
-    settings: Settings,
-    progress: Callable[[str], Any],
-) -> None:
-    buffers = [(inputs.x, inputs.dy)]
-    try:
-        for _ in range(1, _distinct_buffers(case, timer)):
-            buffers.append((inputs.x.clone(), inputs.dy.clone()))
-    except torch.OutOfMemoryError:
-        pass  # fewer buffers then; the first ones are there
-    # `.data`: rewriting the same values is no change that a saved tensor has to know of.
-    written = inputs.dy.data if case.mode == "backward" else inputs.x.data
-    source = written.clone()
-    subjects: dict[str, Subject] = {}
-
-    def prepare(entry: _Entry) -> None:
-        if entry.built is not None:
-            built = entry.built
-            calls = [prepared_call(built, case, x, dy) for x, dy in buffers]
-            subjects[entry.provider.name] = Subject(calls, lambda: written.copy_(source))
-
-    for entry in entries:
-        _guarded(entry, prepare)
-    rows = {entry.provider.name: entry.row for entry in entries}
-    for kind in kinds(case, timer):
-        chosen = subjects
-        if kind == "graph" and isinstance(timer, CudaTimer):
-            chosen = _capturable(subjects, rows, timer)
-        progress(f"{case}: timing {', '.join(chosen)} ({kind})")
-        timings = timer.measure(kind, chosen, settings.seconds)
-        for name, timing in timings.items():
-            rows[name].timings[kind] = timing
-            if kind == "graph":
-                rows[name].buffer_bytes = len(buffers) * _activations(case)
-        for name, subject in chosen.items():
-            row = rows[name]
-            if subject.late:
-                _add_note(row, f"{kind}: launches included, the host was behind the GPU")
-                subject.late = False
-            if subject.failure is not None:
-                status, note = failure(subject.failure)
-                _add_note(row, f"{kind}: {note}")
-                row.status = status  # until it is timed in another way
-                if kind == "graph" and isinstance(timer, CudaTimer) and status == "failed":
-                    timer.not_captured[name] = note
-                subject.failure = None
-    for name in subjects:
-        if rows[name].timings:
-            rows[name].status = "ok"
-
-
-def _capturable(
-    subjects: dict[str, Subject], rows: dict[str, Row], timer: CudaTimer
-) -> dict[str, Subject]:
-    """Without those whose capture failed in an earlier case: one more try may cost the process."""
-    for name in subjects.keys() & timer.not_captured.keys():
-        _add_note(rows[name], f"graph: not tried, as it failed before: {timer.not_captured[name]}")
-    return {name: s for name, s in subjects.items() if name not in timer.not_captured}
-
-
-def _activations(case: BenchCase) -> int:
-    """Bytes of one call's x and y, or dy and dx: the least that is distinct in each buffer."""
-    return 2 * case.tokens * case.hidden_size * case.element_size
-
-
-def _distinct_buffers(case: BenchCase, timer: WallTimer | CudaTimer) -> int:
-    """How many buffers a graph's calls take in turn; few tokens cannot fill L2 with them."""
-    if isinstance(timer, WallTimer):
-        return 1
-    return max(1, min(CALLS_IN_GRAPH, -(-DISTINCT_BYTES // _activations(case))))
+def _rotating_call(built: Built, case: BenchCase, chosen: Inputs) -> Callable[[], Any]:
+    """The prepared call with the weights, too, of this set."""
+    leaves = built.parameters
+    with rotation.exchanged(leaves, chosen.parameters):  # a backward's forward is run here
+        call = prepared_call(built, case, chosen.x, chosen.dy)
+    return rotation.with_weights(call, leaves, chosen.parameters)
 
 
 def _derive(
     rows: list[Row], case: BenchCase, calibration: Calibration, device: torch.device
 ) -> None:
     """What follows from the times; on a CPU, which tells nothing about a GPU, no ratio."""
-    for row in rows:
-        if row.time is not None and row.provider != "no-adapter":
-            row.gb_per_s = roofline.moved_bytes(case, _bytes_of(row)) / row.time.p50 / 1e3
-    if device.type != "cuda":
-        return
     machine = calibration.machine(case.dtype)
-    for row in rows:
-        if machine is not None:
+    copy = next((row.time for row in rows if row.provider == "limit"), None)
+    timed = [(row, row.time) for row in rows if row.time and row.provider != "no-adapter"]
+    for row, time in timed:
+        rate = roofline.moved_bytes(case, _bytes_of(row)) / (time.p50 * 1e-6)
+        row.gb_per_s = rate / 1e9
+        if device.type == "cuda":
+            row.copy_fraction = None if copy is None else copy.p50 / time.p50
+            row.floor_fraction = _share(rate, calibration.copy_bandwidth)
+            row.peak_fraction = _share(rate, calibration.peak_bandwidth)
+            row.ratios = {
+                other.provider: its.p50 / time.p50 for other, its in timed if other is not row
+            }
+    if device.type == "cuda" and machine is not None:
+        for row in rows:
             row.floor_us = roofline.seconds(case, machine) * 1e6
-        if row.time is None:
-            continue
-        if machine is not None and row.provider != "no-adapter":
-            least = roofline.copy_seconds(case, machine, _bytes_of(row))
-            row.floor_fraction = least * 1e6 / row.time.p50
-        row.ratios = {
-            other.provider: other.time.p50 / row.time.p50
-            for other in rows
-            if other.time is not None and other.provider not in (row.provider, "no-adapter")
-        }
+
+
+def _share(rate: float, whole: float | None) -> float | None:
+    return None if whole is None else rate / whole
 
 
 def _bytes_of(row: Row) -> str:
@@ -304,16 +356,10 @@ def _add_note(row: Row, text: str) -> None:
     row.note = "; ".join(filter(None, [row.note, text]))
 
 
-def _guarded(entry: _Entry, work: Callable[..., Any], *arguments: Any) -> None:
-    try:
-        work(entry, *arguments)
-    except Exception as error:  # one provider's failure must not end the run
-        entry.built = None
-        _record(entry.row, error)
-
-
-def _record(row: Row, error: Exception) -> None:
-    row.status, row.note = failure(error)
+def _record(row: Row, error: Exception, kind: str = "") -> None:
+    """An error in a row: the end of it, or of one kind of timing."""
+    row.status, note = failure(error)
+    _add_note(row, f"{kind}: {note}" if kind else note)
 
 
 def failure(error: Exception) -> tuple[str, str]:
@@ -334,9 +380,11 @@ def _sentence(error: Exception) -> str:
     return text if isinstance(error, kinds) else f"{type(error).__name__}: {text}"
 
 
-def _release(device: torch.device) -> None:
+def _release(timer: WallTimer | CudaTimer) -> None:
     gc.collect()
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # of a lost GPU; the rows measured before stand
-            torch.cuda.synchronize(device)
+    if isinstance(timer, CudaTimer):
+        try:
+            torch.cuda.synchronize(timer.device)
             torch.cuda.empty_cache()
+        except RuntimeError as error:  # of work that nobody waited for
+            timer.raise_if_lost(error)

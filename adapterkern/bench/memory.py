@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern.bench import driver
+from adapterkern.bench.timing import CudaTimer, Subject
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,22 +53,14 @@ def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
     return total
 
 
-def kernels_launched(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Kernels and copies that one call runs on the GPU, None where the profiler sees none."""
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    try:
-        call()
-        torch.cuda.synchronize(device)
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize(device)
-    except RuntimeError:  # the profiling interface may be reserved or absent
-        return None
-    on_gpu = torch.autograd.DeviceType.CUDA
-    count = sum(
-        event.device_type == on_gpu and not getattr(event, "is_user_annotation", False)
-        for event in profile.events()
-    )
-    return count or None
+def kernels_launched(call: Callable[[], Any], timer: CudaTimer) -> int:
+    """Kernels, copies and fills that one call runs on the GPU: the nodes of its CUDA graph.
+
+    Not by a profiler, which stays attached and slows every launch after it (pytorch#144455).
+
+    Raises:
+        TypeError: this version of torch keeps no graph that could be counted.
+        Exception: whatever stops the capture, or the driver's answer.
+    """
+    graph, _ = timer.capture(Subject([call], least_calls=1), keep_graph=True)
+    return driver.graph_nodes(graph.raw_cuda_graph())

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapterkern.bench.cases import BenchCase
 
-SCHEMA = "adapterkern-bench/1"
+SCHEMA = "adapterkern-bench/2"
 STATUSES = ("ok", "unavailable", "wrong", "out_of_memory", "failed")
 
 
@@ -22,14 +22,27 @@ class ResultError(ValueError):
     """A result file that cannot be read, or two that cannot be compared."""
 
 
+class LostDeviceError(RuntimeError):
+    """The GPU fails whatever this process asks of it, since an error in the work of `subject`.
+
+    rows: of the case that it ended, with what was measured before.
+    """
+
+    def __init__(self, message: str, subject: str = "") -> None:
+        super().__init__(message)
+        self.subject = subject
+        self.rows: list[Row] = []
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles in microseconds of `samples` measurements."""
+    """Quantiles in microseconds of `samples` measurements, and these in the order taken (raw)."""
 
     p20: float
     p50: float
     p80: float
     samples: int
+    raw: tuple[float, ...] = ()
 
 
 @dataclass
@@ -37,13 +50,15 @@ class Row:
     """One provider on one case. What was not measured is None.
 
     timings: by kind, see `timing.KINDS`; headline: the kind that ratios and fractions are of.
-    buffer_bytes: activations that a graph's calls take in turn; in L2 if they are smaller than it.
-    floor_us: the case's floor; floor_fraction: bytes of the floor (of `limit`: its own) at the
-    measured copy bandwidth, over the measured time; gb_per_s: the same bytes over time;
-    ratios: time of that provider over this one's.
+    buffer_bytes: activations and weights that a graph's calls take in turn; in L2 if they are
+    smaller than it.
+    copy_fraction: time of `limit` in the same case and kind of timing, over this one's.
+    floor_us: the case's floor; floor_fraction, peak_fraction: bytes of the floor (of `limit`: its
+    own) at the measured copy bandwidth and at the memory's peak bandwidth, over the measured time;
+    gb_per_s: the same bytes over time; ratios: time of that provider over this one's.
     host_us: CPU time to launch a call; peak_bytes and transient_bytes: beyond what was allocated
     before a call, and beyond what is still alive after it; saved_bytes: kept for the backward
-    beside inputs and parameters; kernels: launched on the GPU by a call.
+    beside inputs and parameters; kernels: nodes of a call's CUDA graph, copies and fills included.
     error, tolerance: of the tensor closest to its tolerance, in the parity gate.
     repeatable: whether a second run gave the same bits.
     """
@@ -57,8 +72,10 @@ class Row:
     timings: dict[str, Timing] = field(default_factory=dict)
     buffer_bytes: int | None = None
     gb_per_s: float | None = None
+    copy_fraction: float | None = None
     floor_us: float | None = None
     floor_fraction: float | None = None
+    peak_fraction: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     host_us: float | None = None
     peak_bytes: int | None = None
@@ -82,7 +99,8 @@ class Row:
 
 @dataclass
 class ModelRow:
-    """One variant of one model. Times in milliseconds; overhead in per cent of the plain model.
+    """One variant of one model. Times in milliseconds, raw ones too; overhead in per cent of the
+    plain model.
 
     execution: eager, compile or graph; trained: parameters with a gradient, of `parameters`.
     """
@@ -126,8 +144,15 @@ class Result:
 
 
 def to_json(result: Result) -> str:
-    """The text of a result file."""
-    return json.dumps({"schema": SCHEMA, **dataclasses.asdict(result)}, indent=1) + "\n"
+    """The text of a result file: an entry of a list a line, as raw samples would fill pages."""
+    parts = [f'"schema": {json.dumps(SCHEMA)}']
+    for name, value in dataclasses.asdict(result).items():
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(entry) for entry in value) + "\n]"
+        else:
+            text = json.dumps(value, indent=1)
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def from_json(text: str, origin: str = "result file") -> Result:
@@ -159,7 +184,7 @@ def from_json(text: str, origin: str = "result file") -> Result:
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    timings = {kind: Timing(**timing) for kind, timing in entry["timings"].items()}
+    timings = {kind: _timing(timing) for kind, timing in entry["timings"].items()}
     if entry["status"] not in STATUSES:
         raise ValueError(f"unknown status {entry['status']!r}")
     return Row(**{**entry, "case": BenchCase(**entry["case"]), "timings": timings})
@@ -167,7 +192,11 @@ def _row(entry: dict[str, Any]) -> Row:
 
 def _model_row(entry: dict[str, Any]) -> ModelRow:
     timing = entry["milliseconds"]
-    return ModelRow(**{**entry, "milliseconds": None if timing is None else Timing(**timing)})
+    return ModelRow(**{**entry, "milliseconds": None if timing is None else _timing(timing)})
+
+
+def _timing(entry: dict[str, Any]) -> Timing:
+    return Timing(**{**entry, "raw": tuple(entry["raw"])})
 
 
 def save(result: Result, path: Path) -> None:

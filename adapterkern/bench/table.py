@@ -40,8 +40,11 @@ def first_lines(result: Result) -> list[str]:
         if measured.graph_kernel is not None:
             facts.append(f"smallest kernel in a graph {measured.graph_kernel * 1e6:.1f} us")
         lines.append("measured in this run: " + ", ".join(facts))
+    if measured.peak_bandwidth is not None:
+        lines.append(f"peak of its memory: {measured.peak_bandwidth / 1e12:.2f} TB/s")
     if measured.steady is False:
-        lines.append("UNSTEADY: the copy bandwidth moved by more than 3 % during the run")
+        moves = ", ".join(f"{name} {move:+.1%}" for name, move in measured.moves.items())
+        lines.append(f"UNSTEADY: {moves} during the run")
     return lines
 
 
@@ -59,10 +62,10 @@ def render(result: Result) -> str:
 
 _LEGEND = (
     "times in us; cold: L2 overwritten before each call; hot: input just written; graph: per call,",
-    "in a CUDA graph over buffers in turn; eager: wall time. GB/s: bytes of the floor over time;",
-    "of floor: those bytes at this run's copy bandwidth, over time; limit: both of its own bytes.",
-    "against: its time over that of our first row. peak: memory beyond the inputs; transient:",
-    "beyond what stays; saved: kept for the backward.",
+    "in a CUDA graph over activations and weights in turn; eager: wall time. GB/s: bytes of the",
+    "floor over time (limit: its own bytes); of copy: time of limit over time; of peak: GB/s over",
+    "the peak bandwidth of the memory. against: its time over that of our first row. peak: memory",
+    "beyond the inputs; transient: beyond what stays; saved: kept for the backward.",
 )
 
 
@@ -81,7 +84,7 @@ def _render_case(rows: list[Row], result: Result) -> list[str]:
         *(f"{kind} us p20/p50/p80" if i == 0 else f"{kind} us" for i, kind in enumerate(kinds)),
     ]
     if on_gpu:
-        columns += ["against", "GB/s", "of floor", "host us", "kernels"]
+        columns += ["against", "GB/s", "of copy", "of peak", "host us", "kernels"]
     memory = ("peak_bytes", "transient_bytes", "saved_bytes") if on_gpu else ("saved_bytes",)
     units = {name: _unit(getattr(row, name) for row in rows) for name in memory}
     columns += [f"{name.removesuffix('_bytes')} {unit}" for name, unit in units.items()]
@@ -98,7 +101,8 @@ def _render_case(rows: list[Row], result: Result) -> list[str]:
             cells += [
                 _against(row, ours),
                 _number(row.gb_per_s, ".0f"),
-                _number(row.floor_fraction, ".0%"),
+                _number(row.copy_fraction, ".0%"),
+                _number(row.peak_fraction, ".0%"),
                 _number(row.host_us),
                 _number(row.kernels, "d"),
             ]

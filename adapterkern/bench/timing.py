@@ -1,13 +1,14 @@
-"""Timers. Every sample of every subject is taken in turn (A B C A B C ...), never in blocks.
+"""Timers. Every sample of every subject is taken in turn, in an order that rotates (A B C, B C A,
+C A B), never in blocks.
 
 Kinds, each labelled in the result:
 
-- cold: GPU events around one call, after the L2 cache was overwritten, as
-  `triton.testing.do_bench` does. The GPU is kept busy meanwhile, so no launch is waited for; a
-  sample in which the host was not ahead of it is taken again.
+- cold: GPU events around one call, after the L2 cache was overwritten and what was written has left
+  it for memory. The GPU is kept busy meanwhile, so no launch is waited for; a sample in which the
+  host was not ahead of it is taken again.
 - hot: the same, after a kernel has just written the call's input: what a layer finds.
-- graph: one CUDA graph of at most CALLS_IN_GRAPH calls in a row over distinct buffers, per call.
-  With few tokens the buffers are smaller than L2 and stay in it.
+- graph: one CUDA graph of at least CALLS_IN_GRAPH calls in a row, each over memory of its own as
+  far as `rotation` gives it any, per call.
 - eager: wall time of calls in a row up to their completion, per call; host included.
 """
 
@@ -18,34 +19,56 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from adapterkern.bench.results import Timing
+from adapterkern.bench.results import LostDeviceError, Timing
 
 KINDS = ("cold", "hot", "graph", "eager")
 MIN_SAMPLES, MAX_SAMPLES = 5, 200
 CALLS_IN_GRAPH = 20
 CALLS_IN_EAGER = 20
-# How long the GPU is kept busy before an event, so that the host gets ahead of it. Cycles; about a
-# millisecond, longer than the launches of any eager adapter.
-BUSY_CYCLES = 2_000_000
-MOST_BUSY_CYCLES = 32 * BUSY_CYCLES
+WARM_UP_CALLS = 3  # before a capture, which allows no compilation and no first allocation
+# How long the GPU is kept busy before an event, so that the host gets ahead of it, in cycles: at
+# first about 50 us, the launches of an adapter, and at most about 30 ms, those of a large graph.
+BUSY_CYCLES = 100_000
+MOST_BUSY_CYCLES = 512 * BUSY_CYCLES
+FLUSHED_L2S = 3  # a buffer of as many L2 caches leaves nothing of what was there before
+# Where torch does not tell: about the largest L2 there is (126 MB, B200), so that no smaller one
+# keeps anything over a flush.
+DEFAULT_L2_BYTES = 128 * 2**20
 
 
 @dataclass
 class Subject:
     """What is timed. calls: the same call over distinct buffers; produce: writes the first one's
-    input anew; failure: what ended it, after which it is left out; late: some of its samples hold
-    launches, because the host never got ahead of the GPU.
+    input anew; least_calls: in a graph; busy_cycles: for how long the GPU is kept busy before a
+    sample, doubled as often as its launches take longer; failure: what ended it, after which it is
+    left out; late: some of its samples hold launches, because the host never got ahead of the GPU.
     """
 
     calls: Sequence[Callable[[], Any]]
     produce: Callable[[], Any] | None = None
+    least_calls: int = CALLS_IN_GRAPH
+    busy_cycles: int = BUSY_CYCLES
     failure: Exception | None = field(default=None, repr=False)
     late: bool = False
 
 
+def random_bits(size: int, device: torch.device) -> Tensor:
+    """About `size` bytes of random bits, int32: zeros would cost less power and so raise clocks."""
+    bits = torch.empty(size // 4, dtype=torch.int32, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    return bits.random_(-(2**31), 2**31, generator=generator)
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache, DEFAULT_L2_BYTES where torch does not tell it."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "L2_cache_size", 0) or DEFAULT_L2_BYTES
+
+
 def quantiles(samples: Sequence[float]) -> Timing:
-    """The 20th, 50th and 80th percentile, interpolated.
+    """The 20th, 50th and 80th percentile, interpolated, and the samples as they came.
 
     Raises:
         ValueError: no samples.
@@ -60,7 +83,8 @@ def quantiles(samples: Sequence[float]) -> Timing:
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
-    return Timing(at(0.2), at(0.5), at(0.8), len(ordered))
+    raw = tuple(round(sample, 3) for sample in samples)
+    return Timing(at(0.2), at(0.5), at(0.8), len(ordered), raw)
 
 
 def interleave(
@@ -69,22 +93,30 @@ def interleave(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Sample the subjects round robin for about `seconds`, at least MIN_SAMPLES rounds.
+    """Sample the subjects in turn for about `seconds`, at least MIN_SAMPLES rounds.
 
+    Each round begins one subject later than the last, so that none always follows the same other.
     A first round warms up and is discarded. A subject that raises is left out from then on, with
     the exception as its `failure`.
 
     Returns:
         Quantiles in microseconds of every subject that did not fail.
+
+    Raises:
+        LostDeviceError: from a sample; nothing more can be timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in subjects}
+    order = list(subjects.items())
     deadline = None
     for number in range(MAX_SAMPLES + 1):
-        for name, subject in subjects.items():
+        first = number % max(1, len(order))
+        for name, subject in order[first:] + order[:first]:
             if subject.failure is not None:
                 continue
             try:
                 taken = sample(name, subject)
+            except LostDeviceError:
+                raise
             except Exception as error:  # whatever it is, the others are still timed
                 subject.failure = error
                 continue
@@ -124,6 +156,9 @@ class WallTimer:
         """None: on a CPU the call is the host's work."""
         return None
 
+    def raise_if_lost(self, cause: Exception, name: str = "") -> None:
+        """Nothing: a CPU is not lost by an error."""
+
 
 class CudaTimer:
     """Times on one GPU."""
@@ -133,8 +168,9 @@ class CudaTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        # A GPU's L2 holds up to about 100 MB; twice and more of that leaves nothing behind.
-        self._flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+        self.l2_bytes = l2_bytes(device)
+        self._written = random_bits(FLUSHED_L2S * self.l2_bytes, device)
+        self._read = random_bits(FLUSHED_L2S * self.l2_bytes, device)
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
         self.not_captured: dict[str, str] = {}  # provider -> why its capture failed
@@ -153,7 +189,38 @@ class CudaTimer:
         if kind == "graph":
             return self._measure_graphs(subjects, seconds)
         samplers = {"cold": self._cold, "hot": self._hot, "eager": self._eager}
-        return interleave(subjects, samplers[kind], seconds)
+        return self.interleave(subjects, samplers[kind], seconds)
+
+    def interleave(
+        self, subjects: dict[str, Subject], sample: Callable[[str, Subject], float], seconds: float
+    ) -> dict[str, Timing]:
+        """`interleave` that ends with the device."""
+
+        def watched(name: str, subject: Subject) -> float:
+            try:
+                return sample(name, subject)
+            except Exception as error:
+                self.raise_if_lost(error, name)
+                raise
+
+        return interleave(subjects, watched, seconds)
+
+    def raise_if_lost(self, cause: Exception, name: str = "") -> None:
+        """Tell an error that costs one subject, `name`, from one that costs the device.
+
+        Raises:
+            LostDeviceError: the GPU cannot be synchronised any more.
+        """
+        try:
+            torch.cuda.synchronize(self.device)
+        except Exception:  # the same error again; the first one names where it showed
+            text = " ".join(str(cause).split())[:200]
+            where = f" in the work of {name}" if name else ""
+            raise LostDeviceError(
+                f"the GPU was lost{where}: {type(cause).__name__}: {text}\n"
+                "  hint: measure on in a new process; this one gets no working device again",
+                name,
+            ) from cause
 
     def host_us(self, subject: Subject) -> float | None:
         """Median CPU time to launch one call, the GPU not waited for."""
@@ -168,36 +235,50 @@ class CudaTimer:
         return quantiles(times).p50
 
     def between_events(
-        self, before: Callable[[], Any], call: Callable[[], Any]
-    ) -> tuple[float, bool]:
-        """Microseconds of GPU time of `call` after `before` ran, and whether they are free of
-        launches: the GPU had not reached `call` when the host was done with it.
+        self, subject: Subject, before: Callable[[], Any], call: Callable[[], Any]
+    ) -> float:
+        """Microseconds of GPU time of `call` after `before` ran, free of launches: the GPU had not
+        reached `call` when the host was done with it.
 
-        If it had, it is kept busy twice as long, up to MOST_BUSY_CYCLES.
+        If it had, the sample is taken again with the GPU kept busy twice as long, which the subject
+        remembers; it is `late` if MOST_BUSY_CYCLES are too few.
         """
-        cycles = BUSY_CYCLES
         while True:
-            torch.cuda._sleep(cycles)
+            torch.cuda._sleep(subject.busy_cycles)
             before()
             self._start.record()
             call()
             self._end.record()
             ahead = not self._start.query()
             self._end.synchronize()
-            if ahead or cycles >= MOST_BUSY_CYCLES:
-                return self._start.elapsed_time(self._end) * 1e3, ahead
-            cycles *= 2
+            if ahead or subject.busy_cycles >= MOST_BUSY_CYCLES:
+                subject.late = subject.late or not ahead
+                return self._start.elapsed_time(self._end) * 1e3
+            subject.busy_cycles *= 2
 
-    def _sample(self, subject: Subject, before: Callable[[], Any], call: Callable) -> float:
-        microseconds, ahead = self.between_events(before, call)
-        subject.late = subject.late or not ahead
-        return microseconds
+    def with_gaps(self, call: Callable[[], Any]) -> float:
+        """Microseconds between GPU events around `call`, begun on an idle GPU: gaps in which it
+        waits for the host count, as they do for a user.
+        """
+        torch.cuda.synchronize(self.device)
+        self._start.record()
+        call()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) * 1e3
+
+    def _flush(self) -> None:
+        """Overwrite L2, then read another buffer: the first leaves dirty lines behind, whose way
+        to memory would otherwise fall into the timed call.
+        """
+        self._written.bitwise_not_()
+        self._read.amax(0)
 
     def _cold(self, _name: str, subject: Subject) -> float:
-        return self._sample(subject, self._flush.zero_, subject.calls[0])
+        return self.between_events(subject, self._flush, subject.calls[0])
 
     def _hot(self, _name: str, subject: Subject) -> float:
-        return self._sample(subject, subject.produce or _nothing, subject.calls[0])
+        return self.between_events(subject, subject.produce or nothing, subject.calls[0])
 
     def _eager(self, _name: str, subject: Subject) -> float:
         torch.cuda.synchronize(self.device)
@@ -214,28 +295,27 @@ class CudaTimer:
                 try:
                     graphs[name] = self.capture(subject)
                 except Exception as error:  # what cannot be captured is not timed in a graph
+                    self.raise_if_lost(error, name)
                     subject.failure = error
 
         def sample(name: str, subject: Subject) -> float:
             graph, calls = graphs[name]
-            return self._sample(subject, _nothing, graph.replay) / calls
+            return self.between_events(subject, nothing, graph.replay) / calls
 
-        return interleave(subjects, sample, seconds)
+        return self.interleave(subjects, sample, seconds)
 
-    def capture(
-        self, subject: Subject, most_calls: int = CALLS_IN_GRAPH
-    ) -> tuple[torch.cuda.CUDAGraph, int]:
-        """A graph of calls over all buffers in turn, and the number of calls in it.
+    def capture(self, subject: Subject, **options: bool) -> tuple[torch.cuda.CUDAGraph, int]:
+        """A graph of calls over all buffers equally often, and the number of calls in it.
 
         A result stays alive until its buffer's turn comes again, so that outputs too are distinct
-        memory. A capture that fails is undone, so that the process can go on.
+        memory. A capture that fails is undone, so that the process can go on. `options` are those
+        of `torch.cuda.CUDAGraph`.
         """
         buffers = len(subject.calls)
-        calls = max(buffers, most_calls // buffers * buffers)
-        graph = torch.cuda.CUDAGraph()
-        for _ in range(3):
-            for call in subject.calls:
-                call()
+        calls = -(-subject.least_calls // buffers) * buffers
+        graph = torch.cuda.CUDAGraph(**options)
+        for index in range(WARM_UP_CALLS):
+            subject.calls[index % buffers]()
         torch.cuda.synchronize(self.device)
         kept: list[Any] = [None] * buffers
         pool = torch.cuda.graph_pool_handle()
@@ -270,8 +350,8 @@ class CudaTimer:
         generator.graphsafe_set_state(generator.clone_state())
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What comes before a sample that needs no preparation."""
 
 
 def timer_for(device: torch.device) -> WallTimer | CudaTimer:

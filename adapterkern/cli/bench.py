@@ -17,16 +17,16 @@ examples:
   adapterkern bench --compare before.json after.json
   adapterkern bench --quick --compare before.json
 
-exit codes: 0 success, 1 a backend of this package gave a wrong result, 2 wrong usage or a backend
-that cannot run here, 130 interrupted
+exit codes: 0 success, 1 a backend of this package gave a wrong result or the GPU was lost, 2 wrong
+usage or a backend that cannot run here, 130 interrupted
 """
 
 DESCRIPTION = """\
 Times adapters in one process, all implementations in turn on the same tensors, and reports for
-each: 20th, 50th and 80th percentile, achieved bandwidth, the fraction of the floor at the copy
-bandwidth measured in the same run, the ratio to every baseline, host time, memory and launches.
-Each is first compared with float64: a wrong result gets no time. Without a GPU it times the
-PyTorch reference against plain layers.
+each: 20th, 50th and 80th percentile, achieved bandwidth, the share of a copy's speed on the same
+tensors and of the memory's peak, the ratio to every baseline, host time, memory and kernels. Each
+is first compared with float64: a wrong result gets no time. Without a GPU it times the PyTorch
+reference against plain layers.
 """
 
 
@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         metavar="NAME",
         help="what to compare with, or all (default on a GPU: all but compile-max, which takes "
-        "about a minute a case; on a CPU: plain)",
+        "about a minute a case; on a CPU: plain); on a GPU limit is always among them",
     )
     parser.add_argument("--quick", action="store_true", help="one shape, nothing that compiles")
     parser.add_argument(
@@ -94,7 +94,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write; or compare two files."""
     from adapterkern.bench import compare, plot, table
-    from adapterkern.bench.results import ResultError, save
+    from adapterkern.bench.results import LostDeviceError, ResultError, save
 
     try:
         earlier = _earlier(arguments)
@@ -108,18 +108,21 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse(str(error))
     for line in table.first_lines(plan.result):
         print(line, flush=True)
-    result, interrupted = plan.result, False
+    result, ended = plan.result, None
     try:
         plan.measure(arguments.json)
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, LostDeviceError) as error:
+        ended = error
     shown = table.render(result).splitlines()[len(table.first_lines(result)) :]
     print("\n".join([*_calibration_lines(result), *shown]))
-    if interrupted:
+    if ended is not None:
+        lost = isinstance(ended, LostDeviceError)
         done = len({row.case for row in result.rows})
         where = f"; they are in {arguments.json}" if arguments.json and done else ""
-        print(f"\ninterrupted: {done} of {len(plan.cases)} cases were measured{where}")
-        return 130
+        print(f"\n{ended}" if lost else "")
+        why = "ended" if lost else "interrupted"
+        print(f"{why}: {done} of {len(plan.cases)} cases were measured{where}")
+        return 1 if lost else 130
     if arguments.json:
         save(result, arguments.json)
         print(f"\nwritten to {arguments.json}")
@@ -183,12 +186,10 @@ class _Plan:
 
         After each case the result so far is in the file `path`, should the run be interrupted.
         """
-        import dataclasses
-
         import torch
 
         from adapterkern.bench import calibration, environment, measure
-        from adapterkern.bench.results import save
+        from adapterkern.bench.results import LostDeviceError, save
         from adapterkern.bench.timing import CudaTimer, timer_for
 
         device = torch.device(self.header["device_type"])
@@ -203,17 +204,21 @@ class _Plan:
         try:
             for case in self.cases:
                 progress.next()
-                self.result.rows += measure.measure_case(
-                    case, self.providers, timer, measured, self.settings, progress
-                )
-                if path is not None:
-                    save(self.result, path)
+                try:
+                    self.result.rows += measure.measure_case(
+                        case, self.providers, timer, measured, self.settings, progress
+                    )
+                except LostDeviceError as error:
+                    self.result.rows += error.rows
+                    raise
+                finally:
+                    if path is not None:
+                        save(self.result, path)
         finally:
             progress.end()
         if isinstance(timer, CudaTimer):
             with timer.session():
-                after = calibration.copy_bandwidth(timer, 0.3)
-            measured = dataclasses.replace(measured, copy_bandwidth_after=after)
+                measured = calibration.measure_after(timer, measured)
             self.header["clocks_after"] = environment.clocks(device)
         self.header["calibration"] = measured.as_dict()
 

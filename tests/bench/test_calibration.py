@@ -1,5 +1,6 @@
 """What this GPU can do, on a timer of known answers, and what a header says of a machine."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,19 +8,20 @@ import torch
 
 from adapterkern.bench import calibration, environment
 from adapterkern.bench.calibration import Calibration
-from adapterkern.bench.results import Timing
+from adapterkern.bench.results import LostDeviceError, Timing
 from adapterkern.bench.roofline import Machine
+from benchmarks import calibration as whole
 
 
 class Known:
     """Takes 1 ms for every call, 7 us of host time."""
 
-    device = "cpu"
+    device = torch.device("cpu")
 
     def measure(self, kind, subjects, seconds):
         self.kind = kind
-        for subject in subjects.values():
-            subject.calls[0]()
+        (self.subject,) = subjects.values()
+        self.result = self.subject.calls[0]()
         return {name: Timing(900.0, 1000.0, 1100.0, 9) for name in subjects}
 
     def host_us(self, subject):
@@ -31,9 +33,12 @@ def test_rates_are_work_over_time(monkeypatch):
     timer = Known()
     assert calibration.copy_bandwidth(timer, 0.1) == pytest.approx((1 << 20) / 1e-3)
     assert timer.kind == "cold"
+    ones = sum((timer.result >> place & 1).float().mean() for place in range(32)) / 32
+    assert ones == pytest.approx(0.5, abs=0.01)  # random bits were copied
     assert calibration.matrix_rate(timer, 0.1, size=16) == pytest.approx(2 * 16**3 / 1e-3)
+    assert timer.kind == "cold"
     assert calibration.graph_kernel(timer, 0.1) == pytest.approx(1e-3)
-    assert timer.kind == "graph"
+    assert (timer.kind, timer.subject.least_calls) == ("graph", 512)
     assert calibration.eager_launch(timer) == pytest.approx(7e-6)
 
 
@@ -72,10 +77,77 @@ def test_every_dtype_of_products_is_measured_in_its_own_arithmetic(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("after", "steady"), [(4.0e12, True), (3.9e12, True), (3.8e12, False), (None, None)]
+    ("copy", "matrix", "steady"),
+    [
+        (4.0e12, 700e12, True),
+        (3.9e12, 690e12, True),
+        (3.8e12, 700e12, False),
+        (4.0e12, 670e12, False),
+        (4.0e12, 730e12, False),
+        (3.8e12, None, False),
+        (None, 700e12, None),
+        (4.0e12, None, None),
+        (None, None, None),
+    ],
 )
-def test_a_run_is_steady_while_its_copy_keeps_its_bandwidth(after, steady):
-    assert Calibration(copy_bandwidth=4.0e12, copy_bandwidth_after=after).steady is steady
+def test_a_run_is_steady_while_both_copy_and_product_keep_their_rates(copy, matrix, steady):
+    measured = Calibration(copy_bandwidth=4.0e12, matrix_rate=700e12)
+    after = replace(measured, copy_bandwidth_after=copy, matrix_rate_after=matrix)
+    assert after.steady is steady
+    assert measured.steady is None
+
+
+def test_what_follows_a_run_is_the_copy_and_the_product_again(monkeypatch):
+    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(calibration, "matrix_rate", lambda timer, seconds: 690e12)
+    before = Calibration(copy_bandwidth=1e9, matrix_rate=700e12, peak_bandwidth=2e9)
+    found = calibration.measure_after(Known(), before)
+    assert found.copy_bandwidth_after == pytest.approx((1 << 20) / 1e-3)
+    wanted = replace(
+        before, copy_bandwidth_after=found.copy_bandwidth_after, matrix_rate_after=690e12
+    )
+    assert found == wanted
+    assert found.moves == pytest.approx(
+        {"copy bandwidth": 0.0486, "matrix rate": -0.0143}, rel=0.01
+    )
+
+
+def test_l2_is_read_in_a_graph_from_random_bits(monkeypatch):
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda source, sums, blocks, *_, **__: given.append((grid, source, blocks))
+
+    monkeypatch.setattr(whole, "_kernels", lambda: (Kernel(), None))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    timer = Known()
+    rate = whole.l2_bandwidth(timer, 0.1)
+    assert timer.kind == "graph"
+    ((grid, source, blocks),) = given
+    assert (grid, source.nbytes, blocks) == ((528,), 16 << 20, 1024)
+    # 1024 blocks of 16 KiB on 528 programs: two each, 32 times, in the millisecond of `Known`.
+    assert rate == pytest.approx(528 * 2 * 32 * 4096 * 4 / 1e-3)
+    bits = source.view(torch.int32)
+    assert (bits & 1).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_triton_that_fails_leaves_the_rest_of_a_calibration_but_a_lost_gpu_does_not(monkeypatch):
+    base = Calibration(copy_bandwidth=3e12)
+    monkeypatch.setattr(whole.calibration, "measure", lambda timer, seconds: base)
+
+    def failing(error):
+        def fail(timer, seconds):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(whole, "l2_bandwidth", failing(RuntimeError("no compiler")))
+    assert whole.measure(Known(), 1.0) == base
+    monkeypatch.setattr(whole, "l2_bandwidth", failing(LostDeviceError("gone")))
+    with pytest.raises(LostDeviceError, match="gone"):
+        whole.measure(Known(), 1.0)
 
 
 def test_a_calibration_comes_back_from_a_header():
@@ -97,12 +169,14 @@ def test_clocks_and_driver_are_read_from_nvidia_smi(monkeypatch):
         major=9, minor=0, uuid="ab-cd", multi_processor_count=132, total_memory=1, L2_cache_size=2
     )
     monkeypatch.setattr(environment, "_output", answer)
+    monkeypatch.setattr(environment, "peak_bandwidth", lambda _device: 3.35e12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     gpu = torch.device("cuda")
     assert environment.clocks(gpu) == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 312.5}
     assert asked[0][:2] == ["nvidia-smi", "--id=GPU-ab-cd"]
     facts = environment._gpu_facts(gpu)
     assert (facts["capability"], facts["driver"], facts["num_sms"]) == ("9.0", "550.1", 132)
+    assert facts["peak_bandwidth"] == 3.35e12
     monkeypatch.setattr(environment, "_output", lambda _command: None)
     assert environment.clocks(gpu) is None
 

@@ -23,7 +23,7 @@ def test_without_a_gpu_the_first_line_says_so_and_no_speed_up_is_claimed(capsys)
     assert first.startswith("no GPU here: the PyTorch reference against plain layers")
     names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
     assert [name for name in names if name != "provider"] == ["reference", "plain"] * 4
-    for claim in ("x faster", "speed", "against ", "of floor", "%"):
+    for claim in ("x faster", "speed", "against ", "of copy", "of peak", "%"):
         assert claim not in out.split("layers", 1)[1].split("\n", 1)[1]
     assert "[1/4] forward-fp32-gelu-T8-H32-R4" in err
     assert "[4/4] step-fp32-gelu-T16-H32-R4" in err
@@ -105,7 +105,8 @@ def test_help_names_every_dtype_and_the_bounds(capsys):
         main(["bench", "--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for said in ("fp64", "T >= 1", "H >= 1", "R >= 1", "S > 0", "5 to 200 samples"):
+    bounds = ("fp64", "T >= 1", "H >= 1", "R >= 1", "S > 0", "5 to 200 samples")
+    for said in (*bounds, "or the GPU was lost", "on a GPU limit is always among them"):
         assert said in text
 
 
@@ -142,6 +143,39 @@ def test_an_interrupted_run_prints_what_was_measured(tmp_path, monkeypatch, caps
     assert out.splitlines()[-1] == f"interrupted: 2 of 4 cases were measured{where}"
     if saved:
         assert [row.case for row in results.load(path).rows] == [cases[0]] * 2 + [cases[1]] * 2
+
+
+@no_gpu
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_lost_gpu_ends_the_run_with_what_was_measured(tmp_path, monkeypatch, capsys, saved):
+    from adapterkern.bench import measure
+
+    whole, cases = measure.measure_case, []
+
+    def measure_case(case, *arguments):
+        cases.append(case)
+        rows = whole(case, *arguments)
+        if len(cases) == 2:
+            error = results.LostDeviceError("the GPU was lost in the work of plain: odd", "plain")
+            rows[1].status, rows[1].timings, rows[1].note = "failed", {}, "the GPU was lost"
+            error.rows = rows
+            raise error
+        return rows
+
+    monkeypatch.setattr(measure, "measure_case", measure_case)
+    path = tmp_path / "result.json"
+    assert main([*TINY, *(["--json", str(path)] if saved else [])]) == 1
+    out = capsys.readouterr().out
+    assert out.count("  reference ") == 2
+    assert "  plain: failed, the GPU was lost" in out
+    where = f"; they are in {path}" if saved else ""
+    assert out.splitlines()[-2:] == [
+        "the GPU was lost in the work of plain: odd",
+        f"ended: 2 of 4 cases were measured{where}",
+    ]
+    assert len(cases) == 2
+    if saved:
+        assert [row.status for row in results.load(path).rows] == ["ok", "ok", "ok", "failed"]
 
 
 @no_gpu
@@ -206,7 +240,8 @@ def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
         "hot us",
         "against",
         "GB/s",
-        "of floor",
+        "of copy",
+        "of peak",
         "host us",
         "transient",
     )

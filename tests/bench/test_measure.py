@@ -198,20 +198,37 @@ def test_ratios_and_fractions_come_of_the_headline_timing_on_a_gpu_only():
     case = BenchCase(1024, 64, 16384)
     rows = [
         measure.Row(case, name, ours=name == "triton", headline="cold")
-        for name in ("triton", "plain")
+        for name in ("triton", "plain", "limit", "no-adapter")
     ]
-    for row, time in zip(rows, (20.0, 50.0), strict=True):
-        row.timings = {"cold": Timing(time, time, time, 9), "hot": Timing(1.0, 1.0, 1.0, 9)}
-    calibration = Calibration(copy_bandwidth=4.3e12)
+    for row, time in zip(rows, (20.0, 50.0, 18.0, 0.0), strict=True):
+        row.timings = {"cold": Timing(time, time, time, 9), "graph": Timing(1.0, 1.0, 1.0, 9)}
+    calibration = Calibration(copy_bandwidth=4.3e12, peak_bandwidth=4.8e12)
     measure._derive(rows, case, calibration, torch.device("cpu"))
-    assert rows[0].ratios == {}
-    assert rows[0].floor_fraction is None
+    for row in rows:
+        assert row.ratios == {}
+        fractions = (row.copy_fraction, row.floor_fraction, row.peak_fraction)
+        assert fractions == (None, None, None)
     measure._derive(rows, case, calibration, torch.device("cuda"))
-    assert rows[0].ratios == {"plain": 2.5}
-    assert rows[1].ratios == {"triton": 0.4}
-    # 67371008 bytes at 4.3 TB/s are 15.67 us.
+    assert rows[0].ratios == {"plain": 2.5, "limit": 0.9}
+    assert rows[1].ratios == {"triton": 0.4, "limit": 0.36}
+    assert [row.copy_fraction for row in rows] == [0.9, 0.36, 1.0, None]
+    # 67371008 bytes at 4.3 TB/s are 15.67 us, at 4.8 TB/s 14.04; the copy moves 67108864.
     assert rows[0].floor_fraction == pytest.approx(15.668 / 20, rel=1e-4)
+    assert rows[0].peak_fraction == pytest.approx(14.036 / 20, rel=1e-4)
+    assert rows[2].peak_fraction == pytest.approx(67108864 / 4.8e12 / 18e-6)
     assert rows[0].gb_per_s == pytest.approx(67371008 / 20e-6 / 1e9)
+
+
+def test_a_copy_of_another_kind_of_timing_is_no_yardstick():
+    case = BenchCase(1024, 64, 16384)
+    rows = [measure.Row(case, name, headline="cold") for name in ("triton", "limit")]
+    rows[0].timings = {"cold": Timing(20.0, 20.0, 20.0, 9)}
+    rows[1].timings = {"graph": Timing(15.0, 15.0, 15.0, 9)}
+    measure._derive(rows, case, Calibration(), torch.device("cuda"))
+    assert rows[0].copy_fraction is None
+    rows[1].timings["cold"] = Timing(16.0, 16.0, 16.0, 9)
+    measure._derive(rows, case, Calibration(), torch.device("cuda"))
+    assert rows[0].copy_fraction == 0.8
 
 
 def test_nothing_is_a_fraction_of_an_unmeasured_copy():
@@ -246,11 +263,3 @@ def test_compile_is_judged_and_timed_like_the_others():
 def test_unknown_providers_are_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match=r"unknown baseline or backend 'torch'(.|\n)*adapterhub"):
         providers.providers(["plain", "torch"])
-
-
-def test_a_lost_gpu_costs_no_row_that_was_measured(monkeypatch):
-    def lost(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    measure._release(torch.device("cuda"))

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from adapterkern import BottleneckAdapter
-from adapterkern.bench.results import ModelRow, Timing
-from adapterkern.bench.timing import CudaTimer, WallTimer
+from adapterkern.bench.results import LostDeviceError, ModelRow, Timing
+from adapterkern.bench.timing import MIN_SAMPLES, CudaTimer, WallTimer
 from benchmarks import attention, model_level, models
-from benchmarks.models import PRESET_SPECS, SPECS
+from benchmarks.models import SPECS
 
 CPU = torch.device("cpu")
-BY_NAME = {spec.name: spec for spec in (*SPECS, *PRESET_SPECS)}
+BY_NAME = {spec.name: spec for spec in SPECS}
+OWN_PLACES = [spec for spec in SPECS if spec.places]
+PRESETS = [spec for spec in SPECS if spec.preset]  # of AdapterHub
 GPT2, BERT, LLAMA = "gpt2-medium-1x128-H", "bert-base-32x128", "llama-7b-block-4x2048"
 
 
@@ -56,7 +58,7 @@ def test_a_model_has_its_adapters_and_trains_them_alone(name, adapters):
 
 def test_published_models_have_about_as_many_trained_parameters_as_published():
     # 0.5 million for the long batch and 11 million for the others, in 24 layers of width 1024.
-    for spec in SPECS:
+    for spec in OWN_PLACES:
         if spec.family == "gpt2":
             each = 2 * 1024 * spec.bottleneck_size
             count = 24 * spec.per_layer * each
@@ -172,7 +174,7 @@ def test_a_model_that_builds_a_mask_all_the_same_gets_no_time(monkeypatch):
     assert row.milliseconds is None
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in SPECS if spec.family != "block"])
+@pytest.mark.parametrize("name", [spec.name for spec in OWN_PLACES])
 def test_adapterhub_trains_as_many_parameters_as_ours_at_real_widths(name):
     needs_adapterhub()
     spec = dataclasses.replace(BY_NAME[name], layers=1, vocabulary=8)
@@ -205,7 +207,7 @@ def preset_rows(spec, mode):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [(spec.name, mode) for spec in PRESET_SPECS for mode in spec.modes]
+    ("name", "mode"), [(spec.name, mode) for spec in PRESETS for mode in spec.modes]
 )
 def test_stock_and_patched_adapterhub_stand_side_by_side(name, mode):
     spec = BY_NAME[name]
@@ -223,7 +225,7 @@ def test_each_adapterhub_variant_runs_its_own_path(monkeypatch):
     from adapterkern.integrations.adapterhub import fast_path
 
     stock = BottleneckLayer.bottleneck_layer_forward
-    spec, paths, outputs = BY_NAME["bert-base-32x128-double_seq_bn"].tiny(), {}, {}
+    spec, paths, outputs = BY_NAME["bert-base-32x128-seq_bn"].tiny(), {}, {}
     counted = {"_layer": "layer", "infer": "call", "run_call": "call", "_stock_single": "stock"}
     for variant in models.PATCHED[1:]:
         model = models.build(spec, variant, CPU, torch.float32).eval()
@@ -331,25 +333,61 @@ def test_a_graph_needs_a_gpu_and_says_so():
 
 
 class Replaying(CudaTimer):
-    """A GPU's timer whose graph runs what was captured."""
+    """A GPU's timer whose graph runs what was captured, and whose events give known times."""
 
     def __init__(self):
-        self.device, self.captured = CPU, []
+        self.device, self.captured, self.sampled = CPU, [], []
 
     def session(self):
         return contextlib.nullcontext()
 
-    def capture(self, subject, most_calls):
+    def capture(self, subject):
         (call,) = subject.calls
-        self.captured.append(most_calls)
-        return SimpleNamespace(replay=call), most_calls
+        self.captured.append(subject.least_calls)
+        return SimpleNamespace(replay=call), subject.least_calls
+
+    def between_events(self, subject, before, call):
+        self.sampled.append("ahead")
+        subject.late = len(self.captured) == 1
+        call()
+        return 2000.0
+
+    def with_gaps(self, call):
+        self.sampled.append("gaps")
+        call()
+        return 3000.0
 
 
-def test_a_graph_of_a_model_holds_one_call_and_its_replay_is_timed():
+@pytest.mark.parametrize(
+    ("execution", "how", "milliseconds"), [("eager", "gaps", 3.0), ("graph", "ahead", 2.0)]
+)
+def test_a_model_is_timed_by_events_and_its_graph_holds_one_call(execution, how, milliseconds):
     spec, timer = BY_NAME["block-1024"].tiny(), Replaying()
     rows = model_level.measure_model(
-        spec, "step", "graph", timer, torch.float32, 0.0, ("plain", "adapterkern")
+        spec, "step", execution, timer, torch.float32, 0.0, ("plain", "adapterkern")
     )
-    assert timer.captured == [1, 1]
-    assert [row.status for row in rows] == ["ok", "ok"]
-    assert all(row.milliseconds.p50 > 0 for row in rows)
+    assert timer.captured == ([1, 1] if execution == "graph" else [])
+    assert timer.sampled == [how] * 2 * (MIN_SAMPLES + 1)
+    for row in rows:
+        assert (row.status, row.note) == ("ok", "")
+        assert row.milliseconds == Timing(*[milliseconds] * 3, 5, (milliseconds,) * 5)
+
+
+def test_a_graph_whose_launch_the_gpu_waits_for_says_so():
+    spec = BY_NAME["block-1024"].tiny()
+    (row,) = model_level.measure_model(
+        spec, "forward", "graph", Replaying(), torch.float32, 0.0, ("plain",)
+    )
+    assert (row.status, row.milliseconds.p50) == ("ok", 2.0)
+    assert row.note == "launches included, the host was behind the GPU"
+
+
+def test_a_model_that_loses_the_gpu_ends_the_measuring(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(models, "build", lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    spec = BY_NAME["block-1024"].tiny()
+    with pytest.raises(LostDeviceError, match="in the work of plain"):
+        model_level.measure_model(spec, "step", "eager", Replaying(), torch.float32, 0.0)

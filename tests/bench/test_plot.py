@@ -103,7 +103,7 @@ def test_nothing_timed_is_nothing_to_draw(gpu_result, tmp_path):
 
 
 def test_a_report_has_a_picture_a_mode_and_one_a_family_of_models(gpu_result, drawn, tmp_path):
-    written, problems = pictures.draw(gpu_result, tmp_path / "a.json")
+    written, problems = pictures.draw(gpu_result, tmp_path / "a")
     assert [path.name for path in written] == ["a-forward.png", "a-step.png", "a-models-block.png"]
     assert problems == []
     for axes, mode in zip(drawn[2].axes, ("forward", "step"), strict=True):

@@ -1,6 +1,7 @@
 """The result file: what is written comes back, what does not fit is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,17 @@ def test_a_result_comes_back_as_it_was_written(gpu_result, tmp_path):
     results.save(gpu_result, path)
     assert results.load(path) == gpu_result
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_samples_come_back_in_their_order_on_the_line_of_their_row(gpu_result, tmp_path):
+    path, raw = tmp_path / "result.json", (3.25, 1.001, 2.5)
+    row = gpu_result.rows[0]
+    row.timings["cold"] = replace(row.timings["cold"], raw=raw)
+    results.save(gpu_result, path)
+    assert results.load(path).rows[0].timings["cold"].raw == raw
+    (line,) = [line for line in path.read_text().splitlines() if "[3.25, 1.001, 2.5]" in line]
+    assert json.loads(line.rstrip(","))["provider"] == row.provider
+    assert results.SCHEMA == "adapterkern-bench/2"
 
 
 def test_another_schema_version_is_refused_by_name(gpu_result, tmp_path):

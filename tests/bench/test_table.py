@@ -18,14 +18,44 @@ def first(gpu_result):
     return gpu_result
 
 
-def test_without_a_measured_copy_floor_and_fraction_are_dashes(first):
+def test_rows_are_shares_of_the_copy_and_of_the_memorys_peak(first):
+    first.header["calibration"]["peak_bandwidth"] = 4.8e12
+    assert "peak of its memory: 4.80 TB/s" in render(first).splitlines()
+    for row, share in zip(first.rows, (0.81, 0.42, 0.24, 0.37), strict=True):
+        row.copy_fraction, row.peak_fraction = share, share * 0.8
+    first.rows[3].copy_fraction = first.rows[3].peak_fraction = None
+    (lines,) = tables(first).values()
+    assert "  against  GB/s  of copy  of peak  " in lines[0]
+    # provider, cold, hot, against, GB/s and then these
+    shares = [line.split()[5:7] for line in lines[1:]]
+    assert shares == [["81%", "65%"], ["42%", "34%"], ["24%", "19%"], ["-", "-"]]
+
+
+def test_without_a_measured_copy_there_is_no_floor(first):
     first.header["calibration"] = {}
     for row in first.rows:
         row.floor_us = row.floor_fraction = None
-    ((title, lines),) = tables(first).items()
+    (title,) = tables(first)
     assert title.endswith("(floor -: the copy bandwidth was not measured)")
-    assert "  against  GB/s  of floor  " in lines[0]
-    assert [line.split()[5] for line in lines[1:]] == ["-"] * 4  # provider cold hot against GB/s
+    assert "peak of its memory" not in render(first)
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [
+        ({"copy_bandwidth_after": 3.8e12}, "UNSTEADY: copy bandwidth -5.0% during the run"),
+        (
+            {"copy_bandwidth_after": 4.0e12, "matrix_rate_after": 630e12},
+            "UNSTEADY: copy bandwidth +0.0%, matrix rate -10.0% during the run",
+        ),
+        ({"copy_bandwidth_after": 3.9e12, "matrix_rate_after": 690e12}, None),
+    ],
+)
+def test_an_unsteady_run_says_what_moved_and_how_far(first, after, says):
+    before = {"copy_bandwidth": 4.0e12, "matrix_rate": 700e12}
+    first.header["calibration"] = before | after
+    told = [line for line in render(first).splitlines() if line.startswith("UNSTEADY")]
+    assert told == ([says] if says else [])
 
 
 def test_a_floor_without_a_rate_of_its_dtype_says_so(first):
