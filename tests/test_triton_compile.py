@@ -8,8 +8,7 @@ from multiprocessing import get_context
 import pytest
 import triton_compile
 
-# ptxas keeps a few bytes of stack in some kernels at no cost; more would be spills in the loops.
-MOST_STACK_BYTES = 32
+from adapterkern.backends.triton.compile_only import MOST_STACK_BYTES
 
 CAPABILITIES = tuple(triton_compile.DEVICES)
 

@@ -9,11 +9,8 @@ tests/test_triton_compile.py holds the bounds.
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import unittest.mock
 from multiprocessing import Pool
 from typing import NamedTuple
@@ -24,12 +21,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adapterkern.backends.triton import backend, backward, forward, launch_config
+from adapterkern.backends.triton import backend, backward, compile_only, forward, launch_config
 from adapterkern.backends.triton.activations import gelu, gelu_derivative
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, RowBlock
 from adapterkern.spec import AdapterCall
 
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KB = 1024
 DEVICES = {  # capability: a typical card of it
     80: Device(num_sms=108, shared_memory=163 * KB),
@@ -271,18 +267,11 @@ def compile_job(job: Job) -> dict:
 
 
 def resources(compiled) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # In the PTX: its matrix instructions map one to one, and disassembling is slow.
     tensor = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     return {
         "shared": compiled.metadata.shared,
-        "registers": registers,
-        "stack": stack,
+        **compile_only.resources(compiled.asm["cubin"])._asdict(),
         "tensor_instructions": len(tensor),
     }
 

@@ -1,16 +1,13 @@
-"""Offline search of launch configurations: candidates, and the fastest that gives the right result.
+"""What `adapterkern tune` searches: the problems in order of worth, and the candidates for each.
 
-The search times a forward for the token plan and a whole backward for the weight gradients' plan,
-interleaved with the configuration in force, which stays unless a candidate beats it by more than
-GAIN.
+`bench.search` times the candidates.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from adapterkern.backends.triton import launch_config, tuned
+from adapterkern.backends.triton import launch_config
 from adapterkern.backends.triton.launch_config import (
     Device,
     LaunchConfig,
@@ -20,45 +17,39 @@ from adapterkern.backends.triton.launch_config import (
 )
 from adapterkern.backends.triton.tuned import Entry
 from adapterkern.bench.cases import BenchCase
-from adapterkern.bench.gate import Gate
-from adapterkern.bench.measure import headline, outputs_of, prepared_call
-from adapterkern.bench.providers import PROVIDERS
-from adapterkern.bench.timing import CudaTimer, Subject
 
-GAIN = 0.02  # what a run's noise can give by itself
-IN_FORCE = "in force"
-# Both in order of worth: what most models have, and training and decode before what lies between.
-SHAPES = ((1024, 64), (768, 48), (4096, 64), (768, 64), (1024, 128), (2048, 64), (4096, 256))
-TOKENS = (16384, 16, 4096, 1024, 65536, 128)
-# Of plan, and the mode that it is timed in.
-KINDS = (("tokens", "forward"), ("weights", "backward"))
-
-
-@dataclass(frozen=True)
-class Found:
-    """The outcome for one problem; before_us and after_us are of the same interleaved run."""
-
-    entry: Entry
-    before_us: float
-    after_us: float
-    changed: bool
-    tried: int
-
-    def __str__(self) -> str:
-        problem = self.entry.problem
-        name = (
-            f"{self.entry.kind} T{problem.num_tokens}-H{problem.hidden_size}"
-            f"-R{problem.bottleneck_size}"
-        )
-        if not self.changed:
-            return f"{name}: {self.before_us:.1f} us, kept ({self.tried} tried)"
-        first = self.entry.kernels[0]
-        tiles = f"{first.block_t}x{first.block_h}x{first.block_r}"
-        return (
-            f"{name}: {self.before_us:.1f} us to {self.after_us:.1f} us, "
-            f"{self.entry.form} {tiles}, {first.num_warps} warps, {first.num_stages} stages "
-            f"({self.tried} tried)"
-        )
+# What a bare run searches, (H, R, T, kinds) in order of worth. An entry serves whatever is within a
+# factor of two of it in every size, so few shapes reach most models, and no two are much closer:
+# 768 and 1024 (BERT, GPT-2, ViT) alone have two, as what is used most.
+_BOTH, _TOKENS = ("tokens", "weights"), ("tokens",)
+WORTH = (
+    # A training batch, of small models and of 7B ones.
+    *((1024, 64, 16384, _BOTH), (768, 48, 16384, _BOTH), (4096, 64, 16384, _BOTH)),
+    # Decoding in a batch: no gradients, and every microsecond counts as often as there are layers.
+    *((1024, 64, 16, _TOKENS), (4096, 64, 16, _TOKENS)),
+    # A micro-batch, or a prompt.
+    *((1024, 64, 4096, _BOTH), (4096, 64, 4096, _BOTH), (768, 48, 4096, _BOTH)),
+    # Wide bottlenecks, of which the last runs in the split form whatever T is.
+    *((4096, 128, 16384, _BOTH), (4096, 256, 16384, _BOTH)),
+    # Decoding one sequence.
+    *((4096, 64, 1, _TOKENS), (1024, 64, 1, _TOKENS)),
+    # Short prompts, then decoding in large batches.
+    *((4096, 256, 1024, _TOKENS), (4096, 64, 1024, _TOKENS), (1024, 64, 1024, _TOKENS)),
+    *((4096, 64, 128, _TOKENS), (1024, 64, 128, _TOKENS)),
+)
+SHAPES = tuple(dict.fromkeys(search[:2] for search in WORTH))
+TOKENS = tuple(dict.fromkeys(search[2] for search in WORTH))
+# No launch configuration is searched on these: what was found elsewhere must not cost them.
+HELD_OUT = (
+    BenchCase(1280, 24, 4097, "bf16", "gelu"),
+    BenchCase(2560, 96, 30011, "bf16", "relu"),
+    BenchCase(5120, 384, 1000, "bf16", "silu"),
+    BenchCase(1280, 48, 30011, "fp16", "gelu"),
+    BenchCase(3072, 64, 16384, "fp32", "gelu"),
+)
+# Up to here a call is taken for one of decoding, which records no gradient; beyond, a token plan is
+# timed in a step, because it also launches the gradients of z and x.
+DECODE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -69,49 +60,82 @@ class Search:
     case: BenchCase
     problem: Problem
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.case}"
+
+
+def asked_for(
+    shapes: Sequence[tuple[int, int]] | None, tokens: Sequence[int] | None
+) -> list[tuple[int, int, int, tuple[str, ...]]]:
+    """WORTH, or every kind on every (H, R) of `shapes` with every T of `tokens`, that number
+    slowest. Where one of the two is None it is all that WORTH has.
+    """
+    if shapes is None and tokens is None:
+        return list(WORTH)
+    grid = itertools.product(TOKENS if tokens is None else tokens, shapes or SHAPES)
+    return [(*shape, count, _BOTH) for count, shape in grid]
+
 
 def searches(
-    shapes: Iterable[tuple[int, int]],
-    tokens: Iterable[int],
+    asked: Iterable[tuple[int, int, int, tuple[str, ...]]],
     dtypes: Iterable[str],
     ieee: bool,
     done: Iterable[Entry] = (),
 ) -> list[Search]:
-    """What is to be searched, in the given order with the number of tokens slowest, without what
-    `done` has an entry for.
+    """What is to be searched, in the given order, without what `done` has an entry for.
+
+    Args:
+        asked: (H, R, T, kinds of plan), as in WORTH.
+        dtypes: of everything in a call, by their short names.
+        ieee: whether float32 products keep full precision.
+        done: of the file that the search adds to.
 
     Raises:
         ValueError: a size below 1 or an unknown dtype.
     """
     known = {(entry.kind, entry.problem) for entry in done}
     found = []
-    grid = itertools.product(tokens, dtypes, shapes, KINDS)
-    for count, dtype, (hidden, bottleneck), (kind, mode) in grid:
-        case = BenchCase(hidden, bottleneck, count, dtype, mode=mode)
-        problem = problem_of(case, ieee)
-        if (kind, problem) not in known:
-            found.append(Search(kind, case, problem))
+    for (hidden, bottleneck, tokens, kinds), dtype in itertools.product(asked, dtypes):
+        for kind in kinds:
+            case = timed(kind, BenchCase(hidden, bottleneck, tokens, dtype))
+            problem = problem_of(case, ieee)
+            if (kind, problem) not in known:
+                found.append(Search(kind, case, problem))
     return list(dict.fromkeys(found))
 
 
-def current(kind: str, problem: Problem, device: Device) -> Entry:
-    """The plan in force as an entry."""
+def timed(kind: str, case: BenchCase) -> BenchCase:
+    """The case in the mode that a plan of this kind is timed in."""
+    few = case.tokens <= DECODE_TOKENS
+    return replace(case, mode="backward" if kind == "weights" else "forward" if few else "step")
+
+
+def formula(kind: str, problem: Problem, device: Device) -> Entry:
+    """The plan of `launch_config` as an entry: what a search begins from, and has to beat.
+
+    Not the plan in force, which changes while a run finds entries for nearby problems: candidates
+    are compiled ahead of the searches before their own.
+    """
     if kind == "weights":
-        weights = tuned.weight_gradient_plan(problem, device)
+        weights = launch_config.weight_gradient_plan(problem, device)
         return Entry(problem, "weight_gradient", (weights.kernel,))
-    tokens = tuned.token_plan(problem, device)
-    if isinstance(tokens, RowBlock):
-        return Entry(problem, "row_block", (tokens.kernel,))
-    return Entry(problem, "split", (tokens.narrow, tokens.widen))
+    return _token_entry(problem, launch_config.token_plan(problem, device))
+
+
+def _token_entry(problem: Problem, plan: RowBlock | Split) -> Entry:
+    if isinstance(plan, RowBlock):
+        return Entry(problem, "row_block", (plan.kernel,))
+    return Entry(problem, "split", (plan.narrow, plan.widen))
 
 
 def candidates(kind: str, problem: Problem, device: Device) -> list[Entry]:
-    """What is tried beside the plan in force: its neighbours in each direction, and the other form.
+    """What is tried beside the formula's plan: its neighbours in each direction, and the other
+    form.
 
     Tiles that need more shared memory than a block may use are left out; those that do not compile
-    for another reason drop out when they are tried.
+    for another reason drop out when they are compiled.
     """
-    base = current(kind, problem, device)
+    base = formula(kind, problem, device)
     entries = list(_neighbours(base))
     if kind == "tokens":
         other = _other_form(base, problem, device)
@@ -145,13 +169,11 @@ def _neighbours(entry: Entry) -> Iterable[Entry]:
 
 def _other_form(entry: Entry, problem: Problem, device: Device) -> Entry | None:
     """A split in place of a row block and the other way round, None where R is too wide."""
-    if entry.form == "row_block":
-        few = launch_config.token_plan(problem._replace(num_tokens=1024), device)
-        if isinstance(few, Split):
-            return Entry(problem, "split", (few.narrow, few.widen))
-        return None
-    many = launch_config.token_plan(problem._replace(num_tokens=1 << 24), device)
-    return Entry(problem, "row_block", (many.kernel,)) if isinstance(many, RowBlock) else None
+    other = 1024 if entry.form == "row_block" else 1 << 24
+    found = _token_entry(
+        problem, launch_config.token_plan(problem._replace(num_tokens=other), device)
+    )
+    return None if found.form == entry.form else found
 
 
 def _fits(kernel: LaunchConfig, problem: Problem, device: Device) -> bool:
@@ -167,65 +189,6 @@ def _holds(entry: Entry, problem: Problem) -> bool:
     if entry.form == "row_block" and first.block_r < problem.bottleneck_size:
         return False
     return entry.form == "weight_gradient" or first.block_t <= max(16, 2 * problem.num_tokens)
-
-
-def search(
-    case: BenchCase,
-    problem: Problem,
-    device: Device,
-    kind: str,
-    timer: CudaTimer,
-    seconds: float = 0.2,
-    progress: Callable[[str], Any] = lambda _text: None,
-    limit: int | None = None,
-) -> Found:
-    """The fastest entry of this kind for a case, that of now if none is faster by GAIN.
-
-    Each candidate is first run once and compared with float64; the eight that a short timing finds
-    fastest are then timed against the plan in force.
-    """
-    base = current(kind, problem, device)
-    tried = candidates(kind, problem, device)[:limit]
-    with timer.session():
-        inputs = case.draw(timer.device)
-        provider = PROVIDERS["triton"]
-        built = provider.build(case, inputs)
-        gate = Gate(case, inputs)
-        right: dict[str, tuple[Entry, Subject]] = {}
-        for number, entry in enumerate([base, *tried]):
-            progress(f"{case} {kind}: {number}/{len(tried)}")
-            try:
-                with tuned.forced(entry):
-                    outputs = outputs_of(built, case, inputs)
-                    verdict = gate.judge(outputs, built.activation, tuple(built.parameters))
-                    call = _with_entry(prepared_call(built, case, inputs.x, inputs.dy), entry)
-            except Exception:  # a tile that does not compile or fit is no candidate
-                if entry is base:
-                    raise
-                continue
-            if verdict.passed:
-                right[IN_FORCE if entry is base else str(number)] = entry, Subject([call])
-        if IN_FORCE not in right:
-            raise RuntimeError(f"the configuration in force gives a wrong result on {case}.")
-        how = headline(case, timer.device)
-        subjects = {name: subject for name, (_, subject) in right.items()}
-        short = timer.measure(how, subjects, 0.0)
-        finalists = sorted(short, key=lambda name: short[name].p50)[:8]
-        final = {name: subjects[name] for name in dict.fromkeys([IN_FORCE, *finalists])}
-        times = timer.measure(how, final, seconds)
-    before = times[IN_FORCE].p50
-    best = min(times, key=lambda name: times[name].p50)
-    changed = times[best].p50 < before * (1 - GAIN)
-    chosen = best if changed else IN_FORCE
-    return Found(right[chosen][0], before, times[chosen].p50, changed, len(tried))
-
-
-def _with_entry(call: Callable[[], Any], entry: Entry) -> Callable[[], Any]:
-    def forced_call() -> Any:
-        with tuned.forced(entry):
-            return call()
-
-    return forced_call
 
 
 def problem_of(case: BenchCase, ieee: bool) -> Problem:

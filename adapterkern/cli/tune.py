@@ -2,29 +2,37 @@
 
 import argparse
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
 Searches tile sizes, warps, pipeline stages and slices of the Triton kernels on the present GPU, for
-the given shapes, and writes them to a file that later runs look up by the nearest shape. A search
-compiles hundreds of kernels: minutes a shape and number of tokens. The most valuable come first,
-each result is in the file at once, and what the file has is not searched again, so that a run can
-be stopped at any time and repeated. Calls never search by themselves.
+the given shapes, and writes them to a file that later runs look up by the nearest shape. Processes
+compile the candidates ahead of the one that times them. The most valuable searches come first, each
+result is in the file once the next search was timed, and what the file has is not searched again,
+so that a run can be stopped at any time and repeated. At the end, shapes that were not searched are
+timed with and without the entries; a kind of entry that makes one of them more than 2 % slower is
+dropped. Calls never search by themselves.
 """
 
 EPILOG = """\
 examples:
+  adapterkern tune                          the 25 searches that most models gain from
   adapterkern tune --preset gpt2-medium --tokens 2048 16384
   adapterkern tune --hidden-size 1024 --bottleneck-size 64 --tokens 16384 --dtype bf16
   adapterkern tune --minutes 9              repeat it, and it goes on where it was
   adapterkern tune --out h200.json          write elsewhere than into the package
 
-exit codes: 0 success, 1 nothing could be searched, 2 wrong usage or no GPU, 130 interrupted
+exit codes: 0 success, 1 nothing could be searched or the GPU was lost, 2 wrong usage or no GPU,
+130 interrupted
 """
+# Of the time, for the held-out shapes at the end: about 2 s for each of ten.
+HELD_OUT_SHARE, HELD_OUT_SECONDS = 0.1, 30.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,7 +55,14 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=30.0,
         metavar="M",
-        help="begin no search after M > 0 minutes (default: 30)",
+        help="for everything; no search begins in the last tenth (default: 30)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) - 2),
+        metavar="N",
+        help="processes that compile (default: %(default)s, the CPUs but two)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: <gpu>.json inside the package"
@@ -55,13 +70,29 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@dataclass
+class _File:
+    """The file that a run writes, and what is in it."""
+
+    path: Path
+    gpu: str
+    device: Any
+    entries: list
+    held_out: Sequence[Any] = ()
+
+    def save(self) -> None:
+        from adapterkern.backends.triton import tuned
+
+        tuned.save(self.path, self.gpu, self.device, self.entries, self.held_out)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Search, write each outcome, print what changed."""
+    """Search, write each outcome, print what changed, and drop what costs other shapes."""
     import torch
 
     from adapterkern.backends import get
     from adapterkern.backends.triton import tuned
-    from adapterkern.bench import environment, tune
+    from adapterkern.bench import environment
 
     try:
         _searches(arguments, [])
@@ -73,33 +104,122 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         return _refuse(f"a search needs the triton backend on a GPU: {reason}")
     gpu = torch.cuda.get_device_name()
-    device = tuned.device_of(0)
     path = arguments.out or tuned.FOLDER / f"{environment.folder_name(gpu)}.json"
     try:
-        entries = _entries(path, gpu, device)
-        work = _searches(arguments, entries)
+        file = _open(path, gpu, tuned.device_of(0))
+        work = _searches(arguments, file.entries)
     except ValueError as error:
         return _refuse(str(error))
-    print(f"{gpu}: {len(work)} searches, for {arguments.minutes:g} minutes, into {path}")
-    found, code = [], 0
-    try:
-        for outcome in _outcomes(work, device, arguments):
-            entries = tune.merge(entries, [outcome.entry])
-            tuned.save(path, gpu, device, entries)
-            found.append(outcome)
-    except KeyboardInterrupt:
-        print("interrupted")
-        code = 130
-    except OSError as error:
-        code = _refuse(f"cannot write {path}: {error}")
+    _say(
+        f"{gpu}: {len(work)} searches, for {arguments.minutes:g} minutes, "
+        f"{arguments.jobs} processes compiling, into {path}"
+    )
+    return _run(arguments, file, work)
+
+
+def _run(arguments: argparse.Namespace, file: _File, work: list) -> int:
+    import torch
+
+    from adapterkern.bench.compiling import Compilers
+    from adapterkern.bench.results import LostDeviceError
+    from adapterkern.bench.timing import CudaTimer
+
+    seconds = 60 * arguments.minutes
+    deadline = time.monotonic() + seconds - min(HELD_OUT_SHARE * seconds, HELD_OUT_SECONDS)
+    found: list = []
+    code = 0
+    major, minor = torch.cuda.get_device_capability(0)
+    with Compilers(arguments.jobs, 10 * major + minor, file.device) as compilers:
+        try:
+            timer = CudaTimer(torch.device("cuda"))
+            _search_all(work, file, compilers, timer, deadline, arguments.limit, found)
+            if found:
+                _drop_what_costs(file, compilers, timer)
+        except KeyboardInterrupt:
+            _say("interrupted; the held-out shapes were not timed to the end")
+            code = 130
+        except LostDeviceError as error:
+            _say(f"{error}\nended; the held-out shapes were not timed to the end")
+            code = 1
+        except OSError as error:
+            code = _refuse(f"cannot write {file.path}: {error}")
     changed = sum(outcome.changed for outcome in found)
-    where = f"; written to {path}" if found else ""
-    print(f"{changed} of {len(found)} configurations changed{where}")
+    where = f"; written to {file.path}" if found else ""
+    _say(f"{changed} of {len(found)} configurations changed{where}")
     return code or (1 if work and not found else 0)
 
 
-def _entries(path: Path, gpu: str, device: Any) -> list:
-    """The entries of the file that the search adds to.
+def _search_all(
+    work: list, file: _File, compilers: Any, timer: Any, deadline: float, limit: int, found: list
+) -> None:
+    """Search by search within the time. One is settled, its proofs being compiled meanwhile, when
+    the next was timed; one that fails is reported and left out.
+    """
+    from adapterkern.bench import search, tune
+    from adapterkern.bench.results import LostDeviceError
+
+    def keep(ranked: Any) -> None:
+        outcome = search.settle(ranked, file.device, compilers, file.gpu)
+        file.entries = tune.merge(file.entries, [outcome.entry])
+        file.save()
+        found.append(outcome)
+        _say(str(outcome))
+
+    queued = [search.enqueue(one, file.device, compilers, limit) for one in work]
+    timed: Any = None
+    try:
+        for number, one in enumerate(queued):
+            if time.monotonic() >= deadline:
+                _say(f"out of time: {len(queued) - number} searches are left for another run")
+                break
+            try:
+                ranked = search.rank(one, timer, file.device, compilers, progress=_progress)
+            except LostDeviceError:
+                raise
+            except Exception as error:  # out of memory on one shape must not lose the others
+                _say(f"{one.search}: not searched, {type(error).__name__}: {error}")
+                continue
+            before, timed = timed, ranked
+            if before is not None:
+                keep(before)
+    finally:
+        if timed is not None:
+            keep(timed)
+
+
+def _drop_what_costs(file: _File, compilers: Any, timer: Any) -> None:
+    """Time the held-out shapes before and after, and drop the classes of entries that lose."""
+    from adapterkern.backends.base import allow_tf32
+    from adapterkern.bench import search
+    from adapterkern.bench.results import LostDeviceError
+
+    rows = []
+    for trial in search.trials(file.entries, not allow_tf32(), file.device, compilers):
+        try:
+            row = search.judge(trial, timer, progress=_progress)
+        except LostDeviceError:
+            raise
+        except Exception as error:  # out of memory on one shape says nothing about the entries
+            _say(f"held out {trial.case} {trial.kind}: not timed, {type(error).__name__}: {error}")
+            continue
+        rows.append(row)
+        times = f"{row.before_us:.1f} us to {row.after_us:.1f} us"
+        _say(f"held out {row.kind} {row.case}: {row.problem or times}")
+    losers = [row for row in rows if search.loses(row)]
+    kept = search.without(file.entries, losers)
+    for kind, ieee, wide in dict.fromkeys((row.kind, row.ieee, row.wide) for row in losers):
+        names = {(True, True): "float32", (False, True): "float32 or TF32 tiles"}
+        count = sum((e.kind, *e.problem[3:]) == (kind, ieee, wide) for e in file.entries)
+        _say(
+            f"dropped {count} entries for {kind} in {names.get((ieee, wide), 'half precision')}: "
+            "they cost a held-out shape more than 2 %, or cannot run it"
+        )
+    file.entries, file.held_out = kept, rows
+    file.save()
+
+
+def _open(path: Path, gpu: str, device: Any) -> _File:
+    """The file that the search adds to.
 
     Raises:
         ValueError: it cannot be written or read, or was searched on another GPU.
@@ -111,7 +231,7 @@ def _entries(path: Path, gpu: str, device: Any) -> list:
     if problem:
         raise ValueError(f"{problem}; name a file with --out")
     if not path.exists():
-        return []
+        return _File(path, gpu, device, [])
     try:
         old = tuned.load(path)
     except OSError as error:
@@ -121,14 +241,15 @@ def _entries(path: Path, gpu: str, device: Any) -> list:
             f"{path} was searched on {old.gpu} ({old.device.num_sms} SMs), this is {gpu} "
             f"({device.num_sms} SMs).\n  hint: name another file with --out"
         )
-    return old.entries
+    return _File(path, gpu, device, old.entries, old.held_out)
 
 
 def _searches(arguments: argparse.Namespace, done: list) -> list:
     """What the command line asks for and `done` does not hold.
 
     Raises:
-        ValueError: half of a shape, an unknown preset or dtype, a size below 1, no time.
+        ValueError: half of a shape, an unknown preset or dtype, a size below 1, no time, no
+            process.
     """
     from adapterkern.backends.base import allow_tf32
     from adapterkern.bench import tune
@@ -136,42 +257,20 @@ def _searches(arguments: argparse.Namespace, done: list) -> list:
 
     if not 0 < arguments.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0 and finite, got {arguments.minutes:g}.")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {arguments.limit}.")
+    for option in ("limit", "jobs"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}.")
     hidden, bottleneck = arguments.hidden_size, arguments.bottleneck_size
     if (hidden is None) != (bottleneck is None):
         raise ValueError("--hidden-size and --bottleneck-size go together.")
+    shapes: Sequence[tuple[int, int]] | None = None
     if hidden is not None:
         shapes = [(h, r) for h in hidden for r in bottleneck]
-    else:
-        shapes = preset_shapes(arguments.preset) if arguments.preset else list(tune.SHAPES)
-    tokens = arguments.tokens or tune.TOKENS
-    return tune.searches(shapes, tokens, arguments.dtype, not allow_tf32(), done)
-
-
-def _outcomes(work: list, device: Any, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Search by search within the time; one that fails is reported and left out."""
-    import torch
-
-    from adapterkern.bench import tune
-    from adapterkern.bench.timing import CudaTimer
-
-    timer = CudaTimer(torch.device("cuda"))
-    deadline = time.monotonic() + 60 * arguments.minutes
-    for number, search in enumerate(work):
-        if time.monotonic() >= deadline:
-            print(f"out of time: {len(work) - number} searches are left for another run")
-            return
-        case, kind, limit = search.case, search.kind, arguments.limit
-        try:
-            outcome = tune.search(
-                case, search.problem, device, kind, timer, progress=_progress, limit=limit
-            )
-        except Exception as error:  # out of memory on one shape must not lose the others
-            print(f"{case} {kind}: not searched, {type(error).__name__}: {error}")
-            continue
-        print(outcome, flush=True)
-        yield outcome
+    elif arguments.preset:
+        shapes = preset_shapes(arguments.preset)
+    asked = tune.asked_for(shapes, arguments.tokens)
+    return tune.searches(asked, arguments.dtype, not allow_tf32(), done)
 
 
 def _progress(text: str) -> None:
@@ -179,6 +278,10 @@ def _progress(text: str) -> None:
         print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def _refuse(problem: str) -> int:
-    print(f"adapterkern tune: {problem}", file=sys.stderr)
+    print(f"adapterkern tune: {problem}", file=sys.stderr, flush=True)
     return 2

@@ -32,8 +32,9 @@ except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"
     VALUES = DERIVATIVES = {}
 
-# In Triton's CPU interpreter: few SMs, so that small tests reach both forms.
-_INTERPRETED = Device(num_sms=4, shared_memory=227 * 1024)
+# What CPU tensors are planned for. In Triton's interpreter: few SMs, so that small tests reach both
+# forms; within `compile_only`, the GPU that is compiled for.
+cpu_device = Device(num_sms=4, shared_memory=227 * 1024)
 
 
 class TritonBackend(Backend):
@@ -306,11 +307,11 @@ def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:
     )
 
 
-@functools.cache
+_gpu = functools.cache(device_of)
+
+
 def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return _INTERPRETED
-    return device_of(device.index)
+    return cpu_device if device.type == "cpu" else _gpu(device.index)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

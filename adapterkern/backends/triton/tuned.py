@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,17 +40,30 @@ NEAR = 2.0
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What an entry was found by: times of one interleaved run, of the formula's plan and of the
+    entry, and the GPU that they were taken on.
+    """
+
+    before_us: float
+    after_us: float
+    device: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """The fastest tiles for one problem.
 
     kernels: one configuration, or for the split form the one into the bottleneck and the one out
-    of it; programs_per_sm: how many programs the slices of H or of tokens aim at.
+    of it; programs_per_sm: how many programs the slices of H or of tokens aim at; evidence: what
+    it was found by, which makes no entry another one.
     """
 
     problem: Problem
     form: str
     kernels: tuple[LaunchConfig, ...]
     programs_per_sm: int = 2
+    evidence: Evidence | None = field(default=None, compare=False)
 
     @property
     def kind(self) -> str:
@@ -180,12 +193,28 @@ def device_of(index: int) -> Device:
     return Device(properties.multi_processor_count, memory)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A shape that was not searched, timed with the formula's plan and with a class of entries:
+    those of one kind and arithmetic. problem: why these entries cannot run it, "" if they can.
+    """
+
+    kind: str
+    ieee: bool
+    wide: bool
+    case: str
+    before_us: float
+    after_us: float
+    problem: str = ""
+
+
 class TunedFile(NamedTuple):
-    """A file's content."""
+    """A file's content. held_out: the outcome on shapes that were not searched, for the record."""
 
     gpu: str
     device: Device
     entries: list[Entry]
+    held_out: tuple[HeldOut, ...] = ()
 
 
 def load(path: Path) -> TunedFile:
@@ -211,18 +240,27 @@ def load(path: Path) -> TunedFile:
                 entry["form"],
                 tuple(LaunchConfig(**kernel) for kernel in entry["kernels"]),
                 entry["programs_per_sm"],
+                # Files of earlier versions hold no evidence.
+                Evidence(**entry["evidence"]) if entry.get("evidence") else None,
             )
             for entry in data["entries"]
         ]
+        held_out = tuple(HeldOut(**row) for row in data.get("held_out", ()))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not fit {SCHEMA}: {error!r}") from error
     unknown = sorted({entry.form for entry in entries} - set(FORMS))
     if unknown:
         raise ValueError(f"{path} has the unknown form {unknown[0]!r}; known: {', '.join(FORMS)}.")
-    return TunedFile(gpu, device, entries)
+    return TunedFile(gpu, device, entries, held_out)
 
 
-def save(path: Path, gpu: str, device: Device, entries: Sequence[Entry]) -> None:
+def save(
+    path: Path,
+    gpu: str,
+    device: Device,
+    entries: Sequence[Entry],
+    held_out: Sequence[HeldOut] = (),
+) -> None:
     """Write a file that `load` reads, sorted, so that a new search shows as a small difference. It
     is replaced in one step: no reader and no interruption meets half of it.
     """
@@ -237,9 +275,11 @@ def save(path: Path, gpu: str, device: Device, entries: Sequence[Entry]) -> None
                 "form": entry.form,
                 "kernels": [vars(kernel) for kernel in entry.kernels],
                 "programs_per_sm": entry.programs_per_sm,
+                "evidence": entry.evidence and vars(entry.evidence),
             }
             for entry in ordered
         ],
+        "held_out": [vars(row) for row in held_out],
     }
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

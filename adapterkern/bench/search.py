@@ -1,0 +1,287 @@
+"""The search: candidates that compile are gated and timed, interleaved with the formula's plan.
+
+An entry has to pass the parity gate in step mode, whatever it is timed in: a token plan also
+launches the gradients of z and x. It also has to compile for every mix of dtypes that it may meet:
+for the widest before it is timed, and if it is the fastest for all of them, while the next search
+is timed.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterkern.backends.triton import tuned
+from adapterkern.backends.triton.launch_config import Device
+from adapterkern.backends.triton.mixes import Mix, mixes, uniform, widest
+from adapterkern.backends.triton.tuned import Entry, Evidence, HeldOut
+from adapterkern.bench.cases import BenchCase
+from adapterkern.bench.compiling import URGENT, Compilers, Work
+from adapterkern.bench.gate import Gate
+from adapterkern.bench.measure import headline, outputs_of, prepared_call
+from adapterkern.bench.providers import PROVIDERS
+from adapterkern.bench.timing import CudaTimer, Subject
+from adapterkern.bench.tune import HELD_OUT, Search, candidates, formula, problem_of, timed
+
+GAIN = 0.02  # what a run's noise can give by itself
+FINALISTS = 8
+BASE, AFTER = "the formula's plan", "the nearest entry's plan"
+Progress = Callable[[str], Any]
+# An entry and its compilations.
+Compiling = tuple[Entry, "list[Future[str | None]]"]
+
+
+def _quiet(_text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome for one problem; before_us and after_us are of the same interleaved run.
+
+    refused: why faster entries were not taken, which some mix of dtypes could not run.
+    """
+
+    entry: Entry
+    before_us: float
+    after_us: float
+    changed: bool
+    tried: int
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        problem = self.entry.problem
+        name = (
+            f"{self.entry.kind} T{problem.num_tokens}-H{problem.hidden_size}"
+            f"-R{problem.bottleneck_size}"
+        )
+        tried = f"({self.tried} tried)" + "".join(f"\n  refused: {why}" for why in self.refused)
+        if not self.changed:
+            return f"{name}: {self.before_us:.1f} us, kept {tried}"
+        first = self.entry.kernels[0]
+        tiles = f"{first.block_t}x{first.block_h}x{first.block_r}"
+        return (
+            f"{name}: {self.before_us:.1f} us to {self.after_us:.1f} us, "
+            f"{self.entry.form} {tiles}, {first.num_warps} warps, {first.num_stages} stages {tried}"
+        )
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A search whose entries are being compiled, by name; BASE is the one to beat."""
+
+    search: Search
+    entries: dict[str, Compiling]
+
+
+@dataclass
+class Ranked:
+    """A search whose entries were timed. faster: those that beat the formula, the fastest first;
+    proofs: whether the first of them compiles for every mix.
+    """
+
+    search: Search
+    base: Entry
+    before_us: float
+    faster: list[tuple[float, Entry]]
+    tried: int
+    proofs: "list[Future[str | None]]" = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def enqueue(
+    search: Search, device: Device, compilers: Compilers, limit: int | None = None
+) -> Queued:
+    """Have the formula's plan and every candidate compiled for what is timed, and the widest."""
+    base = formula(search.kind, search.problem, device)
+    tried = candidates(search.kind, search.problem, device)[:limit]
+    named = {BASE: base} | {str(number): entry for number, entry in enumerate(tried)}
+    also = [widest(search.kind, search.problem, device)]
+    return Queued(search, _compiled(search.case, named, compilers, also))
+
+
+def _compiled(
+    case: BenchCase, entries: dict[str, Entry], compilers: Compilers, also: Iterable[Mix] = ()
+) -> dict[str, Compiling]:
+    """Each entry with its compilations for the case, and for other mixes."""
+    mix = uniform(case.torch_dtype, case.activation)
+    return {
+        name: (
+            entry,
+            [
+                # Only candidates must not spill: with odd sizes the formula's plan does.
+                compilers.submit(Work(entry, mix, timed=True, may_spill=name in (BASE, AFTER))),
+                *(compilers.submit(Work(entry, other)) for other in also),
+            ],
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _first_problem(compilations: "Iterable[Future[str | None]]") -> str | None:
+    return next((problem for one in compilations if (problem := one.result()) is not None), None)
+
+
+def rank(
+    queued: Queued,
+    timer: CudaTimer,
+    device: Device,
+    compilers: Compilers,
+    seconds: float = 0.2,
+    progress: Progress = _quiet,
+) -> Ranked:
+    """Time what compiles and is right: all shortly, then the fastest FINALISTS for `seconds`, each
+    time in turn with the formula's plan.
+
+    Raises:
+        RuntimeError: the formula's plan does not compile, or is wrong.
+        LostDeviceError: nothing more can be timed.
+    """
+    search = queued.search
+    with timer.session():
+        subjects, reasons = _admit(search.case, queued.entries, timer, progress)
+        if BASE in reasons:
+            raise RuntimeError(f"{BASE} cannot be timed on {search.case}: {reasons[BASE]}")
+        how = headline(search.case, timer.device)
+        short = timer.measure(how, subjects, 0.0)
+        best = sorted(short, key=lambda name: short[name].p50)[:FINALISTS]
+        final = {name: subjects[name] for name in dict.fromkeys([BASE, *best])}
+        times = timer.measure(how, final, seconds)
+    entries = {name: entry for name, (entry, _) in queued.entries.items()}
+    if BASE not in times:
+        raise RuntimeError(f"{BASE} cannot be timed on {search.case}: {subjects[BASE].failure}")
+    before = times[BASE].p50
+    faster = sorted((times[name].p50, name) for name in times)
+    found = [(us, entries[name]) for us, name in faster if us < before * (1 - GAIN)]
+    ranked = Ranked(search, entries[BASE], before, found, len(entries) - 1)
+    _prove(ranked, device, compilers)
+    return ranked
+
+
+def _admit(
+    case: BenchCase,
+    entries: dict[str, Compiling],
+    timer: CudaTimer,
+    progress: Progress,
+) -> tuple[dict[str, Subject], dict[str, str]]:
+    """By name: what is to be timed, and why the others are not."""
+    inputs = case.draw(timer.device)
+    built = PROVIDERS["triton"].build(case, inputs)
+    # The forward that records nothing is another kernel than the one of a step.
+    modes = ["step", "forward"] if case.mode == "forward" else ["step"]
+    gates = [Gate(replace(case, mode=mode), inputs) for mode in modes]
+    subjects: dict[str, Subject] = {}
+    reasons: dict[str, str] = {}
+    for name, (entry, compiled) in entries.items():
+        progress(f"{case} {entry.kind}: {len(subjects) + len(reasons)}/{len(entries)}")
+        reason = _first_problem(compiled)
+        if reason is None:
+            try:
+                with tuned.forced(entry):
+                    for gate in gates:
+                        outputs = outputs_of(built, gate.case, inputs)
+                        verdict = gate.judge(outputs, built.activation, tuple(built.parameters))
+                        if not verdict.passed:
+                            reason = reason or f"wrong in mode {gate.case.mode}: {verdict}"
+                    call = prepared_call(built, case, inputs.x, inputs.dy)
+            except Exception as error:  # what fails to run is no candidate, unless all does
+                timer.raise_if_lost(error, f"{case} with {entry}")
+                reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            subjects[name] = Subject([_with_entry(call, entry)])
+        else:
+            reasons[name] = reason
+    return subjects, reasons
+
+
+def _with_entry(call: Callable[[], Any], entry: Entry) -> Callable[[], Any]:
+    def forced_call() -> Any:
+        with tuned.forced(entry):
+            return call()
+
+    return forced_call
+
+
+def _prove(ranked: Ranked, device: Device, compilers: Compilers) -> None:
+    """Have the fastest entry compiled for every mix that it may meet."""
+    ranked.proofs = [
+        compilers.submit(Work(entry, mix), URGENT)
+        for _, entry in ranked.faster[:1]
+        for mix in mixes(entry.kind, entry.problem, device)
+    ]
+
+
+def settle(ranked: Ranked, device: Device, compilers: Compilers, gpu: str) -> Found:
+    """The fastest entry that compiles for every mix, the formula's where none does."""
+    before, tried = ranked.before_us, ranked.tried
+    while ranked.faster:
+        after, entry = ranked.faster[0]
+        problem = _first_problem(ranked.proofs)
+        if problem is None:
+            entry = replace(entry, evidence=Evidence(before, after, gpu))
+            return Found(entry, before, after, True, tried, tuple(ranked.refused))
+        ranked.refused.append(f"{after:.1f} us with {entry.kernels}: {problem}")
+        del ranked.faster[0]
+        _prove(ranked, device, compilers)
+    entry = replace(ranked.base, evidence=Evidence(before, before, gpu))
+    return Found(entry, before, before, False, tried, tuple(ranked.refused))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A held-out shape for which the nearest entry gives another plan than the formula."""
+
+    kind: str
+    case: BenchCase
+    entries: dict[str, Compiling]
+
+
+def trials(
+    entries: Iterable[Entry], ieee: bool, device: Device, compilers: Compilers
+) -> list[Trial]:
+    """What the entries change on shapes that were not searched, being compiled."""
+    entries, found = tuple(entries), []
+    for held_out, kind in itertools.product(HELD_OUT, ("tokens", "weights")):
+        case = timed(kind, held_out)
+        problem = problem_of(case, ieee)
+        base, entry = formula(kind, problem, device), tuned.nearest(entries, kind, problem)
+        if entry is None or tuned.plan(entry, problem, device) == tuned.plan(base, problem, device):
+            continue
+        named = {BASE: base, AFTER: replace(entry, problem=problem)}
+        found.append(Trial(kind, case, _compiled(case, named, compilers)))
+    return found
+
+
+def judge(
+    trial: Trial, timer: CudaTimer, seconds: float = 0.2, progress: Progress = _quiet
+) -> HeldOut:
+    """Time one held-out shape before and after.
+
+    Raises:
+        RuntimeError: the formula's plan cannot be timed, so that nothing is known.
+        LostDeviceError: nothing more can be timed.
+    """
+    case = trial.case
+    with timer.session():
+        subjects, reasons = _admit(case, trial.entries, timer, progress)
+        times = timer.measure(headline(case, timer.device), subjects, seconds)
+    reasons |= {name: str(s.failure) for name, s in subjects.items() if s.failure is not None}
+    if BASE in reasons:
+        raise RuntimeError(f"{BASE} cannot be timed on {case}: {reasons[BASE]}")
+    before = times[BASE].p50
+    after = times[AFTER].p50 if AFTER in times else before
+    problem = trial.entries[AFTER][0].problem
+    why = reasons.get(AFTER, "")
+    return HeldOut(trial.kind, problem.ieee, problem.wide, str(case), before, after, why)
+
+
+def loses(row: HeldOut) -> bool:
+    """Whether a held-out shape condemns its class of entries."""
+    return bool(row.problem) or row.after_us > row.before_us * (1 + GAIN)
+
+
+def without(entries: Iterable[Entry], losers: Iterable[HeldOut]) -> list[Entry]:
+    """The entries but those of the kind and arithmetic of these rows."""
+    dropped = {(row.kind, row.ieee, row.wide) for row in losers}
+    return [entry for entry in entries if (entry.kind, *entry.problem[3:]) not in dropped]
