@@ -21,7 +21,8 @@ class TruncatedProducts(TorchDispatchMode):
     plain float32, as Triton hands it to wgmma, ignore the low 13 bits. Truncation is off by up to a
     whole unit in the last place, twice what rounding is, and always towards zero: computed so, the
     errors of a product are 2.6 to 3.8 times those of operands that were rounded first, as cuBLAS
-    does it. Both are TF32, so the wider one is the yardstick. A CPU has no TF32 at all: there this is the only one.
+    does it. Both are TF32, so the wider one is the yardstick. A CPU has no TF32 at all: there this
+    is the only one.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
