@@ -8,6 +8,7 @@ from adapterkern.dispatch import available as backends
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import bottleneck_adapter
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.warmup import warmup
 
 __all__ = [
     "BackendUnsupportedError",
@@ -19,4 +20,5 @@ __all__ = [
     "bottleneck_adapter",
     "explain",
     "use_backend",
+    "warmup",
 ]
