@@ -1,78 +1,142 @@
-"""`python -m benchmarks`: the report of this machine, and the README's performance section."""
+"""`python -m benchmarks`: a run on a GPU, what travels there, and what is drawn of it here."""
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EPILOG = """\
-examples:
-  python -m benchmarks report --out benchmarks/results/nvidia-h200    ten minutes on a GPU
-  python -m benchmarks report --out /tmp/report --minutes 1 --skip-build
-  python -m benchmarks readme                                         after committing a result
+from benchmarks.gpu import stages
 
-A report that was interrupted continues where it was when it is run again with the same folder.
-Where a kernel takes the GPU down, --backend leaves its backend out.
+EPILOG = """\
+On a machine with the repository:
+  python -m benchmarks pack                     extension, wheels and commit into .gpu
+On the GPU machine, ten minutes each:
+  python -m benchmarks gpu --stage verify --out DIR
+  python -m benchmarks gpu --stage report --out DIR
+Back again:
+  python -m benchmarks merge DIR [DIR ...]      into benchmarks/results/<gpu>/<date>-<commit>
+  python -m benchmarks readme                   pictures, tables, and the README's section
 """
+DEFAULT = stages.Wanted()
+FAULTS = ("hang", "die", "lose")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures everything on this machine, in order of worth, within a time.",
+        description="Turns minutes of a GPU into numbers, and these into documents.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    report = commands.add_parser("report", help="measure, and write JSON, pictures and a summary")
-    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    report.add_argument("--minutes", type=_positive, default=9.0, help="in all (default: 9)")
-    report.add_argument("--skip-build", action="store_true", help="do not install the tree first")
-    report.add_argument("--skip-check", action="store_true", help="no parity check, no GPU tests")
-    report.add_argument("--tiny", action="store_true", help="sizes that only show that it works")
-    report.add_argument(
-        "--backend", nargs="+", default=[], metavar="NAME", help="time these alone (default: all)"
-    )
-    report.add_argument("--commit", metavar="HASH", help="of the tree, where it has no .git")
-    report.set_defaults(run=_report)
+    _add_gpu(commands.add_parser("gpu", help="run a stage, whatever hangs or dies"))
+    pack = commands.add_parser("pack", help="prepare what a GPU machine without a network lacks")
+    pack.add_argument("--python", metavar="PATH", help="to build for (default: a Python 3.12)")
+    pack.add_argument("--archs", default="sm_90a", help="default: sm_90a")
+    pack.set_defaults(run=_pack)
+    merge = commands.add_parser("merge", help="combine runs of one commit on one kind of GPU")
+    merge.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="what a run wrote")
+    merge.add_argument("--into", type=Path, metavar="DIR", help="default: benchmarks/results")
+    merge.set_defaults(run=_merge)
     readme = commands.add_parser("readme", help="write the README's performance section")
     readme.set_defaults(run=_readme)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted; run it again with the same folder to continue", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from adapterkern.bench.results import unwritable
-
-    problem = unwritable(arguments.out)
-    if problem:
-        print(f"python -m benchmarks: {problem}; choose a folder with --out", file=sys.stderr)
-        return 2
-    from adapterkern.backends import NAMES
-    from benchmarks import report
-
-    unknown = [name for name in arguments.backend if name not in NAMES]
-    if unknown:
-        known = ", ".join(NAMES)
-        print(
-            f"python -m benchmarks: unknown backend {unknown[0]!r}; known: {known}", file=sys.stderr
-        )
-        return 2
-    options = report.Options(
-        arguments.out,
-        arguments.minutes,
-        build=not arguments.skip_build,
-        check=not arguments.skip_check,
-        tiny=arguments.tiny,
-        backends=tuple(arguments.backend),
-        commit=arguments.commit,
+def _add_gpu(gpu: argparse.ArgumentParser) -> None:
+    gpu.add_argument("--stage", choices=stages.NAMES, required=True, help="what to do")
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder")
+    gpu.add_argument(
+        "--seconds", type=_positive, default=stages.SECONDS, help="in all (default: %(default)g)"
     )
-    report.run(options, lambda text: print(text, flush=True))
+    gpu.add_argument("--dry", action="store_true", help="the same on the CPU, a few seconds a step")
+    gpu.add_argument(
+        "--fault",
+        type=_fault,
+        action="append",
+        default=[],
+        metavar="STEP=KIND",
+        help="with --dry: its worker does this in place of the first task (hang, die or lose)",
+    )
+    named = gpu.add_argument_group("of --stage diagnose")
+    named.add_argument("--backend", default=DEFAULT.backend, help="default: %(default)s")
+    named.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a parity case to check",
+    )
+    named.add_argument("--kernel", default=DEFAULT.kernel, metavar="REGEX", help="for ncu")
+    named.add_argument("--tokens", type=int, default=DEFAULT.tokens, help="of the profiled call")
+    named.add_argument("--hidden-size", type=int, default=DEFAULT.hidden_size, help="likewise")
+    named.add_argument(
+        "--bottleneck-size", type=int, default=DEFAULT.bottleneck_size, help="likewise"
+    )
+    named.add_argument("--mode", default=DEFAULT.mode, help="likewise (default: %(default)s)")
+    gpu.set_defaults(run=_gpu)
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    from benchmarks.gpu import run
+    from benchmarks.gpu.output import FolderError
+    from benchmarks.gpu.pack import PackError
+
+    if arguments.fault and not arguments.dry:
+        return _refuse("--fault goes with --dry.")
+    wanted = stages.Wanted(
+        arguments.backend,
+        tuple(arguments.case),
+        arguments.kernel,
+        arguments.tokens,
+        arguments.hidden_size,
+        arguments.bottleneck_size,
+        arguments.mode,
+    )
+    options = run.Options(
+        arguments.stage,
+        arguments.out.absolute(),
+        arguments.seconds,
+        arguments.dry,
+        dict(arguments.fault),
+        wanted,
+    )
+    try:
+        return run.run(options, lambda text: print(text, flush=True))
+    except (run.NoCommitError, FolderError, PackError) as error:
+        return _refuse(str(error))
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from benchmarks.gpu import pack
+
+    try:
+        python = [arguments.python] if arguments.python else pack.default_python()
+        made = pack.create(python, arguments.archs, lambda text: print(text, flush=True))
+    except pack.PackError as error:
+        return _refuse(str(error))
+    command = ["python3", "-m", "benchmarks", "gpu", "--stage", "verify", "--out"]
+    print(f"carry {made.folder.name} along with the tree, and run there, in the tree:")
+    print(f'  {shlex.join(command)} "$OUT"')
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from adapterkern.bench.results import ResultError
+    from benchmarks import readme, records
+
+    try:
+        print(records.merge(arguments.runs, arguments.into or readme.RESULTS))
+    except (ResultError, OSError) as error:
+        return _refuse(str(error))
     return 0
 
 
@@ -83,15 +147,26 @@ def _readme(_arguments: argparse.Namespace) -> int:
     try:
         path = readme.write()
     except (ResultError, readme.MarkerError) as error:
-        print(f"python -m benchmarks: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     print(f"README.md: {path if path else 'no GPU result yet'}")
     return 0
 
 
+def _refuse(problem: str) -> int:
+    print(f"python -m benchmarks: {problem}", file=sys.stderr)
+    return 2
+
+
+def _fault(text: str) -> tuple[str, str]:
+    step, _, kind = text.partition("=")
+    if kind not in FAULTS:
+        raise argparse.ArgumentTypeError(f"must be STEP={'|'.join(FAULTS)}, got {text}")
+    return step, kind
+
+
 def _positive(text: str) -> float:
     value = float(text)
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
 

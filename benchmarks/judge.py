@@ -1,6 +1,5 @@
 """How a goal is judged: a verdict over rows, and why it is so as far as the rows tell."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,8 @@ TF32_RATE = "matrix_rate_tf32"  # beside the calibration's own numbers
 class Verdict:
     """One promise: what was asked, what was found, and why as far as the rows tell.
 
-    met is None where it was not measured; others: what the backends that auto does not run reach.
+    met is None where it was not measured, or is a time (absolute) that counts on another device;
+    others: what the backends that auto does not run reach.
     """
 
     goal: str
@@ -28,10 +28,13 @@ class Verdict:
     met: bool | None = None
     why: str = ""
     others: tuple[str, ...] = ()
+    absolute: bool = False
 
     @property
     def state(self) -> str:
         """In a word or two."""
+        if self.met is None and self.found != NOT_MEASURED:
+            return "for information"
         return {True: "met", False: "missed", None: "not measured"}[self.met]
 
 
@@ -54,15 +57,14 @@ class Judge:
         value: Callable[[Row], float | None],
         bound: float,
         form: Callable[[float], str],
-        mean: bool = False,
+        later: str = "",
     ) -> Verdict:
-        """That the least value, or with `mean` the geometric mean, is at least `bound`."""
-        promise = f"{promise} >= {form(bound)}"
+        """That the least value is at least `bound`; later: what it shall be in the end."""
+        promise = f"{promise} >= {form(bound)}{_later(later)}"
         known = self._known(value)
         if not known:
             return Verdict(goal, promise, why=self._why_not())
-        worst, row = min(known, key=lambda pair: pair[0])
-        found = math.exp(sum(math.log(v) for v, _ in known) / len(known)) if mean else worst
+        found, row = min(known, key=lambda pair: pair[0])
         text = form(found) if found >= bound else f"{form(found)}, {form(bound - found)} short"
         return self._found(goal, promise, text, found >= bound, row)
 
@@ -73,14 +75,17 @@ class Judge:
         value: Callable[[Row], float | None],
         bound: float,
         unit: str,
+        later: str = "",
+        absolute: bool = False,
     ) -> Verdict:
-        """That the greatest value is at most `bound`."""
-        promise = f"{promise} <= {bound:g}{unit}"
+        """That the greatest value is at most `bound`; absolute: a time of one device."""
+        promise = f"{promise} <= {bound:g}{unit}{_later(later)}"
         known = self._known(value)
         if not known:
-            return Verdict(goal, promise, why=self._why_not())
+            return Verdict(goal, promise, why=self._why_not(), absolute=absolute)
         worst, row = max(known, key=lambda pair: pair[0])
-        return self._found(goal, promise, over(worst, bound, unit), worst <= bound, row)
+        verdict = self._found(goal, promise, over(worst, bound, unit), worst <= bound, row)
+        return replace(verdict, absolute=absolute)
 
     def _known(self, value: Callable[[Row], float | None]) -> list[tuple[float, Row]]:
         pairs = [(value(row), row) for row in self.rows if row.time is not None]
@@ -127,6 +132,10 @@ def _why(row: Row, machine: Machine | None) -> str:
     if row.time is not None:
         facts.append(f"{moved:.3g} MB at least in {row.time.p50:.3g} us ({row.headline})")
     return f"T{case.tokens}-{case.shape} on {row.provider}: {', '.join(facts)}"
+
+
+def _later(text: str) -> str:
+    return f" (later {text})" if text else ""
 
 
 def over(found: float, bound: float, unit: str) -> str:

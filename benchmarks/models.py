@@ -18,7 +18,6 @@ VARIANTS = ("plain", "adapterhub", "lora", "adapterkern")
 # One of AdapterHub's models with its own adapters: stock; patched; and patched in the adapter call
 # alone, the layer around it left to the library.
 PATCHED = ("plain", "adapterhub", "adapterhub-patched", "adapterhub-patched-calls")
-PRESETS = ("seq_bn", "double_seq_bn", "par_bn")
 
 
 class MissingPackageError(RuntimeError):
@@ -94,14 +93,18 @@ SPECS = (
         *("llama-7b-block-4x2048", "llama", 4096, 1, 32, 4, 2048, 64, ("o_proj", "down_proj")),
         vocabulary=64,
     ),
-)
-PRESET_SPECS = tuple(
-    replace(spec, name=f"{spec.name.removesuffix('-H')}-{preset}", modes=modes, preset=preset)
-    for spec, modes in (
-        (SPECS[8], ("forward", "step")),
-        (SPECS[4], ("forward", "step", "decode")),
-    )
-    for preset in PRESETS
+    # AdapterHub's own adapters on its own models, stock and patched.
+    Spec(
+        *("bert-base-32x128-seq_bn", "bert", 768, 12, 12, 32, 128, 48, ()),
+        vocabulary=30522,
+        preset="seq_bn",
+    ),
+    Spec(
+        *("gpt2-medium-16x256-seq_bn", "gpt2", 1024, 24, 16, 16, 256, 64, ()),
+        modes=("forward", "step", "decode"),
+        vocabulary=50257,
+        preset="seq_bn",
+    ),
 )
 # Per cent that adapters add to GPT-2 medium's forward, as published (RTX 8000, float32).
 PUBLISHED = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapterkern.bench.plot import plot
 from adapterkern.bench.results import ModelRow, Result, Row
-from benchmarks.models import PRESET_SPECS, SPECS
+from benchmarks.models import SPECS
 
 COLORS = {
     "plain": "#999999",
@@ -22,7 +22,7 @@ COLORS = {
 
 
 def draw(result: Result, path: Path) -> tuple[list[Path], list[str]]:
-    """Write <stem>-<mode>.png and <stem>-models-<family>.png beside `path`.
+    """Write <path>-<mode>.png and <path>-models-<family>.png.
 
     Returns:
         The paths that were written, and a sentence for each picture that failed.
@@ -30,9 +30,9 @@ def draw(result: Result, path: Path) -> tuple[list[Path], list[str]]:
     work: dict[Path, Callable[[Path], None]] = {}
     for mode, rows in _panels(result).items():
         part = Result(result.header, rows)
-        work[path.with_name(f"{path.stem}-{mode}.png")] = functools.partial(plot, part)
+        work[path.with_name(f"{path.name}-{mode}.png")] = functools.partial(plot, part)
     for family, models in _families(result).items():
-        target = path.with_name(f"{path.stem}-models-{family}.png")
+        target = path.with_name(f"{path.name}-models-{family}.png")
         work[target] = functools.partial(_draw_models, result, models)
     written, problems = [], []
     for target, picture in work.items():
@@ -60,7 +60,7 @@ def _panels(result: Result) -> dict[str, list[Row]]:
 
 def _families(result: Result) -> dict[str, list[ModelRow]]:
     """Timed rows of models by family: block, gpt2, bert, llama, and AdapterHub's presets."""
-    by_name = {spec.name: spec for spec in (*SPECS, *PRESET_SPECS)}
+    by_name = {spec.name: spec for spec in SPECS}
     families: dict[str, list[ModelRow]] = {}
     for row in result.models:
         telling = row.overhead_percent is not None and row.variant != "full"

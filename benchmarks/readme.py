@@ -1,62 +1,72 @@
-"""The README's performance section, generated from the newest committed GPU result."""
+"""The README's performance section, generated from the best committed GPU result."""
 
 from pathlib import Path
 
 from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
-from adapterkern.bench.results import Result, ResultError, Row, load
-from benchmarks import goals, pictures, summary
+from adapterkern.bench.results import Result, ResultError, Row
+from benchmarks import goals, pictures, records, summary
+from benchmarks.gpu.output import ROWS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+REPORT = "report"  # the stem of what is drawn into a result's folder
 BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
 END = "<!-- end of performance -->"
 NO_RESULT = (
     "No GPU result yet: no kernel of this package has been timed on a GPU, so there is no number "
-    "here.\n`python -m benchmarks report --out benchmarks/results/<gpu>` writes one. "
-    "The goals, on an H200 in bfloat16:"
+    "here.\n`python -m benchmarks gpu --stage report --out DIR` measures one. "
+    "The goals, for an H200 in bfloat16:"
 )
+PREFERRED = ("H200", "H100")  # the goals are stated for the first
 TOKENS = (16, 2048, 16384)
 BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt")
-UNSTEADY = "**The copy bandwidth moved by more than 3 % during this run; measure it again.**"
+UNSTEADY = "**Clocks or memory moved by more than 3 % during this run; measure it again.**"
+UNFINISHED = "**No report of this machine is finished yet: rows are missing.**"
 
 
 class MarkerError(ValueError):
     """The README lacks the comments between which the section goes."""
 
 
-def newest(folder: Path = RESULTS) -> Path | None:
-    """The newest GPU result in the folders below `folder`, None if there is none.
+def best(folder: Path = RESULTS) -> Path | None:
+    """The folder of the GPU result that the README shows, None if there is none: a finished one
+    before others, an H200's before an H100's before another GPU's, the newest of these.
 
     Raises:
         ResultError: a file there is not a result of this schema.
     """
-    found = [(load(path), path) for path in sorted(folder.glob("*/*.json"))]
-    on_gpu = [(result.header["created"], path) for result, path in found if result.on_gpu]
-    return max(on_gpu)[1] if on_gpu else None
+    ranked = []
+    for path in sorted(folder.glob(f"*/*/{ROWS}")):
+        result = records.load(path)
+        if result.on_gpu:
+            names = [name in result.device for name in PREFERRED]
+            rank = bool(result.header["finished"]), names, result.header["created"]
+            ranked.append((rank, path.parent))
+    return max(ranked)[1] if ranked else None
 
 
-def section(path: Path | None, root: Path = ROOT) -> str:
+def section(folder: Path | None, root: Path = ROOT) -> str:
     """What goes between the markers."""
-    if path is None:
+    if folder is None:
         return f"{NO_RESULT}\n\n{summary.goals_table(Result())}"
-    result = load(path)
+    result = records.load(folder / ROWS)
     commit = (result.header.get("commit") or "unknown")[:9]
     versions = result.header.get("versions", {})
-    where = path.relative_to(root).as_posix()
-    text = path.with_suffix(".md")
+    where = folder.relative_to(root).as_posix()
     parts = [
         f"{result.device}, torch {versions.get('torch')}, triton {versions.get('triton')}, commit "
         f"{commit}, {result.header['created'][:10]}: "
-        f"[all rows]({text.relative_to(root).as_posix()}), [{path.name}]({where}). "
-        'Times of one adapter on the backend that `"auto"` runs; '
-        "`vs` is that implementation's time over ours, `of floor` the least traffic at the copy "
-        "bandwidth measured in the same run.",
+        f"[all rows]({where}/{REPORT}.md), [raw]({where}/{ROWS}). "
+        'Times of one adapter on the backend that `"auto"` runs; `of copy` is the time of a copy '
+        "of the same tensors in the same run over ours, `of peak` the least traffic at the "
+        "memory's peak bandwidth over ours, `vs` that implementation's time over ours.",
+        *([] if result.header["finished"] else [UNFINISHED]),
         *([UNSTEADY] if from_dict(result.header["calibration"]).steady is False else []),
         summary.adapters(_telling(result), on_gpu=True, baselines=BASELINES),
         summary.goals_table(result),
     ]
-    images = [path.with_name(f"{path.stem}-{mode}.png") for mode in ("forward", "step")]
+    images = [folder / f"{REPORT}-{mode}.png" for mode in ("forward", "step")]
     parts += [
         f"![time against tokens]({image.relative_to(root).as_posix()})"
         for image in images
@@ -99,19 +109,19 @@ def replaced(text: str, content: str) -> str:
 
 
 def write(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> Path | None:
-    """Write the newest result's pictures and summary anew and the README; the result's path.
+    """Write the best result's pictures and tables anew and the README; the result's folder.
 
     Raises:
         ResultError: a result cannot be read, or a picture not drawn.
         MarkerError: the README has no place for the section.
     """
-    path = newest(results)
-    if path is not None:
-        result = load(path)
-        _, problems = pictures.draw(result, path)
+    folder = best(results)
+    if folder is not None:
+        result = records.load(folder / ROWS)
+        _, problems = pictures.draw(result, folder / REPORT)
         if problems:
             raise ResultError(f"no picture for the README: {'; '.join(problems)}")
-        path.with_suffix(".md").write_text(summary.summary(result), encoding="utf-8")
+        (folder / f"{REPORT}.md").write_text(summary.summary(result), encoding="utf-8")
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(replaced(text, section(path, readme.parent)), encoding="utf-8")
-    return path
+    readme.write_text(replaced(text, section(folder, readme.parent)), encoding="utf-8")
+    return folder

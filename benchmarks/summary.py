@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from adapterkern.bench import table
 from adapterkern.bench.results import ModelRow, Result, Row
 from benchmarks import goals, judge, models
-from benchmarks.models import PRESET_SPECS
 
 BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora")
 
@@ -19,7 +18,7 @@ def summary(result: Result) -> str:
     if result.on_gpu:
         parts += ["## Goals", goals_table(result)]
     parts += ["## One adapter", adapters(result.rows, result.on_gpu)]
-    presets = {spec.name for spec in PRESET_SPECS}
+    presets = {spec.name for spec in models.SPECS if spec.preset}
     own = [row for row in result.models if row.model not in presets]
     stock = [row for row in result.models if row.model in presets]
     if result.models:
@@ -56,7 +55,8 @@ def adapters(rows: Sequence[Row], on_gpu: bool, baselines: Sequence[str] = BASEL
             text=2,
         )
     present = [name for name in baselines if any(name in row.ratios for row in ours)]
-    head = ["case", "backend", "timing", "us", "of floor", *(f"vs {name}" for name in present)]
+    head = ["case", "backend", "timing", "us", "of copy", "of peak"]
+    head += [f"vs {name}" for name in present]
     return markdown(
         head,
         (
@@ -65,13 +65,18 @@ def adapters(rows: Sequence[Row], on_gpu: bool, baselines: Sequence[str] = BASEL
                 row.provider,
                 row.headline,
                 f"{row.time.p50:.1f}" if row.time else "-",
-                "-" if row.floor_fraction is None else f"{row.floor_fraction:.0%}",
+                _share(row.copy_fraction),
+                _share(row.peak_fraction),
                 *(f"{row.ratios[name]:.2f}x" if name in row.ratios else "-" for name in present),
             )
             for row in ours
         ),
         text=3,
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _quantiles(row: Row) -> tuple[str, ...]:
@@ -86,12 +91,10 @@ def _facts(result: Result) -> list[str]:
         "driver": header.get("driver"),
         "CUDA": header.get("cuda"),
         "clocks before": header.get("clocks_before"),
-        "clocks after": header.get("clocks_after"),
+        "stages": ", ".join(header.get("stages", [])),
+        "nothing left out": header.get("finished"),
     }
     lines = [f"- {name}: {value}" for name, value in facts.items() if value]
-    for name, outcome in header.get("outcomes", {}).items():
-        says = f" ({outcome['says']})" if outcome.get("says") else ""
-        lines.append(f"- {name}: {outcome['status']} in {outcome['seconds']} s{says}")
     return lines
 
 

@@ -1,0 +1,182 @@
+"""The summary of a run, from its own events and records: what a reader needs, in few characters."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.output import SAMPLES
+
+MOST_CHARACTERS = 9_800  # what a remote run's reply keeps of its output is not much more
+_MISSES, _ROWS, _NOTES = 12, 40, 10
+Entry = dict[str, Any]
+
+
+def summary(events: Sequence[Entry], records: Sequence[Entry], folder: Path) -> str:
+    """The text, cut to MOST_CHARACTERS with a word where the rest is."""
+    header = next((entry for entry in records if entry["record"] == "header"), {})
+    parts = [
+        _head(header, events),
+        _steps(events),
+        _parity(events),
+        _adapters(records),
+        _models(records),
+        _clocks(folder / SAMPLES),
+        _problems(events, records),
+    ]
+    text = "\n\n".join("\n".join(lines) for lines in parts if lines)
+    if len(text) > MOST_CHARACTERS:
+        text = text[:MOST_CHARACTERS].rsplit("\n", 1)[0] + "\n... the rest is in events.jsonl"
+    return text + "\n"
+
+
+def _of(entries: Sequence[Entry], key: str, *names: str) -> list[Entry]:
+    return [entry for entry in entries if entry[key] in names]
+
+
+def _head(header: Entry, events: Sequence[Entry]) -> list[str]:
+    begin = next(iter(_of(events, "event", "begin")), {})
+    end = next(iter(_of(events, "event", "end")), None)
+    state = "not finished" if end is None else "passed" if end["passed"] else "FAILED"
+    lines = [
+        f"== {begin.get('stage')} on {header.get('device', 'an unknown machine')}: {state}, "
+        f"commit {str(begin.get('commit'))[:12]}"
+    ]
+    if header:
+        built = header["extension"]
+        runs = built["problem"] or f"{built.get('runs', 'built')}, nvcc {built['nvcc']}"
+        versions = header["versions"]
+        lines.append(
+            f"driver {header.get('driver')}, torch {versions.get('torch')}, "
+            f"triton {versions.get('triton')}, extension: {runs}"
+        )
+    return lines
+
+
+def _steps(events: Sequence[Entry]) -> list[str]:
+    lines = []
+    for entry in _of(events, "event", "step"):
+        note = entry.get("note") or f"{entry.get('seconds')} s"
+        lines.append(f"{entry['step']}: {entry['status']}, {note}")
+    return ["steps: " + "; ".join(lines)] if lines else []
+
+
+def _parity(events: Sequence[Entry]) -> list[str]:
+    cases = _of(events, "event", "check case")
+    if not cases:
+        return []
+    lines = []
+    for backend in dict.fromkeys(case["backend"] for case in cases):
+        counts = Counter(case["status"] for case in cases if case["backend"] == backend)
+        lines.append(
+            f"parity {backend}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+        )
+    wrong = [case for case in cases if case["status"] not in ("passed", "refused")]
+    for case in wrong[:_MISSES]:
+        lines.append(f"  {case['status'].upper()} {case['backend']} {case['case']}: {_why(case)}")
+    if len(wrong) > _MISSES:
+        lines.append(f"  and {len(wrong) - _MISSES} more in events.jsonl")
+    return lines
+
+
+def _why(case: Entry) -> str:
+    missed = [row for row in case.get("rows", []) if not row["passed"]]
+    told = [f"{row['tensor']} {_number(row['error'])}" for row in missed[:4]]
+    return (", ".join(told) or str(case.get("note", "")))[:160]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def _adapters(records: Sequence[Entry]) -> list[str]:
+    """A line for each of our rows: time, of copy, of peak, and the ratios."""
+    rows = [entry["content"] for entry in records if entry["record"] == "row"]
+    ours = [row for row in rows if row["ours"]]
+    if not ours:
+        return []
+    lines = ["adapter, us, of copy, of peak, times of others over ours"]
+    for row in ours[:_ROWS]:
+        case = row["case"]
+        name = f"{case['mode'][:4]} {case['dtype']} T{case['tokens']} H{case['hidden_size']} "
+        name += f"R{case['bottleneck_size']} {row['provider']}"
+        timing = row["timings"].get(row["headline"])
+        if timing is None:
+            lines.append(f"  {name}: {row['status']}, {row['note'][:100]}")
+            continue
+        ratios = " ".join(
+            f"{other} {ratio:.2f}x"
+            for other, ratio in row["ratios"].items()
+            if other in ("plain", "adapterhub", "compile", "cublaslt")
+        )
+        shares = f"{_share(row['copy_fraction'])} {_share(row['peak_fraction'])}"
+        lines.append(f"  {name}: {timing['p50']:.1f} {shares} {ratios}")
+    if len(ours) > _ROWS:
+        lines.append(f"  and {len(ours) - _ROWS} more in rows.jsonl")
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _models(records: Sequence[Entry]) -> list[str]:
+    by_case: dict[str, list[str]] = {}
+    for entry in records:
+        if entry["record"] != "model" or entry["content"]["milliseconds"] is None:
+            continue
+        row = entry["content"]
+        over = row["overhead_percent"]
+        text = f"{row['variant']} {row['milliseconds']['p50']:.3f}"
+        text += "" if over is None else f" ({over:+.1f} %)"
+        key = f"{row['model']} {row['mode']} {row['execution']}"
+        by_case.setdefault(key, []).append(text)
+    lines = [f"  {key}: {', '.join(texts)}" for key, texts in by_case.items()]
+    return ["models, ms, over plain", *lines] if lines else []
+
+
+def _clocks(path: Path) -> list[str]:
+    """The range of the clocks while the GPU worked, and every reason that slowed it."""
+    try:
+        rows = list(
+            csv.reader(path.read_text(errors="replace").splitlines(), skipinitialspace=True)
+        )
+    except OSError:
+        return []
+    if len(rows) < 2 or not rows[0][0].startswith("timestamp"):
+        return []
+    head = [name.partition(" ")[0] for name in rows[0]]
+    samples = [dict(zip(head, row, strict=False)) for row in rows[1:]]
+    busy = [s for s in samples if _float(s.get("utilization.gpu")) >= 50] or samples
+    parts = []
+    for name, unit in (("clocks.sm", "MHz"), ("power.draw", "W"), ("temperature.gpu", "C")):
+        values = [_float(sample.get(name)) for sample in busy]
+        parts.append(f"{name} {min(values):.0f} to {max(values):.0f} {unit}")
+    reasons = Counter(sample.get("clocks_event_reasons.active", "") for sample in busy)
+    told = ", ".join(f"{reason} {count}x" for reason, count in reasons.most_common(4))
+    return [f"{len(busy)} samples at work: {', '.join(parts)}; clock event reasons: {told}"]
+
+
+def _float(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:  # "[N/A]"
+        return float("nan")
+
+
+def _problems(events: Sequence[Entry], records: Sequence[Entry]) -> list[str]:
+    lines = []
+    for entry in _of(events, "event", "task", "command"):
+        if entry["status"] not in ("done", "passed"):
+            name = entry.get("task") or f"{entry['step']}, {entry['command']}"
+            lines.append(f"  {name}: {entry['status']}, {entry.get('note') or entry.get('says')}")
+    reasons = Counter(
+        f"{row['provider']}: {row['status']}, {row['note'][:90]}"
+        for row in (entry["content"] for entry in records if entry["record"] == "row")
+        if row["status"] != "ok"
+    )
+    lines += [f"  {reason} ({count} rows)" for reason, count in reasons.most_common(_NOTES)]
+    if len(lines) > 3 * _NOTES:
+        lines = [*lines[: 3 * _NOTES], f"  and {len(lines) - 3 * _NOTES} more in events.jsonl"]
+    return ["not as it should be", *lines] if lines else []

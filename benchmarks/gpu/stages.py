@@ -1,0 +1,236 @@
+"""The stages of a run: what is done in which order, and in how many seconds at most.
+
+What is wrong comes before what is slow, and what most depends on it comes first. Each step has a
+hard limit, and the limits of a stage add up to less than its SECONDS, so that a stage ends by
+itself whatever one step does.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from benchmarks.gpu import workload
+from benchmarks.gpu.measuring import Task
+from benchmarks.gpu.output import JUNIT, TUNED
+
+NAMES = ("verify", "report", "tune", "diagnose")
+SECONDS = 520.0  # of a whole stage, in a lease of at most ten minutes a command
+CLOSING_SECONDS = 5.0  # for the end of the processes and the summary
+PROCESSES = 14  # of the machine's 16 cores; the parent and the driver have the others
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Processes side by side, by name, each a group of its own that ends with the step.
+
+    Words of a command: "{python}" and "{out}" stand for this Python and the run's folder; gpu:
+    there is no such step in a dry run; needs_build: only where no extension came along.
+    """
+
+    name: str
+    limit: float
+    commands: dict[str, tuple[str, ...]]
+    environment: dict[str, str] = field(default_factory=dict)
+    gpu: bool = False
+    needs_build: bool = False
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Tasks of the measuring worker, one after another."""
+
+    name: str
+    limit: float
+    tasks: tuple[Task, ...]
+
+
+Step = Commands | Measure
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a diagnosis is of: parity cases, and the call that is profiled."""
+
+    backend: str = "cuda"
+    cases: tuple[str, ...] = ()
+    kernel: str = "bottleneck_"
+    tokens: int = 16384
+    hidden_size: int = 1024
+    bottleneck_size: int = 64
+    mode: str = "step"
+
+
+def steps(stage: str, wanted: Wanted | None = None, dry: bool = False) -> list[Step]:
+    """The steps of a stage in their order.
+
+    Raises:
+        ValueError: an unknown stage.
+    """
+    if stage not in NAMES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(NAMES)}.")
+    found = {"verify": _verify, "report": _report, "tune": _tune}
+    chosen = _diagnose(wanted or Wanted()) if stage == "diagnose" else found[stage]()
+    return [_dry(step) for step in chosen] if dry else chosen
+
+
+# -- verify: is it right, and the headline numbers ------------------------------------------------
+
+
+def _verify() -> list[Step]:
+    return [
+        _machine(20),
+        _build(150),
+        Commands("smoke", 25, {name: _check(*words) for name, words in workload.SMOKE.items()}),
+        Commands("parity cuda", 25, _shards("cuda", PROCESSES)),
+        Commands("wrappers", 25, {"wrappers": _pytest("tests/emulator/test_wrappers.py")}),
+        Commands("parity triton", 50, _shards("triton", PROCESSES)),
+        Commands("gpu tests", 45, {"gpu tests": _gpu_tests()}),
+        Measure("calibration", 20, (workload.CALIBRATE,)),
+        Measure("adapters", 105, workload.VERIFIED),
+        Measure("compiled", 70, (*workload.VERIFIED_COMPILED, workload.CALIBRATE_AGAIN)),
+        Measure("blocks", 50, workload.BLOCKS),
+        Commands("memcheck", 75, _sanitized("memcheck", workload.MEMCHECKED), UNCACHED, gpu=True),
+    ]
+
+
+# -- report: what it costs ------------------------------------------------------------------------
+
+
+def _report() -> list[Step]:
+    return [
+        _machine(15),
+        _build(150),
+        # Most of them for Triton's, which compiles.
+        Commands("parity", 55, {**_shards("cuda", 3), **_shards("triton", PROCESSES - 3)}),
+        Measure("calibration", 15, (workload.CALIBRATE,)),
+        Measure("compiled", 116, workload.COMPARED),
+        Measure("adapters", 129, workload.REPORTED + workload.SPECIAL),
+        Measure("models", 95, (workload.CALIBRATE_AGAIN, *workload.MODELS)),
+        Measure("autotuned", 50, (workload.AUTOTUNED,)),
+        Measure("host", 16, (Task("host", 12, {"do": "host"}),)),
+        Commands("timers", 24, {"timers": _pytest("benchmarks/test_on_gpu.py")}, gpu=True),
+    ]
+
+
+# -- tune: how it should be launched --------------------------------------------------------------
+
+
+def _tune() -> list[Step]:
+    search = ("{python}", "-m", "adapterkern", "tune", "--minutes", "3.6")
+    forms = workload.MEMCHECKED[:4]  # one case for each form of the CUDA kernels
+    few = 6 * PROCESSES  # every sixth case, about twenty of them
+    half = PROCESSES // 2
+    return [
+        _machine(15),
+        _build(150),
+        Commands("parity", 30, {**_shards("cuda", few, half), **_shards("triton", few, half)}),
+        Measure("calibration", 15, (workload.CALIBRATE,)),
+        Commands("search", 245, {"search": (*search, "--out", f"{{out}}/{TUNED}")}, gpu=True),
+        Commands("racecheck", 35, _sanitized("racecheck", forms), UNCACHED, gpu=True),
+        Commands("synccheck", 35, _sanitized("synccheck", forms), UNCACHED, gpu=True),
+        Measure("training", 80, workload.TRAINING),
+        Commands(
+            "adapterhub", 45, {"adapterhub": _pytest("tests/adapterhub", parallel=True)}, gpu=True
+        ),
+    ]
+
+
+# -- diagnose: why it is wrong, or slow -----------------------------------------------------------
+
+
+def _diagnose(wanted: Wanted) -> list[Step]:
+    shape = ("--tokens", str(wanted.tokens), "--hidden-size", str(wanted.hidden_size))
+    shape += ("--bottleneck-size", str(wanted.bottleneck_size), "--mode", wanted.mode)
+    once = ("{python}", "-m", "benchmarks.gpu.once", "--backend", wanted.backend, *shape)
+    profile = ("ncu", "--clock-control", "none", "--kernel-name", f"regex:{wanted.kernel}")
+    profile += ("--launch-count", "12", *(f"--section={name}" for name in _SECTIONS))
+    profile += ("--metrics", ",".join(_METRICS), "--print-summary", "per-kernel")
+    named = {"named cases": _check(wanted.backend, *wanted.cases)}
+    checked = [(wanted.backend, case) for case in wanted.cases] or list(workload.MEMCHECKED[:4])
+    return [
+        _machine(15),
+        _build(150),
+        Commands("cases", 40, named),
+        *(
+            Commands(tool, 75, _sanitized(tool, checked), UNCACHED, gpu=True)
+            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+        ),
+        Commands("profile", 120, {"profile": (*profile, *once)}, gpu=True),
+    ]
+
+
+# What a slow kernel waits for, how often it misses L2, and how many bytes it moves.
+_SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
+_METRICS = (
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_sector_hit_rate.pct",
+    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum",
+    "smsp__average_warps_issue_stalled_membar_per_issue_active.ratio",
+)
+
+# -- commands -------------------------------------------------------------------------------------
+
+# So that every tensor has an end of its own, where an overrun is seen.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def _machine(limit: float) -> Commands:
+    """Where the run is; `run` adds the commit."""
+    commands = {"machine": ("{python}", "-m", "benchmarks.gpu.machine", "{identity}")}
+    return Commands("machine", limit, commands)
+
+
+def _build(limit: float) -> Commands:
+    """The extension for this GPU alone, where none came along that this Python can import."""
+    command = ("{python}", "setup.py", "build_ext", "--inplace")
+    settings = {"ADAPTERKERN_BUILD_CUDA": "1", "ADAPTERKERN_CUDA_ARCHS": "sm_90a"}
+    return Commands("build", limit, {"build": command}, settings, gpu=True, needs_build=True)
+
+
+def _check(backend: str, *cases: str, shard: str = "") -> tuple[str, ...]:
+    command = ("{python}", "-m", "adapterkern", "check", "--json", "--backend", backend)
+    command += tuple(word for case in cases for word in ("--case", case))
+    return (*command, "--shard", shard) if shard else command
+
+
+def _shards(backend: str, count: int, most: int | None = None) -> dict[str, tuple[str, ...]]:
+    return {
+        f"{backend} {index}/{count}": _check(backend, shard=f"{index}/{count}")
+        for index in range(1, (most or count) + 1)
+    }
+
+
+def _pytest(path: str, *words: str, parallel: bool = False) -> tuple[str, ...]:
+    command = ("{python}", "-m", "pytest", path, "-m", "gpu", "-q", "-p", "no:cacheprovider")
+    return (*command, *(("{parallel}",) if parallel else ()), *words)
+
+
+def _gpu_tests() -> tuple[str, ...]:
+    """All but parity, which ran before: graphs, streams, repeatability, offsets, autocast."""
+    words = ("tests/test_cuda_extension.py", "-k", "not match_float64")
+    return _pytest("tests/test_gpu.py", *words, f"--junitxml={{out}}/{JUNIT}", parallel=True)
+
+
+def _sanitized(tool: str, cases: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+    command += ("--kernel-name", "kns=bottleneck_")
+    return {
+        f"{tool} {backend} {case}": (*command, *_check(backend, case)) for backend, case in cases
+    }
+
+
+def _dry(step: Step) -> Step:
+    """The same shape of work on the CPU, a few seconds long."""
+    if isinstance(step, Measure):
+        return Measure(step.name, step.limit, step.tasks[:2])
+    commands = {
+        name: _dry_check(index) if "check" in words and "--json" in words else words
+        for index, (name, words) in enumerate(list(step.commands.items())[:2], 1)
+    }
+    return Commands(step.name, step.limit, commands, step.environment, step.gpu, step.needs_build)
+
+
+def _dry_check(index: int) -> tuple[str, ...]:
+    command = ("{python}", "-m", "adapterkern", "check", "--json", "--backend", "reference")
+    return (*command, "--device", "cpu", "--quick", "--dtype", "fp32", "--shard", f"{index}/2")

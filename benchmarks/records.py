@@ -1,0 +1,134 @@
+"""rows.jsonl, the material of everything drawn offline: read as a `Result`, and merged.
+
+A line is an object with "record": header (the first), calibration, row, model, host, task or end.
+"""
+
+import datetime
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapterkern.bench import results
+from adapterkern.bench.environment import folder_name
+from adapterkern.bench.results import ModelRow, Result, ResultError, Row
+from benchmarks.gpu.output import EVENTS, JUNIT, ROWS, SAMPLES, SUMMARY, TUNED
+
+Entry = dict[str, Any]
+_KEPT = (EVENTS, SUMMARY, SAMPLES, JUNIT, TUNED)  # of each run beside the merged rows; not its log
+
+
+def read(path: Path) -> list[Entry]:
+    """The records of a file, whose last line may be half of one where the run was killed.
+
+    Raises:
+        ResultError: it cannot be read, has no header, or another schema.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"cannot read {path}: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ResultError(f"{path}, line {number} is not JSON ({error}).") from error
+    schema = entries[0].get("schema") if entries else None
+    if not entries or entries[0].get("record") != "header" or schema != results.SCHEMA:
+        raise ResultError(
+            f"{path} begins with no header of schema {results.SCHEMA!r} (found {schema!r}).\n"
+            "  hint: measure again, or read it with the version of adapterkern that wrote it"
+        )
+    return entries
+
+
+def result_of(entries: Sequence[Entry], origin: str) -> Result:
+    """The records as a result: of rows with one key the last that has a time. It is finished where
+    a report among the runs left nothing out.
+
+    Raises:
+        ResultError: a record does not fit its class.
+    """
+    header = {key: value for key, value in entries[0].items() if key not in ("record", "schema")}
+    ends = [entry for entry in entries if entry["record"] == "end"]
+    header["finished"] = any(end["stage"] == "report" and end["finished"] for end in ends)
+    header["stages"] = [entry["stage"] for entry in entries if entry["record"] == "header"]
+    calibrations = [entry for entry in entries if entry["record"] == "calibration"]
+    header["calibration"] = calibrations[-1]["values"] if calibrations else {}
+    content = {
+        "schema": results.SCHEMA,
+        "header": header,
+        "rows": [entry["content"] for entry in entries if entry["record"] == "row"],
+        "models": [entry["content"] for entry in entries if entry["record"] == "model"],
+        "host": [entry["content"] for entry in entries if entry["record"] == "host"],
+        "log": [entry for entry in entries if entry["record"] == "task"],
+    }
+    found = results.from_json(json.dumps(content), origin)
+    found.rows, found.models = _newest(found.rows), _newest(found.models)
+    return found
+
+
+def load(path: Path) -> Result:
+    """The result in a rows.jsonl.
+
+    Raises:
+        ResultError: the file cannot be read or is not of this schema.
+    """
+    return result_of(read(path), str(path))
+
+
+def _newest(rows: Iterable[Any]) -> list[Any]:
+    """One row a key: the last, but a row with a time is not given up for one without. Ratios that
+    only an earlier row of the case has stay: theirs too were taken in turn on this machine.
+    """
+    kept: dict[str, Any] = {}
+    for row in rows:
+        old = kept.pop(row.key, None)
+        if old is not None and _timed(old) and not _timed(row):
+            row = old
+        elif old is not None and isinstance(row, Row):
+            row.ratios = {**old.ratios, **row.ratios}
+        kept[row.key] = row
+    return list(kept.values())
+
+
+def _timed(row: Row | ModelRow) -> bool:
+    return (row.time if isinstance(row, Row) else row.milliseconds) is not None
+
+
+def merge(folders: Sequence[Path], into: Path) -> Path:
+    """Combine runs into <into>/<gpu>/<date>-<commit>/ and return that folder.
+
+    rows.jsonl holds the records of all in the given order; of each run its events, summary, clocks
+    and tests come along under its stage's name.
+
+    Raises:
+        ResultError: runs of different commits or GPUs, a run of a changed tree, or no such file.
+    """
+    runs = [(folder, read(folder / ROWS)) for folder in folders]
+    first = runs[0][1][0]
+    for folder, entries in runs:
+        header = entries[0]
+        for key in ("commit", "device"):
+            if header[key] != first[key]:
+                raise ResultError(
+                    f"{folder} is of {key} {header[key]}, {runs[0][0]} of {first[key]}; only runs "
+                    f"of one commit on one kind of GPU make one result."
+                )
+        if header["dirty"]:
+            raise ResultError(f"{folder} was measured on a tree with changes that no commit has.")
+    date = str(first["created"])[:10] or datetime.date.today().isoformat()
+    target = into / folder_name(first["device"]) / f"{date}-{first['commit'][:9]}"
+    target.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(entry) for _, entries in runs for entry in entries]
+    part = target / f".{ROWS}.part"
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.replace(target / ROWS)
+    for folder, entries in runs:
+        for name in _KEPT:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / f"{entries[0]['stage']}-{name}")
+    return target

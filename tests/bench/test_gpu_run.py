@@ -1,0 +1,214 @@
+"""Whole dry runs of the gpu command: what is left whatever hangs, dies or is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from benchmarks import records
+from benchmarks.__main__ import main
+from benchmarks.gpu import digest, pack, run, stages
+from benchmarks.gpu.output import FILES, FolderError, Output
+from benchmarks.gpu.pack import ROOT
+
+COMMAND = [sys.executable, "-m", "benchmarks", "gpu", "--dry"]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_dry_run_survives_a_hang_a_dead_worker_and_a_lost_device(tmp_path):
+    """One run with all three: each costs its task, and the case is tried again alone."""
+    out = tmp_path / "out"
+    faults = ("adapters=die", "compiled=lose", "blocks=hang")
+    words = [word for fault in faults for word in ("--fault", fault)]
+    done = subprocess.run(
+        [*COMMAND, "--stage", "verify", "--out", str(out), *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    files = list(out.iterdir())
+    assert len(files) <= 8
+    assert {file.name for file in files} == set(FILES) - {"tuned.json"}
+    events, rows = lines_of(out / "events.jsonl"), lines_of(out / "rows.jsonl")
+    steps = {e["step"]: e for e in events if e["event"] == "step"}
+    assert [e["step"] for e in events if e["event"] == "step"] == [
+        step.name for step in stages.steps("verify")
+    ]
+    passed = {name for name, step in steps.items() if step["status"] == "passed"}
+    assert passed >= {"machine", "smoke", "parity cuda", "parity triton", "gpu tests"}
+    tasks = [(e["task"], e["status"]) for e in events if e["event"] == "task"]
+    statuses = [status for _, status in tasks]
+    assert [status for status in statuses if status != "done"] == ["died", "lost", "hung"]
+    alone = [name for name, status in tasks if name.endswith("(reference alone)")]
+    assert len(alone) == 2  # both adapter cases, on the one backend of a CPU
+    assert rows[0]["record"] == "header"
+    assert len(rows[0]["commit"]) == 40
+    timed = [entry["content"] for entry in rows if entry["record"] == "row"]
+    assert {row["provider"] for row in timed} >= {"reference", "plain"}
+    assert any(entry["record"] == "model" for entry in rows)
+    checks = [e for e in events if e["event"] == "check case"]
+    assert {check["status"] for check in checks} == {"passed"}
+    summary = (out / "summary.txt").read_text()
+    assert done.stdout.rstrip().endswith(summary.rstrip())
+    assert "died, failed (signal 9)" in summary
+    assert "hung, killed after" in summary
+    assert len(summary) < 10_000
+    first = done.stdout.splitlines()[:6]
+    assert first[0].startswith("stage verify, commit ")
+    assert first[3].startswith("extension: ")
+    assert first[4].startswith("Triton key: ")
+    result = records.load(out / "rows.jsonl")
+    assert {row.provider for row in result.rows} >= {"reference", "plain"}
+
+
+def marked(mark):
+    """The processes that carry this mark in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_parent_leaves_its_results_and_no_process(tmp_path):
+    out, mark = tmp_path / "out", uuid.uuid4().hex
+    parent = subprocess.Popen(
+        [*COMMAND, "--stage", "tune", "--out", str(out)],
+        cwd=ROOT, env={**os.environ, "MARK": mark}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        rows = out / "rows.jsonl"
+        while time.monotonic() < deadline and parent.poll() is None:
+            if rows.exists() and '"record": "model"' in rows.read_text():
+                break
+            time.sleep(0.2)
+        assert parent.poll() is None
+        assert len(marked(mark)) >= 2  # itself and its worker
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while marked(mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert marked(mark) == []
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert len(list(out.iterdir())) <= 8
+    assert "not finished" in (out / "summary.txt").read_text()
+    result = records.load(rows)
+    assert result.models
+    assert result.header["finished"] is False
+    events = lines_of(out / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "step"][:3] == ["machine", "build", "parity"]
+
+
+def test_a_stopped_parent_still_writes_its_summary(tmp_path):
+    out = tmp_path / "out"
+    parent = subprocess.Popen(
+        [*COMMAND, "--stage", "diagnose", "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    while not (out / "events.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    parent.terminate()
+    assert parent.wait(60) == 1
+    events = [entry["event"] for entry in lines_of(out / "events.jsonl")]
+    assert events[-2:] == ["interrupted", "end"]
+    assert (out / "summary.txt").read_text().startswith("== diagnose on")
+
+
+@pytest.fixture
+def no_git(monkeypatch):
+    monkeypatch.setattr(pack, "commit_of", lambda *_: None)
+    monkeypatch.setattr(pack.Pack, "read", classmethod(lambda cls: None))
+
+
+def test_a_tree_without_a_commit_is_refused_before_anything_runs(tmp_path, no_git, capsys):
+    out = tmp_path / "out"
+    assert main(["gpu", "--stage", "verify", "--dry", "--out", str(out)]) == 2
+    assert "has no git commit and no pack" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_packed_commit_stands_for_git_and_a_changed_tree_is_refused(no_git):
+    packed = pack.Pack(Path("x"), "f" * 40, False, pack.digest(), ".so")
+    assert run._identity(packed) == ("f" * 40, False)
+    other = pack.Pack(Path("x"), "f" * 40, False, "0" * 64, ".so")
+    with pytest.raises(pack.PackError, match="packed from other sources"):
+        run._identity(other)
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    Output(tmp_path / "new")
+    with pytest.raises(FolderError, match=r"holds an earlier run \(events.jsonl"):
+        Output(tmp_path / "new")
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(FolderError, match="cannot write to"):
+        Output(blocker / "x")
+
+
+def test_a_stale_pack_beside_git_is_left_out_and_said(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    stale = pack.Pack(tmp_path, "f" * 40, False, "0" * 64, ".so")
+    monkeypatch.setattr(pack.Pack, "read", classmethod(lambda cls: stale))
+    monkeypatch.setattr(pack.Pack, "unpack", stop)
+    monkeypatch.setattr(run._Stage, "sampler", stop)  # the first thing after it
+    said = []
+    with pytest.raises(Stop):
+        run.run(run.Options("verify", tmp_path / "out", dry=False), said.append)
+    assert said == [f"{pack.FOLDER} was packed from other sources than this tree and is left out"]
+    fresh = pack.Pack(tmp_path, "f" * 40, False, pack.digest(), ".so")
+    monkeypatch.setattr(pack.Pack, "read", classmethod(lambda cls: fresh))
+    unpacked = []
+    monkeypatch.setattr(pack.Pack, "unpack", lambda self, *_: unpacked.append(self))
+    with pytest.raises(Stop):
+        run.run(run.Options("verify", tmp_path / "other"), said.append)
+    assert unpacked == [fresh]
+    assert len(said) == 1
+
+
+def test_clocks_that_nobody_samples_are_a_problem_that_is_said(tmp_path):
+    output = Output(tmp_path / "out", lambda _text: None)
+    stage = run._Stage(run.Options("verify", tmp_path), output, 0.0, tmp_path, {})
+    sampler = stage._child("nvidia-smi", ("/no/such/nvidia-smi",), {})
+    sampler.process.wait()
+    stage.end_sampler(sampler)
+    (event,) = output.events
+    assert event["status"] == "failed (code 1)"
+    assert "No such file" in event["says"]
+    text = digest.summary(output.events, [], tmp_path)
+    assert "  clocks, nvidia-smi: failed (code 1), FileNotFoundError" in text
+
+
+def test_a_fault_goes_with_a_dry_run_only(tmp_path, capsys):
+    command = ["gpu", "--stage", "verify", "--out", str(tmp_path / "x"), "--fault", "blocks=die"]
+    assert main(command) == 2
+    assert "--fault goes with --dry" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_its_check_fails_though_the_process_ended_well(tmp_path):
+    output = Output(tmp_path / "out", lambda _text: None)
+    words = {"{python}": (sys.executable,)}
+    stage = run._Stage(run.Options("verify", tmp_path), output, 0.0, tmp_path, words)
+    code = 'print(\'{"event": "end", "passed": false, "comparisons": 3}\')'
+    step = stages.Commands("check", 30, {"one": ("{python}", "-c", code)})
+    assert stage._run(step, time.monotonic() + 30) == "failed"
+    assert output.events[0]["event"] == "check end"

@@ -1,0 +1,188 @@
+"""What the stages ask for: it fits their seconds, and everything that they name exists."""
+
+import fnmatch
+import itertools
+
+import pytest
+import torch
+
+from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends.cuda import launch_config as cuda
+from adapterkern.backends.triton import launch_config as triton
+from adapterkern.bench.cases import BenchCase
+from adapterkern.bench.providers import PROVIDERS
+from adapterkern.parity import grid
+from benchmarks import model_level, models
+from benchmarks.gpu import stages, workload
+from benchmarks.gpu.pack import ROOT
+
+STAGES = {name: stages.steps(name) for name in stages.NAMES}
+STEPS = [(name, step) for name, found in STAGES.items() for step in found]
+MEASURED = [(name, step) for name, step in STEPS if isinstance(step, stages.Measure)]
+TASKS = [task for _, step in MEASURED for task in step.tasks]
+
+
+def str_of(value):
+    return getattr(value, "name", value)
+
+
+SPECS = {spec.name: spec for spec in models.SPECS}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_steps_of_a_stage_fit_its_seconds(stage):
+    limits = [step.limit for step in STAGES[stage] if not getattr(step, "needs_build", False)]
+    assert 0.8 * stages.SECONDS < sum(limits) <= stages.SECONDS - stages.CLOSING_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), MEASURED, ids=lambda value: getattr(value, "name", value)
+)
+def test_the_tasks_of_a_step_fit_its_limit(stage, step):
+    assert sum(task.seconds for task in step.tasks) <= step.limit
+    assert step.tasks
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_names_within_a_stage_are_different(stage):
+    names = [step.name for step in STAGES[stage]]
+    assert len(names) == len(set(names))
+    tasks = [t.name for s in STAGES[stage] if isinstance(s, stages.Measure) for t in s.tasks]
+    again = [name for name in tasks if tasks.count(name) > 1]
+    if stage == "verify":  # those that are compiled too come twice: first the numbers at all
+        again = [name for name in again if not name.startswith(("forward-", "step-"))]
+    assert again == []
+
+
+def test_adapter_tasks_name_cases_and_providers_that_exist():
+    adapters = [task for task in TASKS if task.request["do"] == "adapter"]
+    assert len(adapters) > 60
+    for task in adapters:
+        case = BenchCase(**task.request["case"])
+        assert task.name.startswith(str(case))
+        assert set(task.request["baselines"]) <= set(PROVIDERS)
+        assert {"plain", "limit"} <= set(task.request["baselines"])
+
+
+def test_model_tasks_name_models_that_exist():
+    chosen = [task.request for task in TASKS if task.request["do"] == "model"]
+    assert len(chosen) >= 15
+    for request in chosen:
+        assert request["mode"] in SPECS[request["spec"]].modes
+        assert request["execution"] in model_level.EXECUTIONS
+
+
+def test_every_task_is_one_that_the_worker_knows():
+    known = {"calibrate", "calibrate again", "adapter", "model", "host"}
+    assert {task.request["do"] for task in TASKS} == known
+
+
+def test_right_comes_before_fast():
+    names = [step.name for step in STAGES["verify"]]
+    first = next(n for n, s in enumerate(STAGES["verify"]) if isinstance(s, stages.Measure))
+    assert names[:first] == [
+        "machine", "build", "smoke", "parity cuda", "wrappers", "parity triton", "gpu tests",
+    ]  # fmt: skip
+    for found in STAGES.values():
+        assert [step.name for step in found[:2]] == ["machine", "build"]
+
+
+def test_shards_take_every_case_once():
+    (shards,) = (s for s in STAGES["verify"] if s.name == "parity cuda")
+    asked = [words[words.index("--shard") + 1] for words in shards.commands.values()]
+    assert asked == [f"{index}/14" for index in range(1, 15)]
+
+
+def test_files_that_commands_name_exist():
+    for _, step in STEPS:
+        assert getattr(step, "commands", True), f"{step.name} has no command"
+        for words in getattr(step, "commands", {}).values():
+            paths = [w for w in words if w.startswith(("tests/", "benchmarks/"))]
+            assert all((ROOT / path).exists() for path in paths), paths
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_stage_has_the_same_steps_and_needs_no_gpu(stage):
+    dry = stages.steps(stage, dry=True)
+    assert [step.name for step in dry] == [step.name for step in STAGES[stage]]
+    for step in dry:
+        words = list(itertools.chain(*getattr(step, "commands", {}).values()))
+        assert len(getattr(step, "commands", {})) <= 2
+        if "check" in words and not step.gpu:
+            assert {"--device", "cpu", "--quick"} <= set(words)
+
+
+def test_a_diagnosis_runs_the_cases_and_the_kernel_that_it_was_given():
+    wanted = stages.Wanted("triton", ("bf16-a", "fp32-b"), "bottleneck_fwd_kernel", tokens=300)
+    found = {step.name: step for step in stages.steps("diagnose", wanted)}
+    words = found["cases"].commands["named cases"]
+    assert words[words.index("--backend") + 1] == "triton"
+    assert [w for w in words if w in ("bf16-a", "fp32-b")] == ["bf16-a", "fp32-b"]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert list(found[tool].commands) == [f"{tool} triton bf16-a", f"{tool} triton fp32-b"]
+        assert found[tool].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    profile = found["profile"].commands["profile"]
+    assert profile[:3] == ("ncu", "--clock-control", "none")
+    assert "regex:bottleneck_fwd_kernel" in profile
+    assert profile[profile.index("--tokens") + 1] == "300"
+    metrics = profile[profile.index("--metrics") + 1]
+    for part in ("dram__bytes_read", "hit_rate", "wavefronts_mem_shared", "stalled_membar"):
+        assert part in metrics
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match="known: verify, report, tune, diagnose"):
+        stages.steps("all")
+
+
+KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def matching(pattern):
+    """The one case of the GPU's grid that a pattern means."""
+    (case,) = [c for c in grid(KERNEL_DTYPES, ACTIVATIONS) if fnmatch.fnmatch(str(c), pattern)]
+    return case
+
+
+def cuda_form(tokens, hidden, bottleneck, half):
+    problem = cuda.Problem(tokens, hidden, bottleneck, half)
+    plan = cuda.token_plan(problem, cuda.Device(132, 227 * 1024))
+    if plan.slices.number == 0:
+        return "rows"
+    return f"clusters of {plan.cluster_tokens} tokens" if plan.num_clusters else "split"
+
+
+def triton_form(tokens, hidden, bottleneck, half):
+    problem = triton.Problem(tokens, hidden, bottleneck, ieee=not half, wide=not half)
+    plan = triton.token_plan(problem, triton.Device(132, 227 * 1024))
+    if isinstance(plan, triton.RowBlock):
+        return "rows"
+    return "split, sums in parts" if plan.num_splits > 1 else "split"
+
+
+def form_of(backend, case):
+    sizes = case.shape[0], case.hidden_size, case.bottleneck_size
+    form = cuda_form if backend == "cuda" else triton_form
+    return form(*sizes, half=case.dtype.itemsize == 2)
+
+
+def test_smoke_runs_every_form_of_either_backend_once():
+    for name, (backend, pattern) in workload.SMOKE.items():
+        assert name == f"{backend} {form_of(backend, matching(pattern))}"
+    sizes = itertools.product(
+        (1, 37, 300, 2048, 16384), (64, 1024, 4096), (8, 64, 192), (True, False)
+    )
+    forms = {(b, f(*s)) for s in sizes for b, f in (("cuda", cuda_form), ("triton", triton_form))}
+    assert {tuple(name.split(" ", 1)) for name in workload.SMOKE} == forms
+
+
+def test_the_sanitizers_see_every_cuda_form_each_arithmetic_and_mixed_dtypes():
+    cases = [matching(pattern) for _, pattern in workload.MEMCHECKED]
+    assert len(cases) == 12
+    assert {backend for backend, _ in workload.MEMCHECKED} == {"cuda"}
+    assert {form_of("cuda", case) for case in cases} == {
+        *("rows", "split", "clusters of 16 tokens", "clusters of 64 tokens"),
+    }
+    assert {str(case)[:4] for case in cases} == {"bf16", "fp16", "fp32", "tf32"}
+    assert any(case.parameter_dtype for case in cases)
+    assert any(case.nonfinite for case in cases)

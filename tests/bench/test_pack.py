@@ -1,0 +1,156 @@
+"""What travels to a GPU machine: of which tree it is, and that it fits the Python there."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.gpu import pack
+from benchmarks.gpu.pack import Pack, PackError
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A source tree with one file a place."""
+    root = tmp_path / "tree"
+    for name in ("adapterkern/a.py", "benchmarks/b.py", "csrc/c.cu", "tests/t.py", "setup.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "pyproject.toml").write_text("[project]")
+    return root
+
+
+@pytest.fixture
+def packed(tree, tmp_path):
+    folder = tmp_path / "packed"
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "extension").mkdir()
+    with zipfile.ZipFile(folder / "wheels" / "some-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some/__init__.py", "found = 7")
+    (folder / "extension" / f"_cuda{SUFFIX}").write_text("binary")
+    (folder / "extension" / "_buildinfo.py").write_text("REASON = None")
+    content = {"commit": "c" * 40, "dirty": False, "digest": pack.digest(tree), "suffix": SUFFIX}
+    (folder / "pack.json").write_text(json.dumps(content))
+    return Pack.read(folder)
+
+
+@pytest.mark.parametrize("name", ["csrc/c.cu", "adapterkern/a.py", "setup.py", "tests/t.py"])
+def test_a_pack_is_of_its_sources_and_no_others(tree, packed, name):
+    packed.check(tree)
+    (tree / name).write_text("changed")
+    with pytest.raises(PackError, match="packed from other sources than this tree"):
+        packed.check(tree)
+
+
+def test_what_is_made_in_the_tree_changes_nothing(tree, packed):
+    for name in (f"adapterkern/_cuda{SUFFIX}", "adapterkern/_buildinfo.py",
+                 "benchmarks/results/a/rows.jsonl", "tests/__pycache__/t.pyc"):  # fmt: skip
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("made")
+    packed.check(tree)
+    (tree / "csrc" / "new.cu").write_text("")
+    with pytest.raises(PackError, match="hint: commit, then run"):
+        packed.check(tree)
+
+
+def test_wheels_are_importable_and_the_extension_is_in_its_place(tree, packed, tmp_path):
+    said = []
+    packed.unpack(tmp_path / "site", tree, SUFFIX, said.append)
+    code = "import some; print(some.found)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "7\n"
+    assert (tree / "adapterkern" / f"_cuda{SUFFIX}").read_text() == "binary"
+    assert (tree / "adapterkern" / "_buildinfo.py").exists()
+    assert said == []
+
+
+def test_an_extension_for_another_python_stays_out_and_is_said(tree, packed, tmp_path):
+    said = []
+    packed.unpack(tmp_path / "site", tree, ".cpython-399-x.so", said.append)
+    assert said == [f"the packed extension is for {SUFFIX}, this Python loads .cpython-399-x.so"]
+    assert not (tree / "adapterkern" / "_buildinfo.py").exists()
+
+
+def test_no_pack_is_none_and_half_of_one_is_refused(tmp_path):
+    assert Pack.read(tmp_path) is None
+    (tmp_path / "pack.json").write_text('{"commit": "c"}')
+    with pytest.raises(PackError, match="KeyError"):
+        Pack.read(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch, tree, tmp_path):
+    """`create` without a compiler and a network; what was called."""
+    calls = []
+
+    def build(python, archs, target):
+        calls.append((*python, archs))
+        (target / f"_cuda{SUFFIX}").write_text("binary")
+
+    monkeypatch.setattr(pack, "ROOT", tree)
+    monkeypatch.setattr(pack, "commit_of", lambda *_: ("c" * 40, False))
+    monkeypatch.setattr(pack, "_build", build)
+    monkeypatch.setattr(pack, "_fetch", lambda version, target: calls.append(version))
+    return calls
+
+
+def test_create_writes_what_read_finds(quick, tmp_path):
+    said, folder = [], tmp_path / "new"
+    (folder / "wheels").mkdir(parents=True)
+    (folder / "wheels" / "old.whl").write_text("of an earlier pack")
+    made = pack.create([sys.executable], "sm_90a", said.append, folder)
+    assert made == Pack.read(folder)
+    assert (made.commit, made.suffix) == ("c" * 40, SUFFIX)
+    assert quick == [(sys.executable, "sm_90a"), sysconfig.get_python_version()]
+    assert not (folder / "wheels" / "old.whl").exists()
+    assert said[-1].endswith("MiB, commit cccccccccccc")
+
+
+def test_create_refuses_what_would_be_no_use(quick, monkeypatch, tmp_path):
+    with pytest.raises(PackError, match="does not run"):
+        pack.create(["/no/such/python"], "sm_90a", print, tmp_path / "a")
+    monkeypatch.setattr(pack, "MOST_BYTES", 3)
+    with pytest.raises(PackError, match="at most 0 fit"):
+        pack.create([sys.executable], "sm_90a", print, tmp_path / "b")
+    monkeypatch.setattr(pack, "commit_of", lambda *_: None)
+    with pytest.raises(PackError, match="has no git commit"):
+        pack.create([sys.executable], "sm_90a", print, tmp_path / "c")
+
+
+def test_the_command_prints_what_to_run_there(monkeypatch, capsys, tmp_path):
+    made = Pack(tmp_path / ".gpu", "c" * 40, False, "d", SUFFIX)
+    monkeypatch.setattr(pack, "create", lambda python, archs, say: made)
+    assert main(["pack", "--python", sys.executable]) == 0
+    out = capsys.readouterr().out
+    assert 'python3 -m benchmarks gpu --stage verify --out "$OUT"' in out
+
+
+def test_a_missing_interpreter_names_the_option(monkeypatch, capsys):
+    monkeypatch.setattr(pack, "_output", lambda command: None)
+    assert main(["pack"]) == 2
+    assert "name one with --python" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_tree_itself(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit, dirty = pack.commit_of(tmp_path)
+    assert (len(commit), dirty) == (40, False)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "new.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("")
+    assert pack.commit_of(tmp_path)[1] is False
+    assert pack.commit_of(tmp_path / "benchmarks") is None  # a folder of it, not the tree
+    (tmp_path / "adapterkern").mkdir()
+    (tmp_path / "adapterkern" / "code.py").write_text("")
+    assert pack.commit_of(tmp_path)[1] is True
