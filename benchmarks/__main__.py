@@ -20,6 +20,7 @@ Back again:
   python -m benchmarks readme                   pictures, tables, and the README's section
 """
 DEFAULT = stages.Wanted()
+BACKENDS, MODES = ("cuda", "triton"), ("forward", "backward", "step")
 FAULTS = ("hang", "die", "lose")
 
 
@@ -67,7 +68,9 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
         help="with --dry: its worker does this in place of the first task (hang, die or lose)",
     )
     named = gpu.add_argument_group("of --stage diagnose")
-    named.add_argument("--backend", default=DEFAULT.backend, help="default: %(default)s")
+    named.add_argument(
+        "--backend", choices=BACKENDS, default=DEFAULT.backend, help="default: %(default)s"
+    )
     named.add_argument(
         "--case",
         action="append",
@@ -81,7 +84,9 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
     named.add_argument(
         "--bottleneck-size", type=int, default=DEFAULT.bottleneck_size, help="likewise"
     )
-    named.add_argument("--mode", default=DEFAULT.mode, help="likewise (default: %(default)s)")
+    named.add_argument(
+        "--mode", choices=MODES, default=DEFAULT.mode, help="likewise (default: %(default)s)"
+    )
     gpu.set_defaults(run=_gpu)
 
 

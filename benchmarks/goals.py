@@ -83,14 +83,13 @@ def _speed(judge: Judge) -> list[Verdict]:
         return case.tokens >= 16384 and case.bottleneck_size <= 64
 
     forward, step = judge.of("forward", large), judge.of("step", large)
-    everywhere = Judge(judge.rows, judge.calibration)
     return [
         forward.least("forward", "of the copy, worst", _of_copy, 0.75, _share, later="90%"),
         *(
             step.least("step", f"against {name}", _against(name), now, _times, later=later)
             for name, now, later in (("plain", 2.0, "2.80x"), ("compile", 1.5, "2.30x"))
         ),
-        everywhere.least("everywhere", "against plain layers", _against("plain"), 1.0, _times),
+        judge.least("everywhere", "against plain layers", _against("plain"), 1.0, _times),
     ]
 
 

@@ -15,7 +15,7 @@ from benchmarks import models
 from benchmarks.attention import RefuseMasks
 from benchmarks.models import MissingPackageError, Spec
 
-EXECUTIONS = ("eager", "compile", "graph")
+EXECUTIONS = ("eager", "graph")
 
 
 def measure_model(
@@ -34,19 +34,17 @@ def measure_model(
     the embedded input, and AdamW on the parameters that are trained; the plain model trains none,
     full fine-tuning all, the embedding included.
 
-    On a GPU by its events: a graph with the host ahead, eager and compiled models with the gaps in
-    which the GPU waits for the host.
+    On a GPU by its events: a graph with the host ahead, eager models with the gaps in which the GPU
+    waits for the host.
 
     Raises:
         LostDeviceError: the GPU fails whatever is asked of it.
     """
-    names = models.variants(spec) if variants is None else tuple(variants)
-    names = tuple(name for name in names if mode == "step" or name != "full")
+    names = variants or models.variants(spec)
+    names = [name for name in names if mode == "step" or name != "full"]
     rows = {name: ModelRow(spec.name, name, mode, execution) for name in names}
     subjects: dict[str, Subject] = {}
     device = timer.device if isinstance(timer, CudaTimer) else torch.device("cpu")
-    if execution == "compile":
-        torch.compiler.reset()  # what earlier models compiled would count against torch's limit
     with timer.session(), contextlib.ExitStack() as patches:
         for name, row in rows.items():
             try:
@@ -93,10 +91,7 @@ def _subject(
     row.trained = sum(p.numel() for p in trained)
     call = _call(spec, model, trained, row, device, dtype)
     with RefuseMasks():
-        if row.execution == "compile":  # which a mode of this kind would change
-            model(inputs_embeds=models.embedder(spec, model, device, dtype)())
-        else:
-            call()
+        call()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2):  # the optimizer's state is made in the first step
@@ -119,9 +114,6 @@ def _call(
     dtype: torch.dtype,
 ) -> Callable[[], Any]:
     embedded = models.embedder(spec, model, device, dtype)
-    run: Callable[..., Any] = model
-    if row.execution == "compile":
-        run = torch.compile(model, dynamic=False)
     if row.mode != "step":
         model.eval()
         options: dict[str, Any] = {}
@@ -131,7 +123,7 @@ def _call(
 
         def forward() -> Any:
             with torch.no_grad():
-                return run(inputs_embeds=embedded(), **options)
+                return model(inputs_embeds=embedded(), **options)
 
         return forward
     model.train()
@@ -147,7 +139,7 @@ def _call(
         x = embedded()
         if not x.requires_grad:
             x.requires_grad_()
-        out = run(inputs_embeds=x)
+        out = model(inputs_embeds=x)
         out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
         torch.autograd.backward(out, dy)  # no loss, whose own passes would dilute the overhead
         if optimizer is not None:

@@ -46,11 +46,6 @@ class Spec:
     vocabulary: int = 0
     preset: str = ""
 
-    @property
-    def per_layer(self) -> int:
-        """Adapters in each layer."""
-        return 1 if self.places == ("mlp.c_proj",) else 2
-
     def tiny(self) -> "Spec":
         """The same with widths and a batch that a CPU runs in milliseconds."""
         return replace(
@@ -65,15 +60,13 @@ class Spec:
         )
 
 
-_TWO, _ONE = ("c_proj",), ("mlp.c_proj",)
 _BERT = ("attention.output.dense", r"[0-9]+.output.dense")
 
 
-def _gpt2(batch: int, sequence: int, bottleneck: int, kind: str, *modes: str) -> Spec:
-    """GPT-2 medium with one adapter a layer (L) or two (H)."""
-    name = f"gpt2-medium-{batch}x{sequence}-{kind}"
-    places = _ONE if kind == "L" else _TWO
+def _gpt2(batch: int, sequence: int, bottleneck: int, *modes: str) -> Spec:
+    """GPT-2 medium with two adapters a layer, adapter(H) of the paper below."""
     sizes = (1024, 24, 16, batch, sequence, bottleneck)
+    name, places = f"gpt2-medium-{batch}x{sequence}-H", ("c_proj",)
     return Spec(name, "gpt2", *sizes, places, modes or ("forward",), vocabulary=50257)
 
 
@@ -81,12 +74,9 @@ SPECS = (
     Spec("block-1024", "block", 1024, 1, 16, 32, 512, 64, ()),
     Spec("block-4096", "block", 4096, 1, 32, 32, 512, 64, ()),
     # Table 1 of the LoRA paper (arXiv:2106.09685).
-    _gpt2(32, 512, 5, "H", "forward", "step"),
-    _gpt2(32, 512, 10, "L"),
-    _gpt2(16, 256, 112, "H"),
-    _gpt2(16, 256, 224, "L"),
-    _gpt2(1, 128, 112, "H"),
-    _gpt2(1, 128, 224, "L"),
+    _gpt2(32, 512, 5, "forward", "step"),
+    _gpt2(16, 256, 112),
+    _gpt2(1, 128, 112),
     Spec("bert-base-32x128", "bert", 768, 12, 12, 32, 128, 48, _BERT, vocabulary=30522),
     # One layer of 32, beside which a whole vocabulary would count for more than in the model.
     Spec(
@@ -108,11 +98,8 @@ SPECS = (
 )
 # Per cent that adapters add to GPT-2 medium's forward, as published (RTX 8000, float32).
 PUBLISHED = {
-    "gpt2-medium-32x512-L": 2.2,
     "gpt2-medium-32x512-H": 3.0,
-    "gpt2-medium-16x256-L": 5.0,
     "gpt2-medium-16x256-H": 8.4,
-    "gpt2-medium-1x128-L": 20.7,
     "gpt2-medium-1x128-H": 30.3,
 }
 
@@ -240,7 +227,7 @@ def _with_adapterhub(model: nn.Module, spec: Spec) -> nn.Module:
     adapters = _import("adapters")
     adapters.init(model)
     config: Any = spec.preset or adapters.BnConfig(
-        mh_adapter=spec.per_layer == 2,
+        mh_adapter=True,
         output_adapter=True,
         # The library takes the whole part of H over this: half a unit more, and it is R.
         reduction_factor=spec.hidden_size / (spec.bottleneck_size + 0.5),

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapterkern.bench import results
 from adapterkern.bench.environment import folder_name
-from adapterkern.bench.results import ModelRow, Result, ResultError, Row
+from adapterkern.bench.results import Result, ResultError, Row
 from benchmarks.gpu.output import EVENTS, JUNIT, ROWS, SAMPLES, SUMMARY, TUNED
 
 Entry = dict[str, Any]
@@ -87,16 +87,12 @@ def _newest(rows: Iterable[Any]) -> list[Any]:
     kept: dict[str, Any] = {}
     for row in rows:
         old = kept.pop(row.key, None)
-        if old is not None and _timed(old) and not _timed(row):
+        if old is not None and old.timed and not row.timed:
             row = old
         elif old is not None and isinstance(row, Row):
             row.ratios = {**old.ratios, **row.ratios}
         kept[row.key] = row
     return list(kept.values())
-
-
-def _timed(row: Row | ModelRow) -> bool:
-    return (row.time if isinstance(row, Row) else row.milliseconds) is not None
 
 
 def merge(folders: Sequence[Path], into: Path) -> Path:
@@ -127,8 +123,11 @@ def merge(folders: Sequence[Path], into: Path) -> Path:
     part = target / f".{ROWS}.part"
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(target / ROWS)
-    for folder, entries in runs:
+    stages = [str(entries[0]["stage"]) for _, entries in runs]
+    for number, (folder, _) in enumerate(runs):
+        stage, earlier = stages[number], stages[:number].count(stages[number])
+        prefix = f"{stage}-{earlier + 1}" if earlier else stage
         for name in _KEPT:
             if (folder / name).exists():
-                shutil.copyfile(folder / name, target / f"{entries[0]['stage']}-{name}")
+                shutil.copyfile(folder / name, target / f"{prefix}-{name}")
     return target

@@ -141,7 +141,6 @@ def _model(bench: Bench, request: dict[str, Any]) -> Records:
         bench.timer,
         dtype,
         bench.seconds,
-        request.get("variants"),
     )
     if not on_gpu:
         _remark(rows, "widths of a few units, to see it run")
@@ -158,16 +157,12 @@ def _rows(rows: Sequence[Row | ModelRow]) -> Records:
     limits = ("no-adapter", "limit")
     own = [row for row in rows if isinstance(row, ModelRow) or row.provider not in limits]
     broken = [row for row in own if row.status not in ("ok", "unavailable")]
-    if broken and not any(map(_timed, own)):
+    if broken and not any(row.timed for row in own):
         raise RuntimeError(f"nothing was timed: {broken[0].note}")
 
 
 def _record(row: Row | ModelRow) -> tuple[str, dict[str, Any]]:
     return ("row" if isinstance(row, Row) else "model"), {"content": asdict(row)}
-
-
-def _timed(row: Row | ModelRow) -> bool:
-    return (row.time if isinstance(row, Row) else row.milliseconds) is not None
 
 
 def _calibrate(bench: Bench, _request: dict[str, Any]) -> Records:

@@ -13,7 +13,10 @@ from adapterkern.bench.measure import Settings, measure_case
 from adapterkern.bench.providers import BASELINES, PROVIDERS
 from benchmarks import calibration, model_level, models, tasks
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 SPECS = {spec.name: spec.tiny() for spec in models.SPECS}
 

@@ -1,5 +1,6 @@
 """`adapterkern check`: what it prints, what it returns."""
 
+import itertools
 import json
 import re
 import signal
@@ -21,8 +22,13 @@ IDS = [
 ] + ["fp32-tanh-T37-H70-R20"]
 
 
-def events(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def events(capsys):
+    """What was printed, but for the begin of each case, which must come right before its end."""
+    every = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for begin, end in itertools.pairwise(every):
+        assert (begin["event"] == "begin") == (end["event"] == "case")
+        assert end["event"] != "case" or begin["case"] == end["case"]
+    return [event for event in every if event["event"] != "begin"]
 
 
 @pytest.fixture
@@ -89,10 +95,10 @@ def test_check_streams_its_lines():
     process = subprocess.Popen(
         [sys.executable, "-c", slow], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    first = [json.loads(process.stdout.readline()) for _ in range(2)]
-    assert [event["event"] for event in first] == ["backend", "case"]
+    first = [json.loads(process.stdout.readline()) for _ in range(3)]
+    assert [event["event"] for event in first] == ["backend", "begin", "case"]
     rest, _ = process.communicate("go on\n")
-    assert len(rest.splitlines()) == 8
+    assert len(rest.splitlines()) == 15  # seven more cases, and the end
     assert process.returncode == 0
 
 
@@ -177,6 +183,7 @@ def test_check_runs_each_backend_in_a_process_of_its_own(monkeypatch, capsys):
     assert main([*words, "--quick", "--dtype", "fp32", "--json"]) == 1
     out, err = capsys.readouterr()
     *both, end = map(json.loads, out.splitlines())
+    both = [event for event in both if event["event"] != "begin"]
     assert started == ["triton", "reference"]
     assert "oh" in err  # what is no event goes by
     died = both[2]

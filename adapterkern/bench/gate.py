@@ -1,7 +1,8 @@
 """The parity gate: a provider whose result is wrong gets no time.
 
 The rule is that of `adapterkern.parity`: error against float64, at most a multiple of what eager
-makes in the same dtype on the same device, at least one rounding.
+makes in the same dtype on the same device, at least one rounding; where float32 products may use
+TF32, the larger of eager's error and that of truncated operands.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from adapterkern import parity, reference
+from adapterkern.backends.base import allow_tf32
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.functional import make_call
+
+Tensors = dict[str, Tensor]  # y, dx and d_<parameter> by name
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Gate:
 
     def __init__(self, case: BenchCase, inputs: Inputs) -> None:
         self.case, self.inputs = case, inputs
-        self._truths: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._truths: dict[tuple, tuple[Tensors, list[Tensors]]] = {}
 
     def judge(
         self, outputs: dict[str, Tensor], activation: str, parameters: tuple[str, ...]
@@ -48,29 +52,29 @@ class Gate:
             activation, parameters: of the provider's formula, which may be another than the case
                 asks for, and need not have biases; their values are the case's in any event.
         """
-        oracle, eager = self._truth(activation, parameters)
+        oracle, yardsticks = self._truth(activation, parameters)
         missing = sorted(oracle.keys() - outputs.keys())
         if missing:
             return Verdict(f"{missing[0]} (missing)", float("inf"), 0.0)
         verdicts = [
-            _compare(name, output, oracle.get(name), eager.get(name))
+            _compare(name, output, oracle.get(name), [them.get(name) for them in yardsticks])
             for name, output in outputs.items()
         ]
         return max(verdicts, key=_share)
 
-    def _truth(
-        self, activation: str, parameters: tuple[str, ...]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _truth(self, activation: str, parameters: tuple[str, ...]) -> tuple[Tensors, list[Tensors]]:
+        """The oracle, and those whose errors bound what is allowed: eager first."""
         key = activation, parameters
         if key not in self._truths:
             tensors = {name: self.inputs.parameters[name] for name in parameters}
             tensors["x"] = self.inputs.x
             widened = {name: tensor.double() for name, tensor in tensors.items()}
-            gradients = self.case.mode != "forward"
-            self._truths[key] = (
-                _reference(widened, self.inputs.dy.double(), activation, gradients),
-                _reference(tensors, self.inputs.dy, activation, gradients),
-            )
+            gradients, wide_dy = self.case.mode != "forward", self.inputs.dy.double()
+            yardsticks = [_reference(tensors, self.inputs.dy, activation, gradients)]
+            if self.case.torch_dtype == torch.float32 and allow_tf32():
+                with parity.TruncatedProducts():
+                    yardsticks.append(_reference(widened, wide_dy, activation, gradients))
+            self._truths[key] = _reference(widened, wide_dy, activation, gradients), yardsticks
         return self._truths[key]
 
 
@@ -89,11 +93,15 @@ def _reference(
     return {"y": y.detach(), **dict(zip(names, computed, strict=True))}
 
 
-def _compare(name: str, out: Tensor, oracle: Tensor | None, eager: Tensor | None) -> Verdict:
-    if oracle is None or eager is None or out.shape != oracle.shape or out.dtype != eager.dtype:
+def _compare(
+    name: str, out: Tensor, oracle: Tensor | None, yardsticks: list[Tensor | None]
+) -> Verdict:
+    bounds = [tensor for tensor in yardsticks if tensor is not None]
+    if oracle is None or not bounds or out.shape != oracle.shape or out.dtype != bounds[0].dtype:
         return Verdict(f"{name} ({out.dtype}, {list(out.shape)})", float("inf"), 0.0)
     allowance = parity.FORWARD_ALLOWANCE if name == "y" else parity.GRADIENT_ALLOWANCE
-    tolerance = max(allowance * parity.metric(eager, oracle), parity.FLOORS[eager.dtype])
+    error = max(parity.metric(tensor, oracle) for tensor in bounds)
+    tolerance = max(allowance * error, parity.FLOORS[out.dtype])
     return Verdict(name, parity.metric(out.detach(), oracle), tolerance)
 
 

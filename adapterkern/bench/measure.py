@@ -199,7 +199,7 @@ class _Run:
             self._check_exchange(built)
             weights = rotation.weight_bytes(case) if built.parameters else 0
             entry.row.buffer_bytes = len(sets) * (rotation.activation_bytes(case) + weights)
-            calls = [_rotating_call(built, case, chosen) for chosen in sets]
+            calls = [rotating_call(built, case, chosen) for chosen in sets]
             return Subject(calls, least_calls=rotation.least_calls(case))
         most = CALLS_IN_EAGER if kind == "eager" else 1
         calls = [prepared_call(built, case, chosen.x, chosen.dy) for chosen in sets[:most]]
@@ -262,7 +262,7 @@ def measure_case(
         error.rows = rows
         raise
     finally:
-        _derive(rows, case, calibration, device)
+        _derive(rows, case, calibration, device, getattr(timer, "l2_bytes", 0))
     return rows
 
 
@@ -313,7 +313,7 @@ def prepared_call(built: Built, case: BenchCase, x: Tensor, dy: Tensor) -> Calla
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def _rotating_call(built: Built, case: BenchCase, chosen: Inputs) -> Callable[[], Any]:
+def rotating_call(built: Built, case: BenchCase, chosen: Inputs) -> Callable[[], Any]:
     """The prepared call with the weights, too, of this set."""
     leaves = built.parameters
     with rotation.exchanged(leaves, chosen.parameters):  # a backward's forward is run here
@@ -322,11 +322,21 @@ def _rotating_call(built: Built, case: BenchCase, chosen: Inputs) -> Callable[[]
 
 
 def _derive(
-    rows: list[Row], case: BenchCase, calibration: Calibration, device: torch.device
+    rows: list[Row],
+    case: BenchCase,
+    calibration: Calibration,
+    device: torch.device,
+    l2_bytes: int = 0,
 ) -> None:
-    """What follows from the times; on a CPU, which tells nothing about a GPU, no ratio."""
+    """What follows from the times; on a CPU, which tells nothing about a GPU, no ratio.
+
+    With few tokens the copy, which has no weights, stays in an L2 of `l2_bytes` and is no measure
+    of what has to come from memory.
+    """
     machine = calibration.machine(case.dtype)
-    copy = next((row.time for row in rows if row.provider == "limit"), None)
+    limit = next((row for row in rows if row.provider == "limit"), None)
+    in_l2 = limit and limit.headline == "graph" and (limit.buffer_bytes or 0) < l2_bytes
+    copy = limit.time if limit and not in_l2 else None
     timed = [(row, row.time) for row in rows if row.time and row.provider != "no-adapter"]
     for row, time in timed:
         rate = roofline.moved_bytes(case, _bytes_of(row)) / (time.p50 * 1e-6)

@@ -96,13 +96,18 @@ class Row:
         """The headline timing, None where there is none."""
         return self.timings.get(self.headline)
 
+    @property
+    def timed(self) -> bool:
+        """Whether there is a headline timing."""
+        return self.time is not None
+
 
 @dataclass
 class ModelRow:
     """One variant of one model. Times in milliseconds, raw ones too; overhead in per cent of the
     plain model.
 
-    execution: eager, compile or graph; trained: parameters with a gradient, of `parameters`.
+    execution: eager or graph; trained: parameters with a gradient, of `parameters`.
     """
 
     model: str
@@ -121,6 +126,11 @@ class ModelRow:
     def key(self) -> str:
         """What identifies the row across files."""
         return f"{self.model} {self.variant} {self.mode} {self.execution}"
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a time."""
+        return self.milliseconds is not None
 
 
 @dataclass

@@ -16,10 +16,11 @@ from adapterkern.backends.triton import tuned
 from adapterkern.backends.triton.launch_config import Device
 from adapterkern.backends.triton.mixes import Mix, mixes, uniform, widest
 from adapterkern.backends.triton.tuned import Entry, Evidence, HeldOut
+from adapterkern.bench import rotation
 from adapterkern.bench.cases import BenchCase
-from adapterkern.bench.compiling import URGENT, Compilers, Work
+from adapterkern.bench.compiling import ORDINARY, URGENT, Compilers, Work
 from adapterkern.bench.gate import Gate
-from adapterkern.bench.measure import headline, outputs_of, prepared_call
+from adapterkern.bench.measure import headline, outputs_of, prepared_call, rotating_call
 from adapterkern.bench.providers import PROVIDERS
 from adapterkern.bench.timing import CudaTimer, Subject
 from adapterkern.bench.tune import HELD_OUT, Search, candidates, formula, problem_of, timed
@@ -102,21 +103,21 @@ def enqueue(
 
 
 def _compiled(
-    case: BenchCase, entries: dict[str, Entry], compilers: Compilers, also: Iterable[Mix] = ()
+    case: BenchCase,
+    entries: dict[str, Entry],
+    compilers: Compilers,
+    also: Iterable[Mix] = (),
+    priority: int = ORDINARY,
 ) -> dict[str, Compiling]:
     """Each entry with its compilations for the case, and for other mixes."""
     mix = uniform(case.torch_dtype, case.activation)
-    return {
-        name: (
-            entry,
-            [
-                # Only candidates must not spill: with odd sizes the formula's plan does.
-                compilers.submit(Work(entry, mix, timed=True, may_spill=name in (BASE, AFTER))),
-                *(compilers.submit(Work(entry, other)) for other in also),
-            ],
-        )
-        for name, entry in entries.items()
-    }
+    found: dict[str, Compiling] = {}
+    for name, entry in entries.items():
+        # Only candidates must not spill: with odd sizes the formula's plan does.
+        work = [Work(entry, mix, timed=True, may_spill=name in (BASE, AFTER))]
+        work += [Work(entry, other) for other in also]
+        found[name] = entry, [compilers.submit(one, priority) for one in work]
+    return found
 
 
 def _first_problem(compilations: "Iterable[Future[str | None]]") -> str | None:
@@ -140,15 +141,17 @@ def rank(
     """
     search = queued.search
     with timer.session():
-        subjects, reasons = _admit(search.case, queued.entries, timer, progress)
+        admitted = _Admitted(search.case, timer)
+        reasons = admitted.admit(queued.entries, progress)
         if BASE in reasons:
             raise RuntimeError(f"{BASE} cannot be timed on {search.case}: {reasons[BASE]}")
         how = headline(search.case, timer.device)
-        short = timer.measure(how, subjects, 0.0)
+        short = timer.measure(how, admitted.subjects, 0.0)
         best = sorted(short, key=lambda name: short[name].p50)[:FINALISTS]
-        final = {name: subjects[name] for name in dict.fromkeys([BASE, *best])}
-        times = timer.measure(how, final, seconds)
-    entries = {name: entry for name, (entry, _) in queued.entries.items()}
+        entries = {name: entry for name, (entry, _) in queued.entries.items()}
+        final = {name: entries[name] for name in dict.fromkeys([BASE, *best])}
+        subjects = admitted.on_memory_of_their_own(final)
+        times = timer.measure(how, subjects, seconds)
     if BASE not in times:
         raise RuntimeError(f"{BASE} cannot be timed on {search.case}: {subjects[BASE].failure}")
     before = times[BASE].p50
@@ -159,40 +162,62 @@ def rank(
     return ranked
 
 
-def _admit(
-    case: BenchCase,
-    entries: dict[str, Compiling],
-    timer: CudaTimer,
-    progress: Progress,
-) -> tuple[dict[str, Subject], dict[str, str]]:
-    """By name: what is to be timed, and why the others are not."""
-    inputs = case.draw(timer.device)
-    built = PROVIDERS["triton"].build(case, inputs)
-    # The forward that records nothing is another kernel than the one of a step.
-    modes = ["step", "forward"] if case.mode == "forward" else ["step"]
-    gates = [Gate(replace(case, mode=mode), inputs) for mode in modes]
-    subjects: dict[str, Subject] = {}
-    reasons: dict[str, str] = {}
-    for name, (entry, compiled) in entries.items():
-        progress(f"{case} {entry.kind}: {len(subjects) + len(reasons)}/{len(entries)}")
-        reason = _first_problem(compiled)
-        if reason is None:
-            try:
-                with tuned.forced(entry):
-                    for gate in gates:
-                        outputs = outputs_of(built, gate.case, inputs)
-                        verdict = gate.judge(outputs, built.activation, tuple(built.parameters))
-                        if not verdict.passed:
-                            reason = reason or f"wrong in mode {gate.case.mode}: {verdict}"
-                    call = prepared_call(built, case, inputs.x, inputs.dy)
-            except Exception as error:  # what fails to run is no candidate, unless all does
-                timer.raise_if_lost(error, f"{case} with {entry}")
-                reason = f"{type(error).__name__}: {error}"
-        if reason is None:
-            subjects[name] = Subject([_with_entry(call, entry)])
-        else:
-            reasons[name] = reason
-    return subjects, reasons
+class _Admitted:
+    """One case, its provider, and what of the entries is ready to be timed."""
+
+    def __init__(self, case: BenchCase, timer: CudaTimer) -> None:
+        self.case, self.timer = case, timer
+        self.inputs = case.draw(timer.device)
+        self.built = PROVIDERS["triton"].build(case, self.inputs)
+        # The forward that records nothing is another kernel than the one of a step.
+        modes = ["step", "forward"] if case.mode == "forward" else ["step"]
+        self.gates = [Gate(replace(case, mode=mode), self.inputs) for mode in modes]
+        self.subjects: dict[str, Subject] = {}
+
+    def admit(self, entries: dict[str, Compiling], progress: Progress) -> dict[str, str]:
+        """Make subjects of those that compile and are right; why the others are not, by name."""
+        reasons: dict[str, str] = {}
+        for name, (entry, compiled) in entries.items():
+            done = len(self.subjects) + len(reasons)
+            progress(f"{self.case} {entry.kind}: {done}/{len(entries)}")
+            reason = _first_problem(compiled)
+            if reason is None:
+                try:
+                    with tuned.forced(entry):
+                        reason = self._wrong()
+                        call = prepared_call(self.built, self.case, self.inputs.x, self.inputs.dy)
+                except Exception as error:  # what fails to run is no candidate, unless all does
+                    self.timer.raise_if_lost(error, f"{self.case} with {entry}")
+                    reason = f"{type(error).__name__}: {error}"
+            if reason is None:
+                self.subjects[name] = Subject([_with_entry(call, entry)])
+            else:
+                reasons[name] = reason
+        return reasons
+
+    def _wrong(self) -> str | None:
+        """How the entry in force fails the parity gate, None if it passes."""
+        for gate in self.gates:
+            outputs = outputs_of(self.built, gate.case, self.inputs)
+            verdict = gate.judge(outputs, self.built.activation, tuple(self.built.parameters))
+            if not verdict.passed:
+                return f"wrong in mode {gate.case.mode}: {verdict}"
+        return None
+
+    def on_memory_of_their_own(self, entries: dict[str, Entry]) -> dict[str, Subject]:
+        """The subjects of these entries, in a graph with activations and weights of its own for
+        each call, as `measure` times them: many captures, so for a few entries alone.
+        """
+        if headline(self.case, self.timer.device) != "graph":
+            return {name: self.subjects[name] for name in entries}
+        sets = rotation.sets(self.case, self.inputs, self.timer)
+        found = {}
+        for name, entry in entries.items():
+            with tuned.forced(entry):
+                calls = [rotating_call(self.built, self.case, chosen) for chosen in sets]
+            calls = [_with_entry(call, entry) for call in calls]
+            found[name] = Subject(calls, least_calls=rotation.least_calls(self.case))
+        return found
 
 
 def _with_entry(call: Callable[[], Any], entry: Entry) -> Callable[[], Any]:
@@ -249,7 +274,8 @@ def trials(
         if entry is None or tuned.plan(entry, problem, device) == tuned.plan(base, problem, device):
             continue
         named = {BASE: base, AFTER: replace(entry, problem=problem)}
-        found.append(Trial(kind, case, _compiled(case, named, compilers)))
+        compiled = _compiled(case, named, compilers, priority=URGENT)  # before searches to come
+        found.append(Trial(kind, case, compiled))
     return found
 
 
@@ -264,7 +290,10 @@ def judge(
     """
     case = trial.case
     with timer.session():
-        subjects, reasons = _admit(case, trial.entries, timer, progress)
+        admitted = _Admitted(case, timer)
+        reasons = admitted.admit(trial.entries, progress)
+        ready = {name: trial.entries[name][0] for name in admitted.subjects}
+        subjects = admitted.on_memory_of_their_own(ready)
         times = timer.measure(headline(case, timer.device), subjects, seconds)
     reasons |= {name: str(s.failure) for name, s in subjects.items() if s.failure is not None}
     if BASE in reasons:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ exit codes: 0 success, 1 nothing could be searched or the GPU was lost, 2 wrong 
 """
 # Of the time, for the held-out shapes at the end: about 2 s for each of ten.
 HELD_OUT_SHARE, HELD_OUT_SECONDS = 0.1, 30.0
+AHEAD = 3  # searches whose entries are compiled while one is timed
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,7 +57,8 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=30.0,
         metavar="M",
-        help="for everything; no search begins in the last tenth (default: 30)",
+        help="for everything; no search begins in the last tenth, at most half a minute "
+        "(default: 30)",
     )
     parser.add_argument(
         "--jobs",
@@ -165,13 +168,16 @@ def _search_all(
         found.append(outcome)
         _say(str(outcome))
 
-    queued = [search.enqueue(one, file.device, compilers, limit) for one in work]
+    queued: deque = deque()
     timed: Any = None
     try:
-        for number, one in enumerate(queued):
+        for number in range(len(work)):
             if time.monotonic() >= deadline:
-                _say(f"out of time: {len(queued) - number} searches are left for another run")
+                _say(f"out of time: {len(work) - number} searches are left for another run")
                 break
+            for one in work[number + len(queued) : number + AHEAD]:
+                queued.append(search.enqueue(one, file.device, compilers, limit))
+            one = queued.popleft()
             try:
                 ranked = search.rank(one, timer, file.device, compilers, progress=_progress)
             except LostDeviceError:

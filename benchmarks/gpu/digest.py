@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.output import SAMPLES
+from benchmarks.gpu.output import SAMPLED, SAMPLES
 
 MOST_CHARACTERS = 9_800  # what a remote run's reply keeps of its output is not much more
 _MISSES, _ROWS, _NOTES = 12, 40, 10
@@ -63,15 +63,17 @@ def _steps(events: Sequence[Entry]) -> list[str]:
 
 
 def _parity(events: Sequence[Entry]) -> list[str]:
+    planned: Counter[tuple[str, str]] = Counter()
+    for entry in _of(events, "event", "check backend"):
+        planned[entry["step"], entry["backend"]] += entry["cases"]
     cases = _of(events, "event", "check case")
-    if not cases:
-        return []
     lines = []
-    for backend in dict.fromkeys(case["backend"] for case in cases):
-        counts = Counter(case["status"] for case in cases if case["backend"] == backend)
-        lines.append(
-            f"parity {backend}: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-        )
+    for (step, backend), count in planned.items():
+        own = [case for case in cases if (case["step"], case["backend"]) == (step, backend)]
+        counts = Counter(case["status"] for case in own)
+        told = [f"{n} {status}" for status, n in counts.items()]
+        told += [f"{count - len(own)} not reached"] if count > len(own) else []
+        lines.append(f"{step}, {backend}: {', '.join(told) or 'no case'}")
     wrong = [case for case in cases if case["status"] not in ("passed", "refused")]
     for case in wrong[:_MISSES]:
         lines.append(f"  {case['status'].upper()} {case['backend']} {case['case']}: {_why(case)}")
@@ -139,21 +141,20 @@ def _models(records: Sequence[Entry]) -> list[str]:
 def _clocks(path: Path) -> list[str]:
     """The range of the clocks while the GPU worked, and every reason that slowed it."""
     try:
-        rows = list(
-            csv.reader(path.read_text(errors="replace").splitlines(), skipinitialspace=True)
-        )
+        lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    if len(rows) < 2 or not rows[0][0].startswith("timestamp"):
+    rows = list(csv.reader(lines, skipinitialspace=True))
+    if len(rows) < 2 or len(rows[0]) != len(SAMPLED):
         return []
-    head = [name.partition(" ")[0] for name in rows[0]]
-    samples = [dict(zip(head, row, strict=False)) for row in rows[1:]]
-    busy = [s for s in samples if _float(s.get("utilization.gpu")) >= 50] or samples
+    # By order: nvidia-smi heads some of its columns otherwise than they are asked for.
+    samples = [dict(zip(SAMPLED, row, strict=True)) for row in rows[1:] if len(row) == len(SAMPLED)]
+    busy = [sample for sample in samples if _float(sample["utilization.gpu"]) >= 50] or samples
     parts = []
     for name, unit in (("clocks.sm", "MHz"), ("power.draw", "W"), ("temperature.gpu", "C")):
-        values = [_float(sample.get(name)) for sample in busy]
+        values = [_float(sample[name]) for sample in busy]
         parts.append(f"{name} {min(values):.0f} to {max(values):.0f} {unit}")
-    reasons = Counter(sample.get("clocks_event_reasons.active", "") for sample in busy)
+    reasons = Counter(sample["clocks_event_reasons.active"] for sample in busy)
     told = ", ".join(f"{reason} {count}x" for reason, count in reasons.most_common(4))
     return [f"{len(busy)} samples at work: {', '.join(parts)}; clock event reasons: {told}"]
 

@@ -28,12 +28,13 @@ def main() -> int:
     parser.add_argument("--commit", required=True, help="of the tree")
     parser.add_argument("--dirty", action="store_true", help="the tree differs from the commit")
     parser.add_argument("--stage", required=True, help="of the run")
+    parser.add_argument("--command", required=True, help="of the run, as it was called")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available() and not arguments.dry
     if not on_gpu and not arguments.dry:
         print("torch sees no CUDA device; --dry runs a stage on the CPU", file=sys.stderr)
         return 2
-    found = facts(torch.device("cuda" if on_gpu else "cpu"))
+    found = facts(torch.device("cuda" if on_gpu else "cpu"), arguments.command)
     found |= {
         "schema": SCHEMA,
         "stage": arguments.stage,
@@ -46,9 +47,9 @@ def main() -> int:
     return 0
 
 
-def facts(device: torch.device) -> dict[str, Any]:
+def facts(device: torch.device, command: str) -> dict[str, Any]:
     """The header of a run."""
-    header = environment.header(device, environment.command_line("python -m benchmarks"))
+    header = environment.header(device, command)
     header["python"] = platform.python_version()
     header["backends"] = fused_backends(device.type == "cuda")
     header["unavailable"] = {
@@ -71,7 +72,10 @@ def _extension(device: torch.device) -> dict[str, Any]:
         "nvcc": extension.build_record().nvcc,
     }
     if device.type == "cuda":
-        found["runs"] = extension.code_on(device)
+        try:
+            found["runs"] = extension.code_on(device)
+        except RuntimeError as error:  # no code for this device: Triton's kernels still run
+            found["runs"] = f"nothing here ({error})"
         found["clusters"] = clusters_that_fit(module, torch.cuda.current_device())
     return found
 

@@ -17,8 +17,8 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.output import Output
 
 START_SECONDS = 60.0  # imports and the device's context; tasks wait for it no longer
-OUT_OF_TIME = "out of time"  # the note of what was left out
-END_SECONDS = 5.0  # kept from the step's time for the end of a worker
+END_SECONDS = 2.0  # kept from a step's time for the end of a worker
+OUT_OF_TIME = "out of time"  # the note of what was left out, or cut
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Measuring:
         return [task.narrowed(name) for name in backends]
 
     def _attempt(self, task: Task, deadline: float) -> tuple[str, str, float]:
-        """(done, failed, hung, lost, died or not run; a note; seconds)."""
+        """(done, failed, hung, lost, died, cut or not run; a note; seconds).
+
+        cut: the step's time was over before the task's own.
+        """
         began = self._clock()
         if deadline - began < task.seconds:
             return "not run", OUT_OF_TIME, 0.0
@@ -107,6 +110,8 @@ class Measuring:
         hung = sent and not in_time and self._worker.process.poll() is None
         ended = self._worker.ended(late=hung)
         self.close()
+        if ended.code is None and limit == deadline:
+            return "cut", OUT_OF_TIME, seconds
         if ended.code is None:
             return "hung", f"killed after {seconds:.0f} s", seconds
         return "died", f"{ended}: {ended.last_line}"[:200], seconds

@@ -9,6 +9,11 @@ from typing import Any, TextIO
 # What a run leaves; `gpu.csv` and `junit.xml` are written by nvidia-smi and pytest.
 EVENTS, ROWS, LOG = "events.jsonl", "rows.jsonl", "log.txt"
 JUNIT, SAMPLES, SUMMARY, TUNED = "junit.xml", "gpu.csv", "summary.txt", "tuned.json"
+# What nvidia-smi is asked for, in the order of gpu.csv's columns.
+SAMPLED = (
+    *("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"),
+    *("utilization.gpu", "clocks_event_reasons.active"),
+)
 FILES = (EVENTS, ROWS, LOG, JUNIT, SAMPLES, SUMMARY, TUNED)
 
 

@@ -45,7 +45,8 @@ def digest(root: Path = ROOT) -> str:
         path = root / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            ignored = file.suffix in (".so", ".pyc") or set(_GENERATED) & set(file.parts)
+            parts = file.relative_to(root).parts
+            ignored = file.suffix in (".so", ".pyc") or set(_GENERATED) & set(parts)
             if file.is_file() and not ignored:
                 found.update(f"{file.relative_to(root).as_posix()}\0".encode())
                 found.update(hashlib.sha256(file.read_bytes()).digest())

@@ -20,14 +20,10 @@ from typing import Any
 
 from benchmarks.gpu import digest, pack, processes, stages
 from benchmarks.gpu.measuring import OUT_OF_TIME, Measuring, Task
-from benchmarks.gpu.output import SAMPLES, Output
+from benchmarks.gpu.output import SAMPLED, SAMPLES, Output
 from benchmarks.gpu.pack import ROOT
 
 SAMPLE_MILLISECONDS = 200
-SAMPLED = (
-    *("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"),
-    *("utilization.gpu", "clocks_event_reasons.active"),
-)
 _LEAST_SECONDS = 3.0  # a step that has less is not begun
 
 
@@ -121,6 +117,7 @@ def _identity(found: pack.Pack | None) -> tuple[str, bool]:
 def _words(options: Options, commit: str, dirty: bool) -> dict[str, tuple[str, ...]]:
     """What the words in braces of a command stand for."""
     identity = ("--stage", options.stage, "--commit", commit)
+    identity += ("--command", " ".join(["python -m benchmarks", *sys.argv[1:]]))
     identity += (*(("--dirty",) if dirty else ()), *(("--dry",) if options.dry else ()))
     return {
         "{python}": (sys.executable,),
@@ -148,7 +145,9 @@ class _Stage:
         worker += ["--dry"] if options.dry else []
         self._measuring = Measuring(output, worker, self._environment, ROOT)
         self._failed_checks = 0
-        self.finished = False  # whether nothing was left out for want of time
+        self.finished = False  # whether every check passed, and nothing was left out
+        self._step = ""
+        self._during: dict[str, str] = {}  # command -> the parity case that it is in
 
     def sampler(self) -> processes.Child | None:
         """nvidia-smi, writing clocks, power and throttle reasons into gpu.csv all the while."""
@@ -169,30 +168,33 @@ class _Stage:
         sampler.kill()
 
     def run_steps(self) -> bool:
-        """Every step in its order; whether all passed."""
-        passed = True
+        """Every step in its order; whether all passed.
+
+        A step may take what those before it saved: it ends when the limits up to its own are over.
+        """
+        passed, checked, planned = True, True, time.monotonic()
         for step in stages.steps(self.options.stage, self.options.wanted, self.options.dry):
             reason = self._skipped(step)
-            left = self.deadline - time.monotonic()
-            if reason is None and left < _LEAST_SECONDS:
+            if reason is None and self.deadline - time.monotonic() < _LEAST_SECONDS:
                 reason, passed = OUT_OF_TIME, False
             if reason is not None:
                 self.output.event("step", step=step.name, status="not run", note=reason)
                 self.output.say(f"{step.name}: not run, {reason}")
                 continue
-            began = time.monotonic()
-            status = self._run(step, began + min(step.limit, left))
+            began, planned = time.monotonic(), planned + step.limit
+            status = self._run(step, min(planned, self.deadline))
             seconds = round(time.monotonic() - began, 1)
             self.output.event("step", step=step.name, status=status, seconds=seconds)
             self.output.say(f"{step.name}: {status}, {seconds} s")
             passed = passed and status == "passed"
+            checked = checked and (status == "passed" or isinstance(step, stages.Measure))
             self.output.summarise(
                 digest.summary(self.output.events, self.output.records, self.options.out)
             )
-            if step.name == "machine" and status != "passed":
+            if step.name == "machine" and not self.output.last("header"):
                 return False  # nobody knows what would be measured
-        left_out = [e for e in self.output.events if e.get("note") == OUT_OF_TIME]
-        self.finished = not left_out
+        left_out = [entry for entry in self.output.events if entry.get("note") == OUT_OF_TIME]
+        self.finished = checked and not left_out
         return passed
 
     def _skipped(self, step: stages.Step) -> str | None:
@@ -210,13 +212,16 @@ class _Stage:
         if isinstance(step, stages.Measure):
             return "passed" if self._measuring.run(self._tasks(step), deadline) else "failed"
         self._measuring.close()  # it holds memory that the commands may need
-        self._failed_checks = 0
+        self._failed_checks, self._step = 0, step.name
+        self._during.clear()
         children = [
             self._child(name, words, step.environment) for name, words in step.commands.items()
         ]
         ends = processes.run(children, deadline)
         for end in ends:
             facts = {"status": str(end), "seconds": end.seconds, "says": end.last_line[:200]}
+            if end.status != "passed" and end.name in self._during:
+                facts["says"] = f"during {self._during[end.name]}; {facts['says']}"
             self.output.event("command", step=step.name, command=end.name, **facts)
         bad = [end for end in ends if end.status != "passed"]
         for end in bad[:4]:
@@ -257,8 +262,13 @@ class _Stage:
                 self.output.say(line)
         elif "header" in message:
             self.output.record("header", **message["header"])
-        elif message.get("event") in ("backend", "case", "end"):
+        elif message.get("event") in ("backend", "begin", "case", "end"):
             self._failed_checks += message.get("passed") is False
-            self.output.event(f"check {message.pop('event')}", command=child.name, **message)
+            event = message.pop("event")
+            if event == "begin":
+                self._during[child.name] = message["case"]
+            elif event == "case":
+                self._during.pop(child.name, None)
+            self.output.event(f"check {event}", step=self._step, command=child.name, **message)
         else:
             self.output.log(child.name, line)

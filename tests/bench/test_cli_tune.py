@@ -93,6 +93,22 @@ def test_a_tenth_of_the_time_is_for_the_held_out_shapes(tuner):
     assert len(tuner.searched) == 2
 
 
+def test_no_more_is_compiled_ahead_than_a_few_searches(tuner, monkeypatch):
+    """What is queued when the time is over keeps the compilers from the held-out shapes."""
+    from adapterkern.cli import tune as command
+
+    enqueue, queued = search.enqueue, []
+    monkeypatch.setattr(search, "enqueue", lambda one, *rest: queued.append(one)
+                        or enqueue(one, *rest))  # fmt: skip
+    assert main(["tune", "--minutes", "2.2"]) == 0
+    assert len(tuner.searched) == 2
+    assert len(queued) == len(tuner.searched) - 1 + command.AHEAD
+    queued.clear()
+    tuner.searched.clear()
+    assert main(["tune", "--minutes", "99"]) == 0
+    assert len(queued) == len(tuner.searched) == 23  # each once, in its turn
+
+
 @pytest.mark.parametrize(
     ("fails", "code", "says"),
     [

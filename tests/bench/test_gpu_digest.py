@@ -33,7 +33,10 @@ def row(index, **more):
 
 def case(index, status, **more):
     facts = {"backend": "cuda", "case": f"case-{index}", "status": status, "rows": []}
-    return {"at": 1.0, "event": "check case", **facts, **more}
+    return {"at": 1.0, "event": "check case", "step": "parity", **facts, **more}
+
+
+PLANNED = {"at": 1.0, "event": "check backend", "step": "parity", "backend": "cuda", "cases": 5}
 
 
 def test_it_shows_steps_parity_and_rows(tmp_path):
@@ -46,6 +49,7 @@ def test_it_shows_steps_parity_and_rows(tmp_path):
         BEGIN,
         {"at": 1, "event": "step", "step": "smoke", "status": "passed", "seconds": 3.0},
         {"at": 1, "event": "step", "step": "memcheck", "status": "not run", "note": "out of time"},
+        PLANNED,
         case(1, "passed"),
         case(2, "missed", rows=missed),
         case(3, "lost", note="illegal memory access"),
@@ -66,7 +70,7 @@ def test_it_shows_steps_parity_and_rows(tmp_path):
     assert lines[0] == "== verify on Made-up GPU: FAILED, commit 0123456789ab"
     assert lines[1] == "driver 1.2, torch 2.11, triton 3.6, extension: sm_90a, nvcc 13.0"
     assert "steps: smoke: passed, 3.0 s; memcheck: not run, out of time" in lines
-    assert "parity cuda: 1 passed, 1 missed, 1 lost" in lines
+    assert "parity, cuda: 1 passed, 1 missed, 1 lost, 2 not reached" in lines
     assert "  MISSED cuda case-2: dx 5.0e-01, y not finite" in lines
     assert "  LOST cuda case-3: illegal memory access" in lines
     assert "  forw bf16 T16 H1024 R64 cuda: 20.0 81% 70% plain 2.50x" in lines
@@ -95,12 +99,13 @@ def test_it_stays_short_whatever_happens(tmp_path):
 
 
 def test_clocks_are_those_of_a_busy_gpu_with_what_slowed_it(tmp_path):
-    head = "timestamp, clocks.current.sm [MHz], clocks.sm [MHz], power.draw [W], temperature.gpu"
-    (tmp_path / "gpu.csv").write_text(
-        f"{head}, utilization.gpu [%], clocks_event_reasons.active\n"
-        "now, 1, 345, 70.1, 30, 0, 0x0000000000000001\n"
-        "now, 1, 1980, 400.0, 50, 99, 0x0000000000000000\n"
-        "now, 1, 1700, 690.0, 61, 100, 0x0000000000000004\n"
+    (tmp_path / "gpu.csv").write_text(  # headed as nvidia-smi does it
+        "timestamp, clocks.current.sm [MHz], clocks.current.memory [MHz], power.draw [W], "
+        "temperature.gpu, utilization.gpu [%], clocks_event_reasons.active\n"
+        "2026/01/02 03:04:05.678, 345, 2619, 70.12, 30, 0, 0x0000000000000001\n"
+        "2026/01/02 03:04:05.878, 1980, 2619, 400.00, 50, 99, 0x0000000000000000\n"
+        "2026/01/02 03:04:06.078, 1700, 2619, 690.00, 61, 100, 0x0000000000000004\n"
+        "2026/01/02 03:04:06.278, 17"
     )
     text = digest.summary([BEGIN], [], tmp_path)
     assert "2 samples at work: clocks.sm 1700 to 1980 MHz, power.draw 400 to 690 W" in text

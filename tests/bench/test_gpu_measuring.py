@@ -121,11 +121,13 @@ def test_what_the_time_does_not_hold_is_not_begun(measure, output):
     assert output.events[0]["note"] == measuring.OUT_OF_TIME
 
 
-def test_a_hang_ends_with_the_step_and_leaves_the_rest(measure, output):
+def test_what_the_step_cuts_is_no_hang_and_is_not_tried_again(measure, output):
     began = time.monotonic()
-    assert not measure(Task("bad", 1, {"act": "hang"}), Task("next", 3), seconds=8.0)
+    request = {"do": "adapter", "act": "hang", "baselines": []}
+    assert not measure(Task("long", 1, request), Task("next", 3), seconds=8.0)
     assert time.monotonic() - began < 15
-    assert statuses(output) == [("bad", "hung"), ("next", "not run")]
+    assert statuses(output) == [("long", "cut"), ("next", "not run")]
+    assert {event["note"] for event in output.events} == {measuring.OUT_OF_TIME}
 
 
 def test_a_worker_that_does_not_start_is_said(measure, output):

@@ -111,7 +111,9 @@ def test_a_killed_parent_leaves_its_results_and_no_process(tmp_path):
     assert result.models
     assert result.header["finished"] is False
     events = lines_of(out / "events.jsonl")
-    assert [e["step"] for e in events if e["event"] == "step"][:3] == ["machine", "build", "parity"]
+    assert [e["step"] for e in events if e["event"] == "step"][:4] == [
+        "machine", "card", "build", "parity",
+    ]  # fmt: skip
 
 
 def test_a_stopped_parent_still_writes_its_summary(tmp_path):
@@ -212,3 +214,82 @@ def test_a_step_that_fails_its_check_fails_though_the_process_ended_well(tmp_pat
     step = stages.Commands("check", 30, {"one": ("{python}", "-c", code)})
     assert stage._run(step, time.monotonic() + 30) == "failed"
     assert output.events[0]["event"] == "check end"
+
+
+def test_a_hang_in_a_parity_check_names_its_case(tmp_path):
+    output = Output(tmp_path / "out", lambda _text: None)
+    words = {"{python}": (sys.executable,)}
+    stage = run._Stage(run.Options("verify", tmp_path), output, 0.0, tmp_path, words)
+    code = (
+        "import json, time; "
+        "say = lambda **event: print(json.dumps({**event, 'backend': 'cuda'}), flush=True); "
+        "say(event='backend', cases=2); say(event='begin', case='one'); "
+        "say(event='case', case='one', status='passed'); say(event='begin', case='two'); "
+        "time.sleep(600)"
+    )
+    step = stages.Commands("parity", 30, {"cuda 1/1": ("{python}", "-c", code)})
+    assert stage._run(step, time.monotonic() + 3) == "failed"
+    (command,) = [event for event in output.events if event["event"] == "command"]
+    assert command["status"] == "out of time"
+    assert command["says"].startswith("during two; ")
+    text = digest.summary(output.events, [], tmp_path)
+    assert "parity, cuda: 1 passed, 1 not reached" in text
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """(steps) -> a stage that runs them, and what it said of each."""
+
+    def run_all(*steps, seconds=60.0):
+        output = Output(tmp_path / "out", lambda _text: None)
+        monkeypatch.setattr(stages, "steps", lambda *_: list(steps))
+        words = {"{python}": (sys.executable,)}
+        options = run.Options("verify", tmp_path)
+        stage = run._Stage(options, output, time.monotonic() + seconds, tmp_path, words)
+        passed = stage.run_steps()
+        found = {e["step"]: e["status"] for e in output.events if e["event"] == "step"}
+        return stage, passed, found
+
+    return run_all
+
+
+def command(name, limit, code):
+    return stages.Commands(name, limit, {name: ("{python}", "-c", code)})
+
+
+HEADER = (
+    "import json; extension = {'problem': 'none'}; "
+    "print(json.dumps({'header': {'extension': extension, 'versions': {}}}))"
+)
+
+
+def test_a_step_may_take_what_those_before_it_saved(staged):
+    quick, long = command("quick", 20, "pass"), command("long", 1, "import time; time.sleep(4)")
+    stage, passed, found = staged(quick, long)
+    assert (passed, found) == (True, {"quick": "passed", "long": "passed"})
+    assert stage.finished
+
+
+def test_a_step_ends_when_the_limits_up_to_it_are_over(staged):
+    long = command("long", 2, "import time; time.sleep(60)")
+    began = time.monotonic()
+    stage, passed, found = staged(long, command("next", 5, "pass"))
+    assert time.monotonic() - began < 20
+    assert (passed, found) == (False, {"long": "failed", "next": "passed"})
+    assert not stage.finished  # a check that did not end is none
+
+
+def test_what_no_time_is_left_for_is_said_and_the_run_not_finished(staged):
+    stage, passed, found = staged(command("late", 5, "pass"), seconds=1.0)
+    assert (passed, stage.finished, found) == (False, False, {"late": "not run"})
+
+
+def test_a_machine_that_told_its_facts_is_measured_though_its_end_was_late(staged):
+    code = f"{HEADER}; import sys; sys.stdout.flush(); import time; time.sleep(60)"
+    _, _, found = staged(command("machine", 3, code), command("next", 5, "pass"))
+    assert found == {"machine": "failed", "next": "passed"}
+
+
+def test_nothing_is_measured_on_a_machine_that_nobody_knows(staged):
+    _, passed, found = staged(command("machine", 9, "exit(2)"), command("next", 5, "pass"))
+    assert (passed, found) == (False, {"machine": "failed"})

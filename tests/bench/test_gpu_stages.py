@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends import NAMES
 from adapterkern.backends.cuda import launch_config as cuda
 from adapterkern.backends.triton import launch_config as triton
+from adapterkern.bench.cases import MODES as CASE_MODES
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.providers import PROVIDERS
 from adapterkern.parity import grid
 from benchmarks import model_level, models
+from benchmarks.__main__ import BACKENDS, MODES
 from benchmarks.gpu import stages, workload
+from benchmarks.gpu.measuring import END_SECONDS
 from benchmarks.gpu.pack import ROOT
 
 STAGES = {name: stages.steps(name) for name in stages.NAMES}
@@ -39,7 +43,7 @@ def test_the_steps_of_a_stage_fit_its_seconds(stage):
     ("stage", "step"), MEASURED, ids=lambda value: getattr(value, "name", value)
 )
 def test_the_tasks_of_a_step_fit_its_limit(stage, step):
-    assert sum(task.seconds for task in step.tasks) <= step.limit
+    assert sum(task.seconds for task in step.tasks) + END_SECONDS <= step.limit
     assert step.tasks
 
 
@@ -81,10 +85,11 @@ def test_right_comes_before_fast():
     names = [step.name for step in STAGES["verify"]]
     first = next(n for n, s in enumerate(STAGES["verify"]) if isinstance(s, stages.Measure))
     assert names[:first] == [
-        "machine", "build", "smoke", "parity cuda", "wrappers", "parity triton", "gpu tests",
-    ]  # fmt: skip
+        *("machine", "card", "build"),
+        *("smoke", "parity cuda", "wrappers", "parity triton", "gpu tests"),
+    ]
     for found in STAGES.values():
-        assert [step.name for step in found[:2]] == ["machine", "build"]
+        assert [step.name for step in found[:3]] == ["machine", "card", "build"]
 
 
 def test_shards_take_every_case_once():
@@ -121,6 +126,7 @@ def test_a_diagnosis_runs_the_cases_and_the_kernel_that_it_was_given():
     for tool in ("memcheck", "racecheck", "synccheck"):
         assert list(found[tool].commands) == [f"{tool} triton bf16-a", f"{tool} triton fp32-b"]
         assert found[tool].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert found["profile"].gpu
     profile = found["profile"].commands["profile"]
     assert profile[:3] == ("ncu", "--clock-control", "none")
     assert "regex:bottleneck_fwd_kernel" in profile
@@ -128,6 +134,19 @@ def test_a_diagnosis_runs_the_cases_and_the_kernel_that_it_was_given():
     metrics = profile[profile.index("--metrics") + 1]
     for part in ("dram__bytes_read", "hit_rate", "wavefronts_mem_shared", "stalled_membar"):
         assert part in metrics
+
+
+def test_a_diagnosis_of_nothing_in_particular_is_of_every_form():
+    for step in stages.steps("diagnose", stages.Wanted("triton"))[3:]:
+        for words in step.commands.values():
+            assert words[words.index("--backend") + 1] == "triton"
+            named = [w for w in words if w.startswith("bf16-*")]
+            assert named or step.name == "profile"  # never the whole grid in one process
+
+
+def test_the_command_line_offers_what_a_diagnosis_can_be_of():
+    assert {*BACKENDS, "reference"} == set(NAMES)
+    assert MODES == CASE_MODES
 
 
 def test_an_unknown_stage_is_refused():

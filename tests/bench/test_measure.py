@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from adapterkern import parity
 from adapterkern.bench import measure, memory, providers
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase
@@ -231,6 +232,20 @@ def test_a_copy_of_another_kind_of_timing_is_no_yardstick():
     assert rows[0].copy_fraction == 0.8
 
 
+@pytest.mark.parametrize(
+    ("headline", "buffers", "share"),
+    [("graph", 30 * 2**20, None), ("graph", 60 * 2**20, 0.5), ("cold", None, 0.5)],
+)
+def test_a_copy_that_stays_in_l2_is_no_measure(headline, buffers, share):
+    case = BenchCase(1024, 64, 16)
+    rows = [measure.Row(case, name, headline=headline) for name in ("triton", "limit")]
+    for row, time in zip(rows, (4.0, 2.0), strict=True):
+        row.timings = {headline: Timing(time, time, time, 9)}
+        row.buffer_bytes = buffers
+    measure._derive(rows, case, Calibration(), torch.device("cuda"), 50 * 2**20)
+    assert rows[0].copy_fraction == share
+
+
 def test_nothing_is_a_fraction_of_an_unmeasured_copy():
     case = BenchCase(1024, 64, 16384)
     row = measure.Row(case, "triton", headline="cold")
@@ -263,3 +278,33 @@ def test_compile_is_judged_and_timed_like_the_others():
 def test_unknown_providers_are_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match=r"unknown baseline or backend 'torch'(.|\n)*adapterhub"):
         providers.providers(["plain", "torch"])
+
+
+def truncating(forward):
+    """A tensor core's TF32: the factors of every product without their low bits."""
+
+    class Truncated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            with parity.TruncatedProducts():
+                return forward.double()(x.double()).float()
+
+    return lambda x: Truncated.apply(x)
+
+
+def test_tf32_may_drop_the_low_bits_where_torch_allows_it():
+    exact = changed("tf32", truncating)
+    case = replace(CASE, mode="forward")
+    (row,) = rows_of(exact, case=case)
+    assert (row.status, row.error > 50 * row.tolerance) == ("wrong", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (row,) = rows_of(exact, case=case)
+        worse = changed("worse", lambda forward: lambda x: truncating(forward)(x) * 1.01)
+        (spoilt,) = rows_of(worse, case=case)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert row.status == "ok"
+    assert row.error == pytest.approx(row.tolerance / parity.FORWARD_ALLOWANCE, rel=0.01)
+    assert spoilt.status == "wrong"

@@ -18,7 +18,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 @pytest.fixture
 def tree(tmp_path):
     """A source tree with one file a place."""
-    root = tmp_path / "tree"
+    root = tmp_path / "results" / "tree"  # whatever the folders above are called
     for name in ("adapterkern/a.py", "benchmarks/b.py", "csrc/c.cu", "tests/t.py", "setup.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)

@@ -105,6 +105,15 @@ def test_merge_puts_runs_of_one_commit_into_one_folder(gpu_result, tmp_path, cap
     assert found.header["finished"] is True
 
 
+def test_two_runs_of_one_stage_keep_their_files(gpu_result, tmp_path):
+    for name in "ab":
+        write(tmp_path / name, gpu_result, "verify")
+        (tmp_path / name / "summary.txt").write_text(name)
+    folder = records.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "results")
+    assert (folder / "verify-summary.txt").read_text() == "a"
+    assert (folder / "verify-2-summary.txt").read_text() == "b"
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

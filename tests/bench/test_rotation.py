@@ -98,7 +98,7 @@ def test_each_call_computes_with_the_weights_of_its_own_set(name, mode):
     compiled = counters["stats"]["unique_graphs"]
     assert (compiled > 0) == (name == "compile")
     before = {key: (leaf, leaf.data_ptr()) for key, leaf in built.parameters.items()}
-    calls = [measure._rotating_call(built, case, chosen) for chosen in sets]
+    calls = [measure.rotating_call(built, case, chosen) for chosen in sets]
     for chosen, call in [*zip(sets, calls, strict=True)] * 2:  # as in two rounds of a graph
         own = PROVIDERS[name if name != "compile" else "plain"].build(case, chosen)
         wanted = flat(measure.prepared_call(own, case, chosen.x, chosen.dy)())

@@ -12,6 +12,7 @@ from adapterkern.bench import search, tune
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.providers import PROVIDERS
 from adapterkern.bench.results import LostDeviceError
+from adapterkern.bench.timing import CALLS_IN_GRAPH
 
 
 def problem(tokens, hidden=1024, bottleneck=64):
@@ -159,6 +160,30 @@ def test_the_search_takes_the_fastest_entry_that_is_right(reference_as_triton):
     assert "kept" in str(found)
 
 
+def test_the_last_entries_are_timed_in_a_graph_with_weights_of_their_own(
+    reference_as_triton, monkeypatch
+):
+    """In a first, short round all entries, in one call's memory; then the fastest few."""
+    rounds = []
+
+    class Counting(Scripted):
+        def measure(self, kind, subjects, seconds):
+            rounds.append([(len(s.calls), s.least_calls) for s in subjects.values()])
+            return super().measure(kind, subjects, seconds)
+
+    def three_sets(case, inputs, timer):
+        return [inputs, case.draw("cpu", seed=1), case.draw("cpu", seed=2)]
+
+    monkeypatch.setattr(search, "headline", lambda *_: "graph")
+    monkeypatch.setattr(search.rotation, "sets", three_sets)
+    found, _ = searched(fast_if_deep, timer=Counting(fast_if_deep))
+    assert found.changed
+    short, final = rounds
+    assert len(short) > len(final) > 1
+    assert set(short) == {(1, CALLS_IN_GRAPH)}
+    assert set(final) == {(3, search.rotation.least_calls(CASE))}
+
+
 def test_an_entry_timed_in_a_forward_must_have_the_right_gradients(reference_as_triton):
     assert searched(fast_if_deep)[0].changed
     reference_as_triton(wrong_gradient=deep)
@@ -271,6 +296,12 @@ def judged(entry, script, answer=lambda _work: None):
 
 def float32(**changes):
     return entry_of(32, 64, 16, arithmetic=(True, True), **changes)
+
+
+def test_held_out_shapes_are_compiled_before_searches_that_are_to_come(small_held_out):
+    compilers = AtOnce()
+    assert search.trials([float32(num_stages=4)], True, H200, compilers)
+    assert compilers.urgent == [True, True]  # before and after
 
 
 def test_a_class_of_entries_that_costs_a_held_out_shape_is_dropped(small_held_out):

@@ -142,7 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
         left = shard_of(cases[name], arguments.shard)
         for event in _events(name, device, left, arguments, alone=len(names) == 1):
             report.add(event)
-            print(json.dumps(event) if arguments.json else line_of(event), flush=True)
+            if arguments.json or event["event"] != "begin":
+                print(json.dumps(event) if arguments.json else line_of(event), flush=True)
     passed = report.passed(named=bool(arguments.backend), whole=arguments.shard is None)
     if arguments.json:
         print(json.dumps(report.end(passed)), flush=True)
@@ -198,7 +199,7 @@ def _in_a_process(
     command += [word for dtype in arguments.dtype or [] for word in ("--dtype", dtype)]
     command += [f"--case={pattern}" for pattern in arguments.case or []]
     command += ["--shard", "{}/{}".format(*arguments.shard)] if arguments.shard else []
-    done = {"backend": 0, "case": 0, "end": 0}
+    done = {"backend": 0, "begin": 0, "case": 0, "end": 0}
     with subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
     ) as process:

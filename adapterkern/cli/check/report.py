@@ -24,7 +24,7 @@ class Report:
         if event["event"] == "backend":
             self.backends.append(event)
             self.cases[event["backend"]] = []
-        else:
+        elif event["event"] == "case":
             self.cases[event["backend"]].append(event)
 
     def rows(self, backend: str) -> list[dict]:

@@ -3,6 +3,7 @@
 An event is a dict as `--json` prints it, a line each, so that a process can hand its part over:
 
 - {"event": "backend", "backend", "device", "unavailable": null or the reason, "cases": how many}
+- {"event": "begin", "backend", "case"}, so that a hang has a name
 - {"event": "case", "backend", "case", "status", "seconds", "note", "rows": [{"tensor", "error",
   "tolerance", "passed", "note", "dtype", "activation"}, ...]}; status: passed, missed, raised,
   refused or lost (the device, or the process); an error or a tolerance that is not finite is null
@@ -62,6 +63,7 @@ def events(name: str, device: torch.device, cases: list[parity.Case]) -> Iterato
         return
     with testing.nan_filled_memory():
         for case in cases:
+            yield {"event": "begin", "backend": name, "case": str(case)}
             event = _run_case(case, name, device)
             yield event
             if event["status"] == "lost":
