@@ -56,7 +56,9 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
     found = pack.Pack.read()
     commit, dirty = _identity(found)
     output = Output(options.out, say)
-    if found is not None and not found.fits():
+    if options.dry:
+        found = None  # a dry run is of this tree as it is installed here
+    elif found is not None and not found.fits():
         say(f"{pack.FOLDER} was packed from other sources than this tree and is left out")
         found = None
     deadline = time.monotonic() + options.seconds - stages.CLOSING_SECONDS
@@ -65,7 +67,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
         site = Path(folder)
         output.event("begin", stage=options.stage, commit=commit, seconds=options.seconds)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        if found is not None and not options.dry:
+        if found is not None:
             found.unpack(site, ROOT, suffix, say)
         stage = _Stage(options, output, deadline, site, _words(options, commit, dirty))
         sampler = stage.sampler()
