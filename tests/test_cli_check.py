@@ -97,8 +97,10 @@ def test_check_streams_its_lines():
     )
     first = [json.loads(process.stdout.readline()) for _ in range(3)]
     assert [event["event"] for event in first] == ["backend", "begin", "case"]
-    rest, _ = process.communicate("go on\n")
-    assert len(rest.splitlines()) == 15  # seven more cases, and the end
+    with process:  # not `communicate`, which would miss what is already in the file's buffer
+        process.stdin.write("go on\n")
+        process.stdin.close()
+        assert len(process.stdout.read().splitlines()) == 15  # seven more cases, and the end
     assert process.returncode == 0
 
 
