@@ -12,9 +12,11 @@ from benchmarks.gpu import stages
 EPILOG = """\
 On a machine with the repository:
   python -m benchmarks pack                     extension, wheels and commit into .gpu
-On the GPU machine, ten minutes each:
-  python -m benchmarks gpu --stage verify --out DIR
-  python -m benchmarks gpu --stage report --out DIR
+On the GPU machine, under nine minutes each, into a folder of its own:
+  python -m benchmarks gpu --stage verify --out DIR     is it right, and the headline numbers
+  python -m benchmarks gpu --stage report --out DIR     what it costs beside other implementations
+  python -m benchmarks gpu --stage tune --out DIR       how it should be launched
+  python -m benchmarks gpu --stage diagnose --case ID --kernel REGEX --out DIR
 Back again:
   python -m benchmarks merge DIR [DIR ...]      into benchmarks/results/<gpu>/<date>-<commit>
   python -m benchmarks readme                   pictures, tables, and the README's section
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_gpu(gpu: argparse.ArgumentParser) -> None:
     gpu.add_argument("--stage", choices=stages.NAMES, required=True, help="what to do")
-    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder")
+    gpu.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a folder without an earlier run"
+    )
     gpu.add_argument(
         "--seconds", type=_positive, default=stages.SECONDS, help="in all (default: %(default)g)"
     )
@@ -79,10 +83,10 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
         help="a parity case to check",
     )
     named.add_argument("--kernel", default=DEFAULT.kernel, metavar="REGEX", help="for ncu")
-    named.add_argument("--tokens", type=int, default=DEFAULT.tokens, help="of the profiled call")
-    named.add_argument("--hidden-size", type=int, default=DEFAULT.hidden_size, help="likewise")
+    named.add_argument("--tokens", type=_count, default=DEFAULT.tokens, help="of the profiled call")
+    named.add_argument("--hidden-size", type=_count, default=DEFAULT.hidden_size, help="likewise")
     named.add_argument(
-        "--bottleneck-size", type=int, default=DEFAULT.bottleneck_size, help="likewise"
+        "--bottleneck-size", type=_count, default=DEFAULT.bottleneck_size, help="likewise"
     )
     named.add_argument(
         "--mode", choices=MODES, default=DEFAULT.mode, help="likewise (default: %(default)s)"
@@ -97,6 +101,11 @@ def _gpu(arguments: argparse.Namespace) -> int:
 
     if arguments.fault and not arguments.dry:
         return _refuse("--fault goes with --dry.")
+    measured = [s.name for s in stages.steps(arguments.stage) if isinstance(s, stages.Measure)]
+    for step, _ in arguments.fault:
+        if step not in measured:
+            known = ", ".join(measured) or "none"
+            return _refuse(f"--fault {step}: no such step has a worker in this stage ({known}).")
     wanted = stages.Wanted(
         arguments.backend,
         tuple(arguments.case),
@@ -139,9 +148,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     from benchmarks import readme, records
 
     try:
-        print(records.merge(arguments.runs, arguments.into or readme.RESULTS))
+        folder, count = records.merge(arguments.runs, arguments.into or readme.RESULTS)
     except (ResultError, OSError) as error:
         return _refuse(str(error))
+    print(f"{folder}: {count} runs")
     return 0
 
 
@@ -170,10 +180,19 @@ def _fault(text: str) -> tuple[str, str]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 A line is an object with "record": header (the first), calibration, row, model, host, task or end.
 """
 
-import datetime
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -36,8 +35,10 @@ def read(path: Path) -> list[Entry]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ResultError(f"{path}, line {number} is not JSON ({error}).") from error
-    schema = entries[0].get("schema") if entries else None
-    if not entries or entries[0].get("record") != "header" or schema != results.SCHEMA:
+    if not entries:
+        raise ResultError(f"{path} is empty: that run ended before it knew its machine.")
+    schema = entries[0].get("schema")
+    if entries[0].get("record") != "header" or schema != results.SCHEMA:
         raise ResultError(
             f"{path} begins with no header of schema {results.SCHEMA!r} (found {schema!r}).\n"
             "  hint: measure again, or read it with the version of adapterkern that wrote it"
@@ -95,39 +96,57 @@ def _newest(rows: Iterable[Any]) -> list[Any]:
     return list(kept.values())
 
 
-def merge(folders: Sequence[Path], into: Path) -> Path:
-    """Combine runs into <into>/<gpu>/<date>-<commit>/ and return that folder.
+def merge(folders: Sequence[Path], into: Path) -> tuple[Path, int]:
+    """Add runs to <into>/<gpu>/<date>-<commit>/; that folder, and how many runs it holds now.
 
-    rows.jsonl holds the records of all in the given order; of each run its events, summary, clocks
-    and tests come along under its stage's name.
+    rows.jsonl holds the records of all, those that were there first; of each run its events,
+    summary, clocks and tests come along under its stage's name.
 
     Raises:
-        ResultError: runs of different commits or GPUs, a run of a changed tree, or no such file.
+        ResultError: runs of different commits or GPUs, a run without a GPU, of a changed tree, or
+            one that is there already; or no such file.
     """
     runs = [(folder, read(folder / ROWS)) for folder in folders]
     first = runs[0][1][0]
     for folder, entries in runs:
-        header = entries[0]
-        for key in ("commit", "device"):
-            if header[key] != first[key]:
-                raise ResultError(
-                    f"{folder} is of {key} {header[key]}, {runs[0][0]} of {first[key]}; only runs "
-                    f"of one commit on one kind of GPU make one result."
-                )
-        if header["dirty"]:
-            raise ResultError(f"{folder} was measured on a tree with changes that no commit has.")
-    date = str(first["created"])[:10] or datetime.date.today().isoformat()
+        _belongs(folder, entries[0], runs[0][0], first)
+    date = str(first["created"])[:10]
     target = into / folder_name(first["device"]) / f"{date}-{first['commit'][:9]}"
+    old = read(target / ROWS) if (target / ROWS).exists() else []
+    stages = [str(entry["stage"]) for entry in old if entry["record"] == "header"]
+    known = {str(entry["created"]) for entry in old if entry["record"] == "header"}
+    for folder, entries in runs:
+        if entries[0]["created"] in known:
+            raise ResultError(f"{folder} is in {target} already, or was named twice.")
+        known.add(entries[0]["created"])
     target.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(entry) for _, entries in runs for entry in entries]
+    lines = [json.dumps(entry) for entry in (*old, *(e for _, entries in runs for e in entries))]
     part = target / f".{ROWS}.part"
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(target / ROWS)
-    stages = [str(entries[0]["stage"]) for _, entries in runs]
-    for number, (folder, _) in enumerate(runs):
-        stage, earlier = stages[number], stages[:number].count(stages[number])
-        prefix = f"{stage}-{earlier + 1}" if earlier else stage
+    for folder, entries in runs:
+        stage = str(entries[0]["stage"])
+        prefix = f"{stage}-{stages.count(stage) + 1}" if stage in stages else stage
+        stages.append(stage)
         for name in _KEPT:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, target / f"{prefix}-{name}")
-    return target
+    return target, len(stages)
+
+
+def _belongs(folder: Path, header: Entry, other: Path, first: Entry) -> None:
+    """Refuse a run that cannot be committed beside the first.
+
+    Raises:
+        ResultError: why.
+    """
+    for key in ("commit", "device"):
+        if header[key] != first[key]:
+            raise ResultError(
+                f"{folder} is of {key} {header[key]}, {other} of {first[key]}; only runs of one "
+                "commit on one kind of GPU make one result."
+            )
+    if header["device_type"] != "cuda":
+        raise ResultError(f"{folder} was a dry run: nothing of it was measured on a GPU.")
+    if header["dirty"]:
+        raise ResultError(f"{folder} was measured on a tree with changes that no commit has.")

@@ -1,6 +1,7 @@
 """The summary of a run, from its own events and records: what a reader needs, in few characters."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from benchmarks.gpu.output import SAMPLED, SAMPLES
 
 MOST_CHARACTERS = 9_800  # what a remote run's reply keeps of its output is not much more
 _MISSES, _ROWS, _NOTES = 12, 40, 10
+_COUNTED = re.compile(r"\d+ (passed|failed|skipped).* in [\d.]+s")
 Entry = dict[str, Any]
 
 
@@ -39,8 +41,11 @@ def _head(header: Entry, events: Sequence[Entry]) -> list[str]:
     begin = next(iter(_of(events, "event", "begin")), {})
     end = next(iter(_of(events, "event", "end")), None)
     state = "not finished" if end is None else "passed" if end["passed"] else "FAILED"
+    for entry in _of(events, "event", "interrupted"):
+        state = f"INTERRUPTED during {entry['during'] or 'its start'}"
+    dry = "" if header.get("device_type", "cuda") == "cuda" else "dry run of "
     lines = [
-        f"== {begin.get('stage')} on {header.get('device', 'an unknown machine')}: {state}, "
+        f"== {dry}{begin.get('stage')} on {header.get('device', 'an unknown machine')}: {state}, "
         f"commit {str(begin.get('commit'))[:12]}"
     ]
     if header:
@@ -55,11 +60,14 @@ def _head(header: Entry, events: Sequence[Entry]) -> list[str]:
 
 
 def _steps(events: Sequence[Entry]) -> list[str]:
+    """A line a step; of pytest also what it counted, for all of it may have been skipped."""
     lines = []
     for entry in _of(events, "event", "step"):
-        note = entry.get("note") or f"{entry.get('seconds')} s"
-        lines.append(f"{entry['step']}: {entry['status']}, {note}")
-    return ["steps: " + "; ".join(lines)] if lines else []
+        own = [e for e in _of(events, "event", "command") if e["step"] == entry["step"]]
+        counted = [e["says"] for e in own if _COUNTED.search(e["says"])]
+        note = entry.get("note") or "; ".join([f"{entry.get('seconds')} s", *counted[:1]])
+        lines.append(f"  {entry['step']}: {entry['status']}, {note}")
+    return ["steps", *lines] if lines else []
 
 
 def _parity(events: Sequence[Entry]) -> list[str]:
@@ -101,7 +109,7 @@ def _adapters(records: Sequence[Entry]) -> list[str]:
     lines = ["adapter, us, of copy, of peak, times of others over ours"]
     for row in ours[:_ROWS]:
         case = row["case"]
-        name = f"{case['mode'][:4]} {case['dtype']} T{case['tokens']} H{case['hidden_size']} "
+        name = f"{case['mode']} {case['dtype']} T{case['tokens']} H{case['hidden_size']} "
         name += f"R{case['bottleneck_size']} {row['provider']}"
         timing = row["timings"].get(row["headline"])
         if timing is None:
@@ -113,7 +121,7 @@ def _adapters(records: Sequence[Entry]) -> list[str]:
             if other in ("plain", "adapterhub", "compile", "cublaslt")
         )
         shares = f"{_share(row['copy_fraction'])} {_share(row['peak_fraction'])}"
-        lines.append(f"  {name}: {timing['p50']:.1f} {shares} {ratios}")
+        lines.append(f"  {name}: {timing['p50']:.1f} {shares} {ratios}".rstrip())
     if len(ours) > _ROWS:
         lines.append(f"  and {len(ours) - _ROWS} more in rows.jsonl")
     return lines
@@ -135,7 +143,7 @@ def _models(records: Sequence[Entry]) -> list[str]:
         key = f"{row['model']} {row['mode']} {row['execution']}"
         by_case.setdefault(key, []).append(text)
     lines = [f"  {key}: {', '.join(texts)}" for key, texts in by_case.items()]
-    return ["models, ms, over plain", *lines] if lines else []
+    return ["models, ms (and per cent over plain)", *lines] if lines else []
 
 
 def _clocks(path: Path) -> list[str]:

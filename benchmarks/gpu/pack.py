@@ -186,11 +186,12 @@ def _facts(python: Sequence[str]) -> dict[str, str]:
         "'suffix': sysconfig.get_config_var('EXT_SUFFIX')}))"
     )
     text = _output([*python, "-c", code])
-    if text is None:
+    try:
+        return json.loads(text or "")
+    except json.JSONDecodeError as error:
         raise PackError(
-            f"{' '.join(python)} does not run.\n  hint: name an interpreter with --python"
-        )
-    return json.loads(text)
+            f"{' '.join(python)} is no Python that runs.\n  hint: name one with --python"
+        ) from error
 
 
 def _build(python: Sequence[str], archs: str, target: Path) -> None:

@@ -90,7 +90,8 @@ class Child:
             lines.append(rest)
         for line in lines:
             text = line.decode("utf-8", errors="replace").rstrip("\r")
-            self.last_line = text.strip() or self.last_line
+            if not text.startswith("{"):  # an object for this program tells a reader nothing
+                self.last_line = text.strip() or self.last_line
             self._on_line(self, stream, text)
 
     def send(self, line: str) -> bool:

@@ -46,7 +46,7 @@ class Options:
 
 
 def run(options: Options, say: Callable[[str], Any] = print) -> int:
-    """Run a stage; 0 if every step ran and passed, else 1.
+    """Run a stage; 0 if every step ran and passed, 130 if it was interrupted, else 1.
 
     Raises:
         NoCommitError: neither git nor a pack tells the commit of this tree.
@@ -62,7 +62,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
         say(f"{pack.FOLDER} was packed from other sources than this tree and is left out")
         found = None
     deadline = time.monotonic() + options.seconds - stages.CLOSING_SECONDS
-    passed = False
+    passed = interrupted = False
     with _terminable(), tempfile.TemporaryDirectory(prefix="adapterkern-site-") as folder:
         site = Path(folder)
         output.event("begin", stage=options.stage, commit=commit, seconds=options.seconds)
@@ -74,7 +74,8 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
         try:
             passed = stage.run_steps()
         except KeyboardInterrupt:
-            output.event("interrupted")
+            interrupted = True
+            output.event("interrupted", during=stage.step)
         finally:
             stage.close()
             if sampler is not None:
@@ -84,7 +85,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
             text = digest.summary(output.events, output.records, options.out)
             output.summarise(text)
     say(text)
-    return 0 if passed else 1
+    return 130 if interrupted else 0 if passed else 1
 
 
 @contextlib.contextmanager
@@ -148,7 +149,7 @@ class _Stage:
         self._measuring = Measuring(output, worker, self._environment, ROOT)
         self._failed_checks = 0
         self.finished = False  # whether every check passed, and nothing was left out
-        self._step = ""
+        self.step = ""
         self._during: dict[str, str] = {}  # command -> the parity case that it is in
 
     def sampler(self) -> processes.Child | None:
@@ -211,10 +212,11 @@ class _Stage:
         return None
 
     def _run(self, step: stages.Step, deadline: float) -> str:
+        self.step = step.name
         if isinstance(step, stages.Measure):
             return "passed" if self._measuring.run(self._tasks(step), deadline) else "failed"
         self._measuring.close()  # it holds memory that the commands may need
-        self._failed_checks, self._step = 0, step.name
+        self._failed_checks = 0
         self._during.clear()
         children = [
             self._child(name, words, step.environment) for name, words in step.commands.items()
@@ -250,6 +252,9 @@ class _Stage:
         for word in words:
             command += self._words.get(word, (word.replace("{out}", str(self.output.folder)),))
         settings = {**self._environment, **environment}
+        capability = str(self.output.last("header").get("capability", "")).replace(".", "")
+        arch = "sm_90a" if capability == "90" else f"sm_{capability}"
+        settings = {name: value.replace("{arch}", arch) for name, value in settings.items()}
         return processes.Child(name, command, self._take, settings, ROOT)
 
     def _take(self, child: processes.Child, stream: str, line: str) -> None:
@@ -271,6 +276,6 @@ class _Stage:
                 self._during[child.name] = message["case"]
             elif event == "case":
                 self._during.pop(child.name, None)
-            self.output.event(f"check {event}", step=self._step, command=child.name, **message)
+            self.output.event(f"check {event}", step=self.step, command=child.name, **message)
         else:
             self.output.log(child.name, line)

@@ -180,7 +180,7 @@ def _machine(limit: float) -> list[Commands]:
     """
     facts = {"machine": ("{python}", "-m", "benchmarks.gpu.machine", "{identity}")}
     build = {"build": ("{python}", "setup.py", "build_ext", "--inplace")}
-    settings = {"ADAPTERKERN_BUILD_CUDA": "1", "ADAPTERKERN_CUDA_ARCHS": "sm_90a"}
+    settings = {"ADAPTERKERN_BUILD_CUDA": "1", "ADAPTERKERN_CUDA_ARCHS": "{arch}"}
     return [
         Commands("machine", limit, facts),
         Commands("card", 4, {"nvidia-smi": ("nvidia-smi", "-q")}, gpu=True),

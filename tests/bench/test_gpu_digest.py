@@ -36,6 +36,11 @@ def case(index, status, **more):
     return {"at": 1.0, "event": "check case", "step": "parity", **facts, **more}
 
 
+def command(step, says):
+    return {"at": 1, "event": "command", "step": step, "command": step, "status": "passed",
+            "says": says}  # fmt: skip
+
+
 PLANNED = {"at": 1.0, "event": "check backend", "step": "parity", "backend": "cuda", "cases": 5}
 
 
@@ -47,6 +52,7 @@ def test_it_shows_steps_parity_and_rows(tmp_path):
     ]
     events = [
         BEGIN,
+        command("smoke", "5 passed, 41 skipped in 4.30s"),
         {"at": 1, "event": "step", "step": "smoke", "status": "passed", "seconds": 3.0},
         {"at": 1, "event": "step", "step": "memcheck", "status": "not run", "note": "out of time"},
         PLANNED,
@@ -69,12 +75,13 @@ def test_it_shows_steps_parity_and_rows(tmp_path):
     lines = digest.summary(events, [HEADER, *rows], tmp_path).splitlines()
     assert lines[0] == "== verify on Made-up GPU: FAILED, commit 0123456789ab"
     assert lines[1] == "driver 1.2, torch 2.11, triton 3.6, extension: sm_90a, nvcc 13.0"
-    assert "steps: smoke: passed, 3.0 s; memcheck: not run, out of time" in lines
+    assert "  smoke: passed, 3.0 s; 5 passed, 41 skipped in 4.30s" in lines
+    assert "  memcheck: not run, out of time" in lines
     assert "parity, cuda: 1 passed, 1 missed, 1 lost, 2 not reached" in lines
     assert "  MISSED cuda case-2: dx 5.0e-01, y not finite" in lines
     assert "  LOST cuda case-3: illegal memory access" in lines
-    assert "  forw bf16 T16 H1024 R64 cuda: 20.0 81% 70% plain 2.50x" in lines
-    assert "  forw bf16 T17 H1024 R64 cuda: wrong, y: error 1" in lines
+    assert "  forward bf16 T16 H1024 R64 cuda: 20.0 81% 70% plain 2.50x" in lines
+    assert "  forward bf16 T17 H1024 R64 cuda: wrong, y: error 1" in lines
     assert "  forward: hung, killed after 31 s" in lines
 
 
@@ -82,6 +89,12 @@ def test_a_run_without_an_end_says_so(tmp_path):
     assert digest.summary([BEGIN], [], tmp_path).startswith(
         "== verify on an unknown machine: not finished"
     )
+
+
+def test_an_interrupted_and_a_dry_run_say_so(tmp_path):
+    events = [BEGIN, {"event": "interrupted", "during": "smoke"}, {"event": "end", "passed": False}]
+    text = digest.summary(events, [{**HEADER, "device_type": "cpu"}], tmp_path)
+    assert text.startswith("== dry run of verify on Made-up GPU: INTERRUPTED during smoke, commit")
 
 
 def test_it_stays_short_whatever_happens(tmp_path):

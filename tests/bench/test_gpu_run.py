@@ -58,7 +58,8 @@ def test_a_dry_run_survives_a_hang_a_dead_worker_and_a_lost_device(tmp_path):
     assert {check["status"] for check in checks} == {"passed"}
     summary = (out / "summary.txt").read_text()
     assert done.stdout.rstrip().endswith(summary.rstrip())
-    assert "died, failed (signal 9)" in summary
+    assert "died, failed (signal 9): \n" in summary
+    assert summary.startswith("== dry run of verify on cpu")
     assert "hung, killed after" in summary
     assert len(summary) < 10_000
     first = done.stdout.splitlines()[:6]
@@ -125,10 +126,11 @@ def test_a_stopped_parent_still_writes_its_summary(tmp_path):
         time.sleep(0.1)
     time.sleep(0.5)
     parent.terminate()
-    assert parent.wait(60) == 1
+    assert parent.wait(60) == 130
     events = [entry["event"] for entry in lines_of(out / "events.jsonl")]
     assert events[-2:] == ["interrupted", "end"]
-    assert (out / "summary.txt").read_text().startswith("== diagnose on")
+    text = (out / "summary.txt").read_text()
+    assert text.startswith("== diagnose on an unknown machine: INTERRUPTED during machine")
 
 
 @pytest.fixture
@@ -204,6 +206,17 @@ def test_a_fault_goes_with_a_dry_run_only(tmp_path, capsys):
     command = ["gpu", "--stage", "verify", "--out", str(tmp_path / "x"), "--fault", "blocks=die"]
     assert main(command) == 2
     assert "--fault goes with --dry" in capsys.readouterr().err
+    assert main([*command, "--dry", "--fault", "smoke=die"]) == 2
+    assert "--fault smoke: no such step has a worker in this stage (calibration, adapters" in (
+        capsys.readouterr().err
+    )
+    for words in (["--seconds", "abc"], ["--tokens", "-5"], ["--fault", "blocks=melt"]):
+        with pytest.raises(SystemExit):
+            main([*command, *words])
+    err = capsys.readouterr().err
+    assert "must be a positive number, got abc" in err
+    assert "must be at least 1, got -5" in err
+    assert "must be STEP=hang|die|lose, got blocks=melt" in err
 
 
 def test_a_step_that_fails_its_check_fails_though_the_process_ended_well(tmp_path):

@@ -116,8 +116,9 @@ def test_create_writes_what_read_finds(quick, tmp_path):
 
 
 def test_create_refuses_what_would_be_no_use(quick, monkeypatch, tmp_path):
-    with pytest.raises(PackError, match="does not run"):
-        pack.create(["/no/such/python"], "sm_90a", print, tmp_path / "a")
+    for python in ("/no/such/python", "/usr/bin/true"):
+        with pytest.raises(PackError, match="is no Python that runs"):
+            pack.create([python], "sm_90a", print, tmp_path / "a")
     monkeypatch.setattr(pack, "MOST_BYTES", 3)
     with pytest.raises(PackError, match="at most 0 fit"):
         pack.create([sys.executable], "sm_90a", print, tmp_path / "b")

@@ -62,7 +62,7 @@ def test_what_is_no_record_is_refused(tmp_path):
     with pytest.raises(ResultError, match="begins with no header of schema"):
         records.load(path)
     path.write_text("")
-    with pytest.raises(ResultError, match="begins with no header"):
+    with pytest.raises(ResultError, match="ended before it knew its machine"):
         records.load(path)
     with pytest.raises(ResultError, match="cannot read"):
         records.load(tmp_path / "missing.jsonl")
@@ -88,13 +88,13 @@ def test_merge_puts_runs_of_one_commit_into_one_folder(gpu_result, tmp_path, cap
     more.rows = more.rows[:3]
     for row in more.rows:
         row.note = "of the second"
-    write(second, more, "report")
+    write(second, more, "report", created="2026-01-02T05:00:00+00:00")
     (first / "summary.txt").write_text("first")
     (second / "gpu.csv").write_text("second")
     into = tmp_path / "results"
     assert main(["merge", str(first), str(second), "--into", str(into)]) == 0
     folder = into / "made-up-gpu" / "2026-01-02-012345678"
-    assert capsys.readouterr().out.strip() == str(folder)
+    assert capsys.readouterr().out.strip() == f"{folder}: 2 runs"
     assert sorted(file.name for file in folder.iterdir()) == [
         "report-gpu.csv", "rows.jsonl", "verify-summary.txt",
     ]  # fmt: skip
@@ -105,13 +105,22 @@ def test_merge_puts_runs_of_one_commit_into_one_folder(gpu_result, tmp_path, cap
     assert found.header["finished"] is True
 
 
-def test_two_runs_of_one_stage_keep_their_files(gpu_result, tmp_path):
-    for name in "ab":
-        write(tmp_path / name, gpu_result, "verify")
+def test_a_later_merge_adds_to_what_is_there(gpu_result, tmp_path):
+    for number, name in enumerate("abc"):
+        stage = "report" if name == "c" else "verify"
+        write(tmp_path / name, gpu_result, stage, created=f"2026-01-02T0{number}:00:00+00:00")
         (tmp_path / name / "summary.txt").write_text(name)
-    folder = records.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "results")
-    assert (folder / "verify-summary.txt").read_text() == "a"
-    assert (folder / "verify-2-summary.txt").read_text() == "b"
+    folder, count = records.merge([tmp_path / "a"], tmp_path / "results")
+    assert count == 1
+    again, count = records.merge([tmp_path / "b", tmp_path / "c"], tmp_path / "results")
+    assert (again, count) == (folder, 3)
+    assert records.load(folder / "rows.jsonl").header["stages"] == ["verify", "verify", "report"]
+    for name, of in (("verify", "a"), ("verify-2", "b"), ("report", "c")):
+        assert (folder / f"{name}-summary.txt").read_text() == of
+    before = (folder / "rows.jsonl").read_bytes()
+    with pytest.raises(ResultError, match=r"is in .* already, or was named twice"):
+        records.merge([tmp_path / "b"], tmp_path / "results")
+    assert (folder / "rows.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -120,10 +129,11 @@ def test_two_runs_of_one_stage_keep_their_files(gpu_result, tmp_path):
         ({"commit": "f" * 16}, "is of commit ffffffffffffffff"),
         ({"device": "Another GPU"}, "is of device Another GPU"),
         ({"dirty": True}, "on a tree with changes"),
+        ({"device_type": "cpu"}, "was a dry run"),
     ],
 )
 def test_merge_refuses_what_does_not_belong_together(gpu_result, tmp_path, header, message, capsys):
-    write(tmp_path / "a", gpu_result)
+    write(tmp_path / "a", gpu_result, created="2026-01-02T05:00:00+00:00")
     write(tmp_path / "b", gpu_result, **header)
     words = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path / "c")]
     assert main(words) == 2

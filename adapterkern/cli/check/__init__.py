@@ -79,7 +79,11 @@ def add_parser(subparsers) -> None:
     )
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
-        "--quick", action="store_const", const="quick", dest="level", help="every activation once"
+        "--quick",
+        action="store_const",
+        const="quick",
+        dest="level",
+        help="every dtype and activation, once",
     )
     level.add_argument(
         "--full",
