@@ -140,10 +140,10 @@ class Case:
 
         strided = self.parameter_layout == "strided"
 
-        def normal(shape, scale, dtype, layout, mean=0.0, nonfinite_in=()) -> Tensor:
+        def normal(shape, scale, dtype, layout, mean=0.0, nonfinite_in=(), gap=8) -> Tensor:
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + mean
             self._plant(values, nonfinite_in)
-            return place(values.to(dtype).to(device), layout)
+            return place(values.to(dtype).to(device), layout, gap)
 
         wide = (*self.shape, hidden)
         weights = parameter_dtype, "transposed" if strided else "contiguous"
@@ -158,9 +158,10 @@ class Case:
         if self.bias in ("both", "up"):
             tensors["up_bias"] = normal((hidden,), 0.5, *vectors)
         if self.residual == "tensor":
-            tensors["residual"] = normal(wide, 1.0, self.residual_dtype or self.dtype, self.layout)
+            dtype = self.residual_dtype or self.dtype
+            tensors["residual"] = normal(wide, 1.0, dtype, self.layout, gap=16)
         if self.skip:
-            tensors["skip"] = normal(wide, 1.0, self.dtype, self.layout)
+            tensors["skip"] = normal(wide, 1.0, self.dtype, self.layout, gap=24)
         if isinstance(self.scaling, str):
             size = 1 if self.scaling == "learned" else hidden
             tensors["scaling"] = normal((size,), 0.5, *vectors, mean=1.0)
@@ -191,10 +192,11 @@ def _short(dtype: torch.dtype | None) -> str:
     return "same" if dtype is None else SHORT_NAMES[dtype]
 
 
-def place(values: Tensor, layout: str) -> Tensor:
+def place(values: Tensor, layout: str, gap: int = 8) -> Tensor:
     """`values` in a larger buffer of NaN, in one of LAYOUTS.
 
-    rows: a gap after each row; transposed: the first two dimensions the other way round in memory;
+    rows: a gap after each row, another for each tensor of a case, so that no stride can stand for
+    another; transposed: the first two dimensions the other way round in memory;
     expanded: stride 0 in the first dimension, whose first entry is repeated; scalar: stride 0 in
     all, as the gradient of a sum has it; spread: every second element; unaligned: one element
     behind an aligned address.
@@ -209,7 +211,7 @@ def place(values: Tensor, layout: str) -> Tensor:
         strides[axis] = extent
         extent *= max(shape[axis], 1)
         if layout == "rows" and axis == order[-1]:
-            extent += 8
+            extent += gap
     buffer = values.new_full((extent + 2 * _PADDING,), math.nan)
     view = buffer.as_strided(shape, strides, _PADDING + (layout == "unaligned"))
     view.copy_(values)

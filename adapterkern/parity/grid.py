@@ -49,7 +49,7 @@ _EVERYWHERE: tuple[dict, ...] = (
     {"residual": "none"},
     {"residual": "tensor", "skip": True, "scaling": "channel"},
     {"skip": True, "scaling": 0.7},
-    {"layout": "rows", "residual": "tensor", "grad_layout": "rows"},
+    {"layout": "rows", "residual": "tensor", "skip": True, "grad_layout": "rows"},
     {"layout": "expanded"},
     {"layout": "spread", "grad_layout": "spread", "skip": True},
     {"layout": "unaligned", "grad_layout": "unaligned"},
