@@ -19,7 +19,7 @@ On the GPU machine, under nine minutes each, into a folder of its own:
   python -m benchmarks gpu --stage diagnose --case ID --kernel REGEX --out DIR
 Back again:
   python -m benchmarks merge DIR [DIR ...]      into benchmarks/results/<gpu>/<date>-<commit>
-  python -m benchmarks readme                   pictures, tables, and the README's section
+  python -m benchmarks readme                   pictures, tables, README and docs/benchmarks.md
 """
 DEFAULT = stages.Wanted()
 BACKENDS, MODES = ("cuda", "triton"), ("forward", "backward", "step")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     merge.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="what a run wrote")
     merge.add_argument("--into", type=Path, metavar="DIR", help="default: benchmarks/results")
     merge.set_defaults(run=_merge)
-    readme = commands.add_parser("readme", help="write the README's performance section")
+    readme = commands.add_parser("readme", help="write what README and docs say of speed")
     readme.set_defaults(run=_readme)
     arguments = parser.parse_args(argv)
     try:
@@ -163,7 +163,7 @@ def _readme(_arguments: argparse.Namespace) -> int:
         path = readme.write()
     except (ResultError, readme.MarkerError) as error:
         return _refuse(str(error))
-    print(f"README.md: {path if path else 'no GPU result yet'}")
+    print(f"README.md, {readme.GOALS}: {path if path else 'no GPU result yet'}")
     return 0
 
 

@@ -1,5 +1,6 @@
-"""The README's performance section, generated from the best committed GPU result."""
+"""What README and docs/benchmarks.md say of speed, generated from the best committed GPU result."""
 
+from collections import Counter
 from pathlib import Path
 
 from adapterkern.backends import NAMES
@@ -11,12 +12,10 @@ from benchmarks.gpu.output import ROWS
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 REPORT = "report"  # the stem of what is drawn into a result's folder
-BEGIN = "<!-- performance: written by `python -m benchmarks readme` -->"
-END = "<!-- end of performance -->"
+GOALS = "docs/benchmarks.md"
 NO_RESULT = (
-    "No GPU result yet: no kernel of this package has been timed on a GPU, so there is no number "
-    "here.\n`python -m benchmarks gpu --stage report --out DIR` measures one. "
-    "The goals, for an H200 in bfloat16:"
+    "All kernels were compared with float64 on CPUs alone (see above), and none has been timed on a"
+    f"\nGPU, so no [goal]({GOALS}#goals) has been measured."
 )
 PREFERRED = ("H200", "H100")  # the goals are stated for the first
 TOKENS = (16, 2048, 16384)
@@ -26,11 +25,11 @@ UNFINISHED = "**No report of this machine is finished yet: rows are missing.**"
 
 
 class MarkerError(ValueError):
-    """The README lacks the comments between which the section goes."""
+    """A page lacks the comments between which a section goes."""
 
 
 def best(folder: Path = RESULTS) -> Path | None:
-    """The folder of the GPU result that the README shows, None if there is none: a finished one
+    """The folder of the GPU result that the pages show, None if there is none: a finished one
     before others, an H200's before an H100's before another GPU's, the newest of these.
 
     Raises:
@@ -46,11 +45,23 @@ def best(folder: Path = RESULTS) -> Path | None:
     return max(ranked)[1] if ranked else None
 
 
-def section(folder: Path | None, root: Path = ROOT) -> str:
-    """What goes between the markers."""
+def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str]]:
+    """By page: the name in its markers, and what goes between them."""
     if folder is None:
-        return f"{NO_RESULT}\n\n{summary.goals_table(Result())}"
+        return {
+            "README.md": ("performance", NO_RESULT),
+            GOALS: ("goals", summary.goals_table(Result())),
+        }
     result = records.load(folder / ROWS)
+    where = folder.relative_to(root).as_posix()
+    source = f"Found on {result.device}: [all rows](../{where}/{REPORT}.md)."
+    return {
+        "README.md": ("performance", _performance(result, folder, root)),
+        GOALS: ("goals", f"{source}\n\n{summary.goals_table(result)}"),
+    }
+
+
+def _performance(result: Result, folder: Path, root: Path) -> str:
     commit = (result.header.get("commit") or "unknown")[:9]
     versions = result.header.get("versions", {})
     where = folder.relative_to(root).as_posix()
@@ -64,7 +75,7 @@ def section(folder: Path | None, root: Path = ROOT) -> str:
         *([] if result.header["finished"] else [UNFINISHED]),
         *([UNSTEADY] if from_dict(result.header["calibration"]).steady is False else []),
         summary.adapters(_telling(result), on_gpu=True, baselines=BASELINES),
-        summary.goals_table(result),
+        f"Of the [goals]({GOALS}#goals), {_count_states(result)}.",
     ]
     images = [folder / f"{REPORT}-{mode}.png" for mode in ("forward", "step")]
     parts += [
@@ -73,6 +84,11 @@ def section(folder: Path | None, root: Path = ROOT) -> str:
         if image.exists()
     ]
     return "\n\n".join(parts)
+
+
+def _count_states(result: Result) -> str:
+    states = Counter(verdict.state for verdict in goals.verdicts(result))
+    return ", ".join(f"{count} {state}" for state, count in states.items())
 
 
 def _telling(result: Result) -> list[Row]:
@@ -93,27 +109,37 @@ def _place(row: Row) -> tuple[str, int, int, int]:
     return case.mode, case.hidden_size, case.bottleneck_size, case.tokens
 
 
-def replaced(text: str, content: str) -> str:
-    """The README with `content` between its markers.
+def markers(name: str) -> tuple[str, str]:
+    """The comments between which a section of this name goes."""
+    return f"<!-- {name}: written by `python -m benchmarks readme` -->", f"<!-- end of {name} -->"
+
+
+def updated(folder: Path | None, root: Path = ROOT) -> dict[Path, str]:
+    """Every page with its section written anew.
 
     Raises:
-        MarkerError: the markers are missing, or not in order.
+        MarkerError: the markers of a page are missing, or not in order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise MarkerError(
-            "README.md has no place for the performance section.\n"
-            f"  hint: put these two lines where it goes:\n{BEGIN}\n{END}"
-        )
-    return f"{text[: begin + len(BEGIN)]}\n{content}\n{text[end:]}"
+    pages = {}
+    for page, (name, content) in sections(folder, root).items():
+        text = (root / page).read_text(encoding="utf-8")
+        first, last = markers(name)
+        begin, end = text.find(first), text.find(last)
+        if begin < 0 or end < begin:
+            raise MarkerError(
+                f"{page} has no place for the section {name!r}.\n"
+                f"  hint: put these two lines where it goes:\n{first}\n{last}"
+            )
+        pages[root / page] = f"{text[: begin + len(first)]}\n{content}\n{text[end:]}"
+    return pages
 
 
-def write(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> Path | None:
-    """Write the best result's pictures and tables anew and the README; the result's folder.
+def write(root: Path = ROOT, results: Path = RESULTS) -> Path | None:
+    """Write the best result's pictures and tables anew, and both pages; the result's folder.
 
     Raises:
         ResultError: a result cannot be read, or a picture not drawn.
-        MarkerError: the README has no place for the section.
+        MarkerError: a page has no place for its section; then no page has changed.
     """
     folder = best(results)
     if folder is not None:
@@ -122,6 +148,6 @@ def write(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> Path | 
         if problems:
             raise ResultError(f"no picture for the README: {'; '.join(problems)}")
         (folder / f"{REPORT}.md").write_text(summary.summary(result), encoding="utf-8")
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(replaced(text, section(folder, readme.parent)), encoding="utf-8")
+    for path, text in updated(folder, root).items():
+        path.write_text(text, encoding="utf-8")
     return folder

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from adapterkern.backends import NAMES, get
-from adapterkern.bench import calibration as package
-from adapterkern.bench import environment
+from adapterkern.bench import calibration, environment
 from adapterkern.bench.calibration import Calibration, from_dict
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.measure import Settings, measure_case
@@ -22,7 +21,7 @@ from adapterkern.bench.providers import PROVIDERS
 from adapterkern.bench.results import LostDeviceError, ModelRow, Row
 from adapterkern.bench.timing import CudaTimer, WallTimer, timer_for
 from adapterkern.testing import lost_device
-from benchmarks import calibration, model_level, models
+from benchmarks import model_level, models, triton_rates
 from benchmarks.judge import TF32, TF32_RATE
 
 __all__ = ["Bench", "LostDeviceError", "fused_backends", "lost_device", "run"]
@@ -121,7 +120,7 @@ def _tf32() -> Iterator[None]:
 def _with_tf32_rate(measured: Calibration, timer: CudaTimer) -> Calibration:
     """The calibration with float32's rate as it is now."""
     with timer.session():
-        rate = package.matrix_rate(timer, 0.2, package.FLOAT32_SIZE, torch.float32)
+        rate = calibration.matrix_rate(timer, 0.2, calibration.FLOAT32_SIZE, torch.float32)
     return replace(measured, matrix_rate_fp32=rate)
 
 
@@ -171,9 +170,9 @@ def _calibrate(bench: Bench, _request: dict[str, Any]) -> Records:
         yield "calibration", {"values": {}, "clocks": None}
         return
     with timer.session():
-        package.copy_bandwidth(timer, 0.2)  # idle clocks would say nothing of the run
+        calibration.copy_bandwidth(timer, 0.2)  # idle clocks would say nothing of the run
         clocks = environment.clocks(timer.device)
-        measured = calibration.measure(timer, 2.0)
+        measured = triton_rates.measure(timer, 2.0)
     yield "calibration", {"values": measured.as_dict(), "clocks": clocks}
 
 
@@ -183,7 +182,7 @@ def _calibrate_again(bench: Bench, request: dict[str, Any]) -> Records:
     if not isinstance(timer, CudaTimer):
         return
     with timer.session():
-        measured = package.measure_after(timer, measured)
+        measured = calibration.measure_after(timer, measured)
     values = {**request["calibration"], **measured.as_dict()}
     yield "calibration", {"values": values, "clocks": environment.clocks(timer.device)}
 

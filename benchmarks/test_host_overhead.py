@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import adapterkern as ak
-from adapterkern.functional import make_call
 from adapterkern.ops import run as run_op
+from adapterkern.spec import make_call
 
 HIDDEN, BOTTLENECK, TOKENS = 64, 8, 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from adapterkern.bench import timing
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.measure import Settings, measure_case
 from adapterkern.bench.providers import BASELINES, PROVIDERS
-from benchmarks import calibration, model_level, models, tasks
+from benchmarks import model_level, models, tasks, triton_rates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def timer():
 @pytest.fixture(scope="module")
 def calibrated(timer):
     with timer.session():
-        return calibration.measure(timer, 0.4)
+        return triton_rates.measure(timer, 0.4)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
@@ -98,7 +98,7 @@ def test_the_calibration_is_complete_and_plausible(calibrated):
 def test_tf32_is_faster_than_full_precision_where_it_is_allowed(timer):
     def rate():
         with timer.session():
-            return tasks.package.matrix_rate(timer, 0.1, 4096, torch.float32)
+            return tasks.calibration.matrix_rate(timer, 0.1, 4096, torch.float32)
 
     full = rate()
     with tasks._tf32():

@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from adapterkern import testing
+from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.cli import check
 from adapterkern.cli.main import main
+from adapterkern.spec import Outputs
 
 QUICK = ["check", "--backend", "reference", "--quick", "--dtype", "fp32"]
-IDS = [
-    f"fp32-{activation}-T37-H70-R20"
-    for activation in ("gelu", "gelu_tanh", "identity", "leaky_relu", "relu", "sigmoid", "silu")
-] + ["fp32-tanh-T37-H70-R20"]
+IDS = [f"fp32-{activation}-T37-H70-R20" for activation in sorted(ACTIVATIONS)]
+NUM_CASES, TENSORS = len(IDS), 7
+RELU = IDS.index("fp32-relu-T37-H70-R20")
 
 
 def events(capsys):
@@ -46,10 +48,10 @@ def wrong_dx(monkeypatch):
 def raises_in_relu(monkeypatch):
     forward = ReferenceBackend.forward
 
-    def explode(self, call, save_z):
+    def explode(self, call, save):
         if call.activation == "relu":
             raise IndexError("no such\n tile")
-        return forward(self, call, save_z)
+        return forward(self, call, save)
 
     monkeypatch.setattr(ReferenceBackend, "forward", explode)
 
@@ -64,18 +66,18 @@ def test_check_prints_each_error_beside_its_tolerance(capsys):
     for row in rows:
         assert 0 < float(row[2]) <= float(row[3]) < 1e-5
         assert row[5].startswith("fp32-")
-    assert lines[-1] == "passed: 56 comparisons on reference, 0 missed"  # 8 activations, 7 tensors
+    assert lines[-1] == f"passed: {NUM_CASES * TENSORS} comparisons on reference, 0 missed"
 
 
 def test_check_prints_a_line_as_each_case_ends(capsys):
     assert main(QUICK) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "reference on cpu: 8 cases"
-    for line, case in zip(lines[1:9], IDS, strict=True):
+    assert lines[0] == f"reference on cpu: {NUM_CASES} cases"
+    for line, case in zip(lines[1 : NUM_CASES + 1], IDS, strict=True):
         found = re.fullmatch(r"passed  (\S+) +(\d+)% +(\d+\.\d) s", line)
         assert found[1] == case
         assert 0 < int(found[2]) <= 100
-    assert lines[9] == ""
+    assert lines[NUM_CASES + 1] == ""
 
 
 def test_check_streams_its_lines():
@@ -100,7 +102,8 @@ def test_check_streams_its_lines():
     with process:  # not `communicate`, which would miss what is already in the file's buffer
         process.stdin.write("go on\n")
         process.stdin.close()
-        assert len(process.stdout.read().splitlines()) == 15  # seven more cases, and the end
+        # begin and end of each other case, and the end
+        assert len(process.stdout.read().splitlines()) == 2 * (NUM_CASES - 1) + 1
     assert process.returncode == 0
 
 
@@ -115,23 +118,28 @@ def test_check_fails_and_names_the_miss(wrong_dx, capsys):
     assert main(QUICK) == 1
     out = capsys.readouterr().out
     assert re.findall(r"MISSED  (\S+) +\d+x +\d+\.\d s  (\S+)\n", out) == [(i, "dx") for i in IDS]
-    assert out.count("MISSED") == 16  # again below the table
+    assert out.count("MISSED") == 2 * NUM_CASES  # again below the table
     assert "MISSED fp32-gelu-T37-H70-R20 dx: 1." in out
-    assert out.splitlines()[-1].startswith("FAILED: 56 comparisons on reference, 8 missed")
+    total = f"FAILED: {NUM_CASES * TENSORS} comparisons on reference, {NUM_CASES} missed"
+    assert out.splitlines()[-1].startswith(total)
 
 
 def test_check_json_carries_every_comparison(wrong_dx, capsys):
     assert main([*QUICK, "--json"]) == 1
     backend, *cases, end = events(capsys)
     assert backend == {
-        "event": "backend", "backend": "reference", "device": "cpu", "unavailable": None, "cases": 8
+        "event": "backend", "backend": "reference", "device": "cpu", "unavailable": None,
+        "cases": NUM_CASES,
     }  # fmt: skip
-    assert end == {"event": "end", "passed": False, "comparisons": 56, "missed": 8, "cases": 8}
+    assert end == {
+        "event": "end", "passed": False, "comparisons": NUM_CASES * TENSORS, "missed": NUM_CASES,
+        "cases": NUM_CASES,
+    }  # fmt: skip
     assert [case["case"] for case in cases] == IDS
     for case in cases:
         assert (case["event"], case["backend"], case["status"]) == ("case", "reference", "missed")
         assert case["seconds"] >= 0
-        assert len(case["rows"]) == 7
+        assert len(case["rows"]) == TENSORS
         for row in case["rows"]:
             assert row["passed"] == (row["tensor"] != "dx") == (row["error"] <= row["tolerance"])
             assert row["dtype"] == "fp32"
@@ -143,7 +151,8 @@ def test_check_counts_a_backend_that_raises_as_a_miss(raises_in_relu, capsys):
     out = capsys.readouterr().out
     assert re.search(r"RAISED  fp32-relu-T37-H70-R20 .* s  IndexError: no such tile\n", out)
     assert "MISSED fp32-relu-T37-H70-R20 y: - of - (IndexError: no such tile)" in out
-    assert out.splitlines()[-1] == "FAILED: 50 comparisons on reference, 1 missed"
+    comparisons = (NUM_CASES - 1) * TENSORS + 1
+    assert out.splitlines()[-1] == f"FAILED: {comparisons} comparisons on reference, 1 missed"
     main([*QUICK, "--json"])
     (raised,) = (event for event in events(capsys) if event.get("status") == "raised")
     assert raised["note"] == "IndexError: no such tile"
@@ -153,12 +162,12 @@ def test_check_counts_a_backend_that_raises_as_a_miss(raises_in_relu, capsys):
 def test_check_stops_a_backend_at_a_lost_device(raises_in_relu, monkeypatch, capsys):
     """What raised is one thing, that the device no longer answers another: the next cases would
     all fail."""
-    answers = iter([None] * 4 + ["cuda:0 is lost: CUDA error: illegal access"] * 9)
+    answers = iter([None] * RELU + ["cuda:0 is lost: CUDA error: illegal access"] * NUM_CASES)
     monkeypatch.setattr(testing, "lost_device", lambda device: next(answers))
     assert main([*QUICK, "--json"]) == 1
     _, *cases, end = events(capsys)
-    assert [case["status"] for case in cases] == ["passed"] * 4 + ["lost"]
-    assert cases[-1]["case"] == "fp32-relu-T37-H70-R20"
+    assert [case["status"] for case in cases] == ["passed"] * RELU + ["lost"]
+    assert cases[-1]["case"] == IDS[RELU]
     assert cases[-1]["note"] == "cuda:0 is lost: CUDA error: illegal access"
     assert end["missed"] == 1
 
@@ -192,8 +201,11 @@ def test_check_runs_each_backend_in_a_process_of_its_own(monkeypatch, capsys):
     assert (died["backend"], died["status"], died["case"]) == ("triton", "lost", IDS[1])
     assert died["note"].startswith("the process ended by signal SIGABRT during this case")
     of_reference = [event for event in both if event["backend"] == "reference"]
-    assert [event["status"] for event in of_reference[1:]] == ["passed"] * 8
-    assert end == {"event": "end", "passed": False, "comparisons": 57, "missed": 1, "cases": 9}
+    assert [event["status"] for event in of_reference[1:]] == ["passed"] * NUM_CASES
+    assert end == {
+        "event": "end", "passed": False, "comparisons": NUM_CASES * TENSORS + 1, "missed": 1,
+        "cases": NUM_CASES + 1,
+    }  # fmt: skip
 
 
 def test_check_hands_its_options_to_the_processes(monkeypatch, capsys):
@@ -232,17 +244,17 @@ def test_check_counts_the_cases_a_backend_refuses(monkeypatch, capsys):
     assert main(QUICK) == 0
     out = capsys.readouterr().out
     assert "not run: 1 cases, no tanh yet" in out
-    assert "passed: 49 comparisons" in out
+    assert f"passed: {(NUM_CASES - 1) * TENSORS} comparisons" in out
 
 
 def test_check_finds_unwritten_memory(monkeypatch, capsys):
     forward = ReferenceBackend.forward
 
-    def hole(self, call, save_z):
-        y, z = forward(self, call, save_z)
-        out = torch.empty_like(y)
-        out[1:] = y[1:]
-        return out, z
+    def hole(self, call, save):
+        outputs, saved = forward(self, call, save)
+        out = torch.empty_like(outputs.y)
+        out[1:] = outputs.y[1:]
+        return Outputs(out), saved
 
     monkeypatch.setattr(ReferenceBackend, "forward", hole)
     assert main(QUICK) == 1
@@ -254,7 +266,9 @@ def test_check_runs_triton_in_the_interpreter_without_a_gpu(capsys):
     command = ["check", "--backend", "triton", "--device", "cpu", "--quick", "--dtype", "bf16"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "triton on cpu, in Triton's interpreter: 8 cases, 8 activations, 56 comparisons" in out
+    count = len(get("triton").activations)
+    told = f"{count} cases, {count} activations, {count * TENSORS} comparisons"
+    assert f"triton on cpu, in Triton's interpreter: {told}" in out
 
 
 @pytest.mark.parametrize(
@@ -273,7 +287,7 @@ def test_check_shards_divide_the_cases(capsys):
         _, *cases, _ = events(capsys)
         found.append([case["case"] for case in cases])
     assert found == [IDS[0::3], IDS[1::3], IDS[2::3]]
-    assert main([*QUICK, "--json", "--shard", "9/9"]) == 0  # more shards than cases
+    assert main([*QUICK, "--json", "--shard", "99/99"]) == 0  # more shards than cases
     assert events(capsys)[-1]["comparisons"] == 0
 
 
@@ -286,7 +300,7 @@ def test_check_runs_the_cases_that_fit_a_pattern(capsys):
 def test_check_refuses_a_pattern_that_fits_nothing(capsys):
     assert main([*QUICK, "--case", "fp32-relu"]) == 2
     err = capsys.readouterr().err
-    assert "--case fp32-relu fits none of 8 cases; some are fp32-gelu-T37-H70-R20, fp32-" in err
+    assert f"--case fp32-relu fits none of {NUM_CASES} cases; some are {IDS[0]}, fp32-" in err
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import adapterkern
 from adapterkern import _env
+from adapterkern.backends.triton import tuned
+from adapterkern.backends.triton.launch_config import Device
 from adapterkern.cli import info, main
 from adapterkern.cli.info import probes, problems, text
 
@@ -73,6 +76,14 @@ HEALTHY = {
         "writable": True,
         "filesystem": "ext4",
         "network": False,
+    },
+    "tuned": {
+        "folder": "/home/me/.cache/adapterkern/tuned",
+        "files": [
+            {"path": "/home/me/h100.json", "used": True, "gpu": "NVIDIA H100", "entries": 25},
+            {"path": "/package/a100.json", "used": False, "gpu": "NVIDIA A100", "entries": 7},
+        ],
+        "problems": [],
     },
     "backends": {"cuda": None, "triton": None, "reference": None},
     "choice": {"device": "cuda", "float32": "cuda", "float16": "cuda", "bfloat16": "cuda"},
@@ -236,6 +247,8 @@ def test_render_tells_what_the_machine_has():
         "built by nvcc 13.0.88 for sm_80, sm_90a, compute_90; holds no adapter kernels yet" in out
     )
     assert "cuda:0 NVIDIA H100, capability 9.0, 79.2 GiB, runs sm_90a of the extension" in out
+    assert "tuned        /home/me/h100.json: 25 entries from NVIDIA H100, used here" in out
+    assert "/package/a100.json: 7 entries from NVIDIA A100, for other GPUs" in out
     assert "on cuda: float32 -> cuda, float16 -> cuda, bfloat16 -> cuda" in out
     assert "none found" in out.splitlines()[-1]
 
@@ -314,6 +327,11 @@ def test_a_healthy_machine_has_no_problems():
             id="network-cache",
         ),
         pytest.param(
+            machine(tuned={"problems": ["a.json is not JSON."]}),
+            "tuned launch configurations left out: a.json is not JSON.",
+            id="damaged-table",
+        ),
+        pytest.param(
             machine(
                 environment={"ADAPTERKERN_BACKEND": "Triton"},
                 backends={"triton": "no CUDA device"},
@@ -374,6 +392,25 @@ def test_probe_cache_obeys_tritons_variables(tmp_path, monkeypatch):
     assert probes.probe_cache()["folder"] == str(tmp_path / ".triton" / "cache")
     (tmp_path / ".triton").write_text("a file where a folder should be")
     assert probes.probe_cache()["writable"] is False
+
+
+def test_probe_tuned_tells_which_files_serve_the_gpus_here(tmp_path, monkeypatch):
+    device, other = Device(132, 232448), Device(108, 166912)
+    for name, gpu_device in (("h200", device), ("a100", other)):
+        tuned.save(tmp_path / f"{name}.json", name, gpu_device, [])
+    (tmp_path / "old.json").write_text("{}")
+    monkeypatch.setattr(tuned, "FOLDERS", (tmp_path, tmp_path / "missing"))
+    assert [file["used"] for file in probes.probe_tuned()["files"]] == [False, False]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(tuned, "device_of", lambda _index: device)
+    found = probes.probe_tuned()
+    assert found["folder"] == str(tmp_path)
+    assert found["files"] == [
+        {"path": str(tmp_path / "a100.json"), "gpu": "a100", "entries": 0, "used": False},
+        {"path": str(tmp_path / "h200.json"), "gpu": "h200", "entries": 0, "used": True},
+    ]
+    (problem,) = found["problems"]
+    assert problem.startswith(f"{tmp_path / 'old.json'} has schema None, this version reads")
 
 
 def test_probe_compiler_reports_the_compiler_that_triton_would_take(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ from adapterkern.cli.demo import (  # noqa: E402
     checks,
     corpus,
     experiment,
+    findings,
     model,
     plot,
-    report,
     sources,
     training,
 )
@@ -232,17 +232,17 @@ def test_step_times_make_no_speed_claim_on_a_cpu(trained):
 # --- report and picture
 
 
-def canned_report() -> report.Report:
-    def method(name: str, trained: int) -> report.MethodResult:
+def canned_report() -> findings.Report:
+    def method(name: str, trained: int) -> findings.MethodResult:
         tasks = [
-            report.TaskResult("topic", 11, 99, 0.09, 0.7, 4.0, [2.4, 1.5, 0.9]),
-            report.TaskResult("kind", 5, 45, 0.15, 0.6, 4.0, [1.6, 1.2, 1.0]),
+            findings.TaskResult("topic", 11, 99, 0.09, 0.7, 4.0, [2.4, 1.5, 0.9]),
+            findings.TaskResult("kind", 5, 45, 0.15, 0.6, 4.0, [1.6, 1.2, 1.0]),
         ]
-        return report.MethodResult(
+        return findings.MethodResult(
             name, model.LABELS[name], trained, 1000, 1e-3, {"rank": 1}, 5 << 20, tasks
         )
 
-    return report.Report(
+    return findings.Report(
         command={"steps": 3, "batch_size": 16, "seed": 0},
         versions={"torch": "2"},
         machine={"device": "cpu"},
@@ -251,8 +251,8 @@ def canned_report() -> report.Report:
         corpus={"texts": 2461, "modules": 129, "train": 1969, "held_out": 492},
         majority={"topic": 0.105, "kind": 0.305},
         methods=[method("adapters", 10), method("lora", 12), method("full", 1000)],
-        checks=[report.Check("a promise", True, "how", {"errors": {"w": 1e-7}})],
-        step_times=[report.StepTime("float32", [16, 64], "reference", 300.0, 310.0, 3, False)],
+        checks=[findings.Check("a promise", True, "how", {"errors": {"w": 1e-7}})],
+        step_times=[findings.StepTime("float32", [16, 64], "reference", 300.0, 310.0, 3, False)],
         saved={"adapter_bytes": 1 << 20, "model_bytes": 90 << 20},
         peak_is_per_method=True,
         seconds=12.0,
@@ -261,17 +261,17 @@ def canned_report() -> report.Report:
 
 def test_report_survives_json():
     original = canned_report()
-    assert report.Report.from_json(original.to_json()) == original
+    assert findings.Report.from_json(original.to_json()) == original
 
 
 def test_report_of_another_format_is_refused():
     data = json.loads(canned_report().to_json())
     with pytest.raises(ValueError, match="format 1, got 99"):
-        report.Report.from_json(json.dumps({**data, "format": 99}))
+        findings.Report.from_json(json.dumps({**data, "format": 99}))
 
 
 def test_report_text_is_an_aligned_table_with_the_baseline_beside_the_accuracies():
-    lines = report.as_text(canned_report()).splitlines()
+    lines = findings.as_text(canned_report()).splitlines()
     table = lines[4:10]
     ends = {line.rfind("MiB") for line in table if "MiB" in line}
     assert len(ends) == 1
@@ -284,16 +284,16 @@ def test_report_text_is_an_aligned_table_with_the_baseline_beside_the_accuracies
 
 def test_report_names_a_failed_check():
     failed = canned_report()
-    failed.checks.append(report.Check("bits", False, "other logits"))
+    failed.checks.append(findings.Check("bits", False, "other logits"))
     assert not failed.passed
-    assert "FAILED  bits" in report.as_text(failed)
+    assert "FAILED  bits" in findings.as_text(failed)
 
 
 def test_plot_draws_curves_and_bars(tmp_path):
     from matplotlib.image import imread
 
     path = tmp_path / "report.png"
-    report.write_atomically(path, lambda scratch: plot.plot_report(canned_report(), scratch))
+    findings.write_atomically(path, lambda scratch: plot.plot_report(canned_report(), scratch))
     pixels = imread(path)[..., :3]
     assert pixels.shape[:2] == (1040, 1430)
     for color, _, _ in plot.STYLES.values():
@@ -319,7 +319,7 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, fail)
+        findings.write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -398,7 +398,7 @@ def demo_run(tiny_model, tmp_path_factory):
 def test_demo_runs_to_its_end_and_every_check_holds(demo_run):
     code, out = demo_run
     assert code == 0
-    found = report.Report.from_json((out / "report.json").read_text())
+    found = findings.Report.from_json((out / "report.json").read_text())
     assert [check.passed for check in found.checks] == [True, True, True]
     assert [method.method for method in found.methods] == ["adapters", "lora", "full"]
     assert found.command["seed"] == 7
@@ -417,7 +417,7 @@ def test_demo_runs_to_its_end_and_every_check_holds(demo_run):
 def test_demo_leaves_its_results_and_nothing_else(demo_run):
     _, out = demo_run
     assert sorted(path.name for path in out.iterdir()) == ["adapters", "report.json", "report.png"]
-    found = report.Report.from_json((out / "report.json").read_text())
+    found = findings.Report.from_json((out / "report.json").read_text())
     for task in ("topic", "kind"):
         folder = out / "adapters" / task
         weights = [folder / "adapter_model.safetensors", folder / "head.safetensors"]

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 
 from adapterkern import __version__, _env
+from adapterkern.backends.triton import tuned
 from adapterkern.bench import driver
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters", "nvmath-python")
+# The packages on which numbers and results depend.
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "peft", "adapters"),
+    "nvmath-python",
+)
 ROOT = Path(__file__).parents[2]  # of the source tree, where there is one
 SOURCES = ("adapterkern", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 _GPU_FIELDS = {
@@ -71,7 +76,7 @@ def folder_name(device: str) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions, None where absent."""
+    """Installed versions, None where absent; a package that fails to import still shows."""
     found: dict[str, str | None] = {
         "adapterkern": __version__,
         "python": platform.python_version(),
@@ -135,6 +140,7 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
         return {}
     properties: Any = torch.cuda.get_device_properties(device)
     version = _query_gpu(device, "driver_version")
+    files, _ = tuned.read_all()
     return {
         "capability": f"{properties.major}.{properties.minor}",
         "num_sms": properties.multi_processor_count,
@@ -142,6 +148,7 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "peak_bandwidth": peak_bandwidth(device),
         "driver": version[0] if version else None,
+        "tuned": [str(path) for path in tuned.serving(files, tuned.device_of(device))],
     }
 
 

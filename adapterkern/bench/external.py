@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkern.bench.built import Built, UnavailableError, parameters_of, share
 from adapterkern.bench.cases import BenchCase, Inputs
-from adapterkern.bench.providers import Built, UnavailableError, parameters_of, share
 
 
 def _import(module: str, package: str) -> Any:

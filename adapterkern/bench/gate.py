@@ -1,8 +1,7 @@
 """The parity gate: a provider whose result is wrong gets no time.
 
-The rule is that of `adapterkern.parity`: error against float64, at most a multiple of what eager
-makes in the same dtype on the same device, at least one rounding; where float32 products may use
-TF32, the larger of eager's error and that of truncated operands.
+The rule is `parity.judge`. Its yardsticks are eager in the same dtype on the same device and, where
+float32 products may use TF32, products with truncated operands.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from adapterkern import parity, reference
 from adapterkern.backends.base import allow_tf32
 from adapterkern.bench.cases import BenchCase, Inputs
-from adapterkern.functional import make_call
+from adapterkern.spec import make_call
 
 Tensors = dict[str, Tensor]  # y, dx and d_<parameter> by name
 
@@ -60,7 +59,7 @@ class Gate:
             _compare(name, output, oracle.get(name), [them.get(name) for them in yardsticks])
             for name, output in outputs.items()
         ]
-        return max(verdicts, key=_share)
+        return max(verdicts, key=lambda verdict: parity.share(verdict.error, verdict.tolerance))
 
     def _truth(self, activation: str, parameters: tuple[str, ...]) -> tuple[Tensors, list[Tensors]]:
         """The oracle, and those whose errors bound what is allowed: eager first."""
@@ -85,7 +84,7 @@ def _reference(
     biases = {"down_bias": None, "up_bias": None}
     options = {"residual": "input", "skip": None, "scaling": 1.0, "dropout": 0.0}
     call = make_call(**{**biases, **leaves}, **options, activation=activation)  # type: ignore[arg-type]
-    y, _ = reference.forward(call)
+    y = reference.forward(call)[0].y
     if not gradients:
         return {"y": y}
     computed = torch.autograd.grad(y, list(leaves.values()), dy)
@@ -99,13 +98,4 @@ def _compare(
     bounds = [tensor for tensor in yardsticks if tensor is not None]
     if oracle is None or not bounds or out.shape != oracle.shape or out.dtype != bounds[0].dtype:
         return Verdict(f"{name} ({out.dtype}, {list(out.shape)})", float("inf"), 0.0)
-    allowance = parity.FORWARD_ALLOWANCE if name == "y" else parity.GRADIENT_ALLOWANCE
-    error = max(parity.metric(tensor, oracle) for tensor in bounds)
-    tolerance = max(allowance * error, parity.FLOORS[out.dtype])
-    return Verdict(name, parity.metric(out.detach(), oracle), tolerance)
-
-
-def _share(verdict: Verdict) -> float:
-    """The part of its tolerance that an error uses up; infinite where it is not finite."""
-    share = verdict.error / verdict.tolerance if verdict.tolerance else float("inf")
-    return share if share == share else float("inf")
+    return Verdict(name, *parity.judge(name, out.detach(), oracle, bounds, out.dtype))

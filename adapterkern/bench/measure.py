@@ -1,7 +1,6 @@
 """One case, all providers: build, pass the parity gate, count memory, time, count launches."""
 
 import gc
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern import _torch
 from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.bench import memory, roofline, rotation
+from adapterkern.bench.built import Built, UnavailableError
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.bench.gate import Gate
-from adapterkern.bench.providers import PROVIDERS, Built, Provider, UnavailableError
+from adapterkern.bench.providers import PROVIDERS, Provider
 from adapterkern.bench.results import LostDeviceError, Row, Timing
 from adapterkern.bench.rotation import FixedWeightsError
 from adapterkern.bench.timing import CALLS_IN_EAGER, CudaTimer, Subject, WallTimer
@@ -244,13 +245,13 @@ def measure_case(
     """
     if isinstance(timer, CudaTimer) and all(provider.name != "limit" for provider in providers):
         providers = [*providers, PROVIDERS["limit"]]
-    if "torch._dynamo" in sys.modules:
+    if _torch.has_compiled():
         torch.compiler.reset()  # what earlier cases compiled would count against torch's limit
     run = _Run(case, providers, timer, settings or Settings(), progress)
     rows, device = run.rows, run.device
     try:
         with timer.session(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch._inductor")  # advice on other settings
+            warnings.filterwarnings("ignore", module=_torch.INDUCTOR)  # advice on other settings
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # no-adapter's is
             run.measure()
         del run
@@ -345,9 +346,7 @@ def _derive(
             row.copy_fraction = None if copy is None else copy.p50 / time.p50
             row.floor_fraction = _share(rate, calibration.copy_bandwidth)
             row.peak_fraction = _share(rate, calibration.peak_bandwidth)
-            row.ratios = {
-                other.provider: its.p50 / time.p50 for other, its in timed if other is not row
-            }
+            row.ratios = {one.provider: its.p50 / time.p50 for one, its in timed if one is not row}
     if device.type == "cuda" and machine is not None:
         for row in rows:
             row.floor_us = roofline.seconds(case, machine) * 1e6

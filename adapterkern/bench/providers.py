@@ -1,14 +1,14 @@
 """Who is timed: this package's backends, plain layers, what torch offers, and the limits.
 
 A provider builds one implementation from the case's own tensors. Other libraries' implementations
-are in `bench.external`, imported by name when they are asked for.
+are in `bench.external`, which imports a library when it is asked for.
 """
 
 import importlib
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,29 +16,10 @@ from torch import Tensor, nn
 
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import NAMES, get
+from adapterkern.bench import external
+from adapterkern.bench.built import Built, UnavailableError, parameters_of, share
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.functional import bottleneck_adapter
-
-
-class UnavailableError(RuntimeError):
-    """A provider that cannot run here; the message is what its row says."""
-
-
-@dataclass
-class Built:
-    """One implementation, ready to be called.
-
-    forward: x [T, H] to y [T, H]; parameters: its leaf tensors, by the name of the parameter whose
-    values each holds; activation: of the formula that it computes; checked: whether it computes an
-    adapter, so that the parity gate applies; alone: in place of the case's mode, for the limits.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    activation: str = "gelu"
-    checked: bool = True
-    note: str = ""
-    alone: Callable[[Tensor, Tensor], Callable[[], Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,20 +55,6 @@ class _Activation(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.value(z)
-
-
-def share(linear: nn.Linear, inputs: Inputs, projection: str) -> None:
-    """Give a linear layer the case's values of the projection "down" or "up"."""
-    linear.weight = nn.Parameter(inputs.parameters[f"{projection}_weight"].detach())
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(inputs.parameters[f"{projection}_bias"].detach())
-
-
-def parameters_of(down: nn.Linear, up: nn.Linear) -> dict[str, Tensor]:
-    """The parameters of two linear layers under their names here."""
-    named = {"down_weight": down.weight, "up_weight": up.weight}
-    named |= {"down_bias": down.bias} if down.bias is not None else {}
-    return named | ({"up_bias": up.bias} if up.bias is not None else {})
 
 
 def _backend(name: str) -> Callable[[BenchCase, Inputs], Built]:
@@ -212,22 +179,13 @@ def _limit(case: BenchCase, inputs: Inputs) -> Built:
     return Built(nn.Identity(), checked=False, note=passes[case.mode], alone=prepare)
 
 
-def external(name: str) -> Callable[[BenchCase, Inputs], Built]:
-    """The builder of that name in `bench.external`, imported when it is used."""
-
-    def build(case: BenchCase, inputs: Inputs) -> Built:
-        return getattr(importlib.import_module("adapterkern.bench.external"), name)(case, inputs)
-
-    return build
-
-
 BACKENDS = tuple(
     Provider(name, f"this package on its {name} backend", _backend(name), ours=True)
     for name in NAMES
 )
 BASELINES = (
     Provider("plain", "nn.Sequential of two nn.Linear, plus x", _plain),
-    Provider("adapterhub", "Adapter of the adapters package", external("adapterhub")),
+    Provider("adapterhub", "Adapter of the adapters package", external.adapterhub),
     Provider("addmm", "torch.addmm and an add in place", _addmm),
     Provider("compile", "torch.compile of plain", _compile("default"), compiled=True),
     Provider(
@@ -236,8 +194,8 @@ BASELINES = (
         _compile("max-autotune-no-cudagraphs"),
         compiled=True,
     ),
-    Provider("cublaslt", "cuBLASLt products with fused epilogues (nvmath)", external("cublaslt")),
-    Provider("lora", "PEFT's LoRA of equal rank without its base product", external("lora")),
+    Provider("cublaslt", "cuBLASLt products with fused epilogues (nvmath)", external.cublaslt),
+    Provider("lora", "PEFT's LoRA of equal rank without its base product", external.lora),
     Provider("no-adapter", "y is x", _no_adapter),
     Provider("limit", "copy x to y; for the backward dx = dy + x", _limit),
 )

@@ -42,6 +42,8 @@ def first_lines(result: Result) -> list[str]:
         lines.append("measured in this run: " + ", ".join(facts))
     if measured.peak_bandwidth is not None:
         lines.append(f"peak of its memory: {measured.peak_bandwidth / 1e12:.2f} TB/s")
+    if header.get("tuned"):
+        lines.append(f"tuned launch configurations: {', '.join(header['tuned'])}")
     if measured.steady is False:
         moves = ", ".join(f"{name} {move:+.1%}" for name, move in measured.moves.items())
         lines.append(f"UNSTEADY: {moves} during the run")

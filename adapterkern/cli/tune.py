@@ -13,11 +13,12 @@ from typing import Any
 
 DESCRIPTION = """\
 Searches tile sizes, warps, pipeline stages and slices of the Triton kernels on the present GPU, for
-the given shapes, and writes them to a file that later runs look up by the nearest shape. Processes
-compile the candidates ahead of the one that times them. The most valuable searches come first, each
-result is in the file once the next search was timed, and what the file has is not searched again,
-so that a run can be stopped at any time and repeated. At the end, shapes that were not searched are
-timed with and without the entries; a kind of entry that makes one of them more than 2 % slower is
+the given shapes, and writes them to a file in your cache folder, where later calls look up the
+nearest shape (`adapterkern info` shows the file; delete it to undo the search). Processes compile
+the candidates ahead of the one that times them. The most valuable searches come first, each result
+is in the file once the next search was timed, and what the file has is not searched again, so that
+a run can be stopped at any time and repeated. At the end, shapes that were not searched are timed
+with and without the entries; a kind of entry that makes one of them more than 2 % slower is
 dropped. Calls never search by themselves.
 """
 
@@ -27,7 +28,7 @@ examples:
   adapterkern tune --preset gpt2-medium --tokens 2048 16384
   adapterkern tune --hidden-size 1024 --bottleneck-size 64 --tokens 16384 --dtype bf16
   adapterkern tune --minutes 9              repeat it, and it goes on where it was
-  adapterkern tune --out h200.json          write elsewhere than into the package
+  adapterkern tune --out h200.json          write elsewhere than into the cache folder
 
 exit codes: 0 success, 1 nothing could be searched or the GPU was lost, 2 wrong usage or no GPU,
 130 interrupted
@@ -68,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
         help="processes that compile (default: %(default)s, the CPUs but two)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: <gpu>.json inside the package"
+        "--out", type=Path, metavar="FILE", help="default: <gpu>.json in your cache folder"
     )
     parser.set_defaults(run=run)
 
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         return _refuse(f"a search needs the triton backend on a GPU: {reason}")
     gpu = torch.cuda.get_device_name()
-    path = arguments.out or tuned.FOLDER / f"{environment.folder_name(gpu)}.json"
+    path = arguments.out or tuned.FOLDERS[0] / f"{environment.folder_name(gpu)}.json"
     try:
         file = _open(path, gpu, tuned.device_of(0))
         work = _searches(arguments, file.entries)

@@ -21,6 +21,7 @@ fails too.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ from adapterkern.functional import bottleneck_adapter
 from adapterkern.parity.cases import LAYOUTS, SHORT_NAMES, Case, place
 from adapterkern.parity.grid import LEVELS, grid, options
 from adapterkern.parity.tf32 import TruncatedProducts
-from adapterkern.spec import TENSOR_NAMES, name_of
+from adapterkern.spec import TENSOR_NAMES
+from adapterkern.validation import name_of
 
 __all__ = [
     "FLOORS",
@@ -48,10 +50,12 @@ __all__ = [
     "check_case",
     "differing_bits",
     "grid",
+    "judge",
     "metric",
     "options",
     "place",
     "refusals",
+    "share",
 ]
 
 FORWARD_ALLOWANCE = 2.0
@@ -80,13 +84,6 @@ class Row:
     @property
     def passed(self) -> bool:
         return math.isfinite(self.error) and self.error <= self.tolerance
-
-    @property
-    def share(self) -> float:
-        """The error as a share of the tolerance, infinite where it is not finite."""
-        if not math.isfinite(self.error):
-            return math.inf
-        return self.error / self.tolerance if self.tolerance else math.inf * bool(self.error)
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "MISSED"
@@ -162,6 +159,25 @@ def metric(out: Tensor, oracle: Tensor) -> float:
     return float(error / scale) if scale != 0 else float(error)
 
 
+def judge(
+    name: str, out: Tensor, oracle: Tensor, yardsticks: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[float, float]:
+    """(error, tolerance) of one tensor by the rule above; a name that begins with y is a result of
+    the forward. The values may be widened: `dtype` is the one in which `out` was stored."""
+    allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
+    floor = FLOORS[dtype] if oracle.any() else 0.0
+    largest = max(metric(yardstick, oracle) for yardstick in yardsticks)
+    return metric(out, oracle), max(allowance * largest, floor)
+
+
+def share(error: float, tolerance: float) -> float:
+    """The part of its tolerance that an error uses up; infinite where it is not finite, and for
+    any error where none is allowed."""
+    if error == 0:
+        return 0.0
+    return error / tolerance if math.isfinite(error) and tolerance else math.inf
+
+
 def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row:
     """The row of one tensor, from its (out, oracle, eager, ...) in each draw of data."""
     out, _, eager = runs[0][:3]
@@ -182,11 +198,7 @@ def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row
             return Row(backend, case, name, math.inf, 0.0, note)
         finite = agreed & oracles.isfinite()
         outs, oracles, *yardsticks = (t[finite] for t in (outs, oracles, *yardsticks))
-    allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
-    floor = FLOORS[eager.dtype] if oracles.any() else 0.0
-    largest = max(metric(yardstick, oracles) for yardstick in yardsticks)
-    tolerance = max(allowance * largest, floor)
-    return Row(backend, case, name, metric(outs, oracles), tolerance)
+    return Row(backend, case, name, *judge(name, outs, oracles, yardsticks, eager.dtype))
 
 
 def _kind(tensor: Tensor) -> Tensor:
@@ -222,7 +234,7 @@ def _run_plain(
         call = call._replace(
             **operands, residual=residual, add_input=False, compute_dtype=torch.float64
         )
-    y, _ = reference.forward(call)
+    y = reference.forward(call)[0].y
     return {"y": y, "y (no grad)": y, **_gradients(case, y, leaves, dy)}
 
 

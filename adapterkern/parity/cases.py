@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern.functional import make_call
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import AdapterCall, make_call
 
 SHORT_NAMES = {
     torch.float32: "fp32",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from adapterkern.parity.cases import Case
-from adapterkern.spec import name_of
+from adapterkern.validation import name_of
 
 LEVELS = ("quick", "default", "full")
 
@@ -152,8 +152,8 @@ def _large(dtypes: list[torch.dtype], activations: list[str], level: str) -> lis
         return cases
     base = _sized(_APART_SIZE, Case(activation=activations[0]))
     cases += [*_alternating(base, dtypes, _APART, every_dtype=False), *_mixed(base, dtypes)]
-    for arithmetic, size in itertools.product(arithmetics, _NONFINITE_SIZES):
-        option = _NONFINITE[len(cases) % len(_NONFINITE)]
+    for index, (arithmetic, size) in enumerate(itertools.product(arithmetics, _NONFINITE_SIZES), 1):
+        option = _NONFINITE[index % len(_NONFINITE)]
         cases.append(replace(_sized(size, arithmetic), **option))
     if level == "full":
         for size in _FULL_SIZES:

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from adapterkern import _torch
 
 _aten = torch.ops.aten
 # The operations that multiply matrices, and where their factors begin: addmm adds its first.
@@ -12,7 +13,7 @@ _PRODUCTS: dict[Any, int] = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.ba
 _DROPPED_BITS = 52 - 10  # of float64's explicit bits
 
 
-class TruncatedProducts(TorchDispatchMode):
+class TruncatedProducts(_torch.TorchDispatchMode):
     """Within the block, every float64 matrix product takes its two factors cut off at TF32's bits,
     in the forward and in autograd's backward. Sums and elementwise work stay as they are.
 

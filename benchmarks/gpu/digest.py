@@ -1,4 +1,4 @@
-"""The summary of a run, from its own events and records: what a reader needs, in few characters."""
+"""Summarises a run from its own events and records, in few characters."""
 
 import csv
 import re
@@ -9,14 +9,14 @@ from typing import Any
 
 from benchmarks.gpu.output import SAMPLED, SAMPLES
 
-MOST_CHARACTERS = 9_800  # what a remote run's reply keeps of its output is not much more
+MOST_CHARACTERS = 9_800  # a remote run's reply keeps little more of its output
 _MISSES, _ROWS, _NOTES = 12, 40, 10
 _COUNTED = re.compile(r"\d+ (passed|failed|skipped).* in [\d.]+s")
 Entry = dict[str, Any]
 
 
 def summary(events: Sequence[Entry], records: Sequence[Entry], folder: Path) -> str:
-    """The text, cut to MOST_CHARACTERS with a word where the rest is."""
+    """The text, cut to MOST_CHARACTERS with a note where the rest is."""
     header = next((entry for entry in records if entry["record"] == "header"), {})
     parts = [
         _head(header, events),
@@ -60,7 +60,7 @@ def _head(header: Entry, events: Sequence[Entry]) -> list[str]:
 
 
 def _steps(events: Sequence[Entry]) -> list[str]:
-    """A line a step; of pytest also what it counted, for all of it may have been skipped."""
+    """A line a step, with the counts of pytest, whose tests may all have been skipped."""
     lines = []
     for entry in _of(events, "event", "step"):
         own = [e for e in _of(events, "event", "command") if e["step"] == entry["step"]]
@@ -101,7 +101,7 @@ def _number(value: float | None) -> str:
 
 
 def _adapters(records: Sequence[Entry]) -> list[str]:
-    """A line for each of our rows: time, of copy, of peak, and the ratios."""
+    """A line for each of our rows: time, shares of copy and of peak, and the ratios."""
     rows = [entry["content"] for entry in records if entry["record"] == "row"]
     ours = [row for row in rows if row["ours"]]
     if not ours:
@@ -155,7 +155,7 @@ def _clocks(path: Path) -> list[str]:
     rows = list(csv.reader(lines, skipinitialspace=True))
     if len(rows) < 2 or len(rows[0]) != len(SAMPLED):
         return []
-    # By order: nvidia-smi heads some of its columns otherwise than they are asked for.
+    # Columns go by their order: nvidia-smi heads some of them by names other than those requested.
     samples = [dict(zip(SAMPLED, row, strict=True)) for row in rows[1:] if len(row) == len(SAMPLED)]
     busy = [sample for sample in samples if _float(sample["utilization.gpu"]) >= 50] or samples
     parts = []

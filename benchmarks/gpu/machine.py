@@ -1,4 +1,4 @@
-"""What a run is made on: printed as lines for a reader, and as one JSON object for the record."""
+"""Describes the machine of a run, as lines for a reader and as one JSON object for the record."""
 
 import argparse
 import hashlib
@@ -106,7 +106,7 @@ def triton_key() -> str | None:
 
 
 def lines(header: dict[str, Any]) -> list[str]:
-    """What a reader must know before any number."""
+    """The facts that a reader must know before any number."""
     versions, built = header["versions"], header["extension"]
     software = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     dirty = " with changes" if header["dirty"] else ""

@@ -1,8 +1,8 @@
 """The parent's side of the measuring worker: one task after another, whatever hangs or dies.
 
-The worker (`worker`) reads a task a line and answers with records and an end. It keeps nothing that
-counts, so a hang or a lost device costs the task and a restart. A case that took the worker with it
-is tried once more for each of this package's backends alone, which tells whose it is.
+The worker (`worker`) reads a task a line and answers with records and an end. It keeps no results,
+so a hang or a lost device costs the task and a restart. A case that ended the worker is tried once
+more for each of this package's backends alone, to find the one at fault.
 """
 
 import json
@@ -17,15 +17,15 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.output import Output
 
 START_SECONDS = 60.0  # imports and the device's context; tasks wait for it no longer
-END_SECONDS = 2.0  # kept from a step's time for the end of a worker
-OUT_OF_TIME = "out of time"  # the note of what was left out, or cut
+END_SECONDS = 2.0  # reserved in a step's time for the end of a worker
+OUT_OF_TIME = "out of time"  # the note on a task that was left out, or cut
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to measure. seconds: about how long; request: what the worker is asked.
+    """One measurement. seconds: its expected time; request: the worker's input.
 
-    alone: the backend that it was narrowed to after the whole of it took the worker down.
+    alone: the backend to which it was narrowed after the full task ended the worker.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Task:
 
     @property
     def limit(self) -> float:
-        """When it counts as hung."""
+        """The seconds after which it counts as hung."""
         return 10 + 3 * self.seconds
 
     def narrowed(self, backend: str) -> "Task":
-        """The same for one backend beside plain layers and the copy, which share its fate."""
+        """The same task for one backend, beside plain layers and the copy, which end with it."""
         request = {**self.request, "backends": [backend], "baselines": ["plain", "limit"]}
-        request.pop("fault", None)  # which was one of a dry run's whole task
+        request.pop("fault", None)  # a dry run's fault belongs to the full task
         return replace(self, name=f"{self.name} ({backend} alone)", request=request, alone=backend)
 
 
@@ -62,7 +62,7 @@ class Measuring:
         self._reply: dict[str, Any] | None = None
 
     def run(self, tasks: Sequence[Task], deadline: float) -> bool:
-        """Measure in the given order until the deadline; whether every task was done."""
+        """Measure in the given order until the deadline; return whether every task was done."""
         left, all_done = deque(tasks), True
         while left:
             task = left.popleft()
@@ -117,7 +117,7 @@ class Measuring:
         return "died", f"{ended}: {ended.last_line}"[:200], seconds
 
     def _start(self, deadline: float) -> str:
-        """Start a worker if there is none; why it did not come up, empty if it did."""
+        """Start a worker if there is none; return why it did not start, or an empty string."""
         if self._worker is not None:
             return ""
         self._reply = None
@@ -146,7 +146,7 @@ class Measuring:
             self._reply = message
 
     def close(self) -> None:
-        """End the worker, which else waits for the tasks of a later list."""
+        """End the worker, which would otherwise wait for the tasks of a later list."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None

@@ -1,4 +1,4 @@
-"""Runs one call of a case after a first one that compiles: what a profiler looks at."""
+"""Runs one call of a case for a profiler, after a first one that compiles."""
 
 import argparse
 

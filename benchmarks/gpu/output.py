@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-# What a run leaves; `gpu.csv` and `junit.xml` are written by nvidia-smi and pytest.
+# The files that a run leaves; `gpu.csv` and `junit.xml` are written by nvidia-smi and pytest.
 EVENTS, ROWS, LOG = "events.jsonl", "rows.jsonl", "log.txt"
 JUNIT, SAMPLES, SUMMARY, TUNED = "junit.xml", "gpu.csv", "summary.txt", "tuned.json"
-# What nvidia-smi is asked for, in the order of gpu.csv's columns.
+# The quantities that nvidia-smi samples, in the order of gpu.csv's columns.
 SAMPLED = (
     *("timestamp", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"),
     *("utilization.gpu", "clocks_event_reasons.active"),
@@ -22,7 +22,7 @@ class FolderError(ValueError):
 
 
 class Output:
-    """The files, and what was written to the first two, for the summary."""
+    """The files, and the entries of the first two, for the summary."""
 
     def __init__(self, folder: Path, say: Callable[[str], Any] = print) -> None:
         """Open the files.
@@ -54,23 +54,23 @@ class Output:
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return round(time.monotonic() - self._started, 1)
 
     def event(self, event: str, **facts: Any) -> None:
-        """One thing that happened, into events.jsonl."""
+        """Write an event into events.jsonl."""
         entry = {"at": self.seconds, "event": event, **facts}
         self.events.append(entry)
         self._line(self._events, json.dumps(entry))
 
     def record(self, kind: str, **content: Any) -> None:
-        """One thing that was measured, into rows.jsonl."""
+        """Write a measurement into rows.jsonl."""
         entry = {"record": kind, **content}
         self.records.append(entry)
         self._line(self._rows, json.dumps(entry))
 
     def log(self, source: str, line: str) -> None:
-        """One line that a process printed, into log.txt."""
+        """Write a line that a process printed into log.txt."""
         self._line(self._log, f"{self.seconds:7.1f} [{source}] {line}")
 
     def _line(self, file: TextIO, text: str) -> None:

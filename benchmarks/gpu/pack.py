@@ -1,4 +1,4 @@
-"""What travels to a GPU machine without a network: the extension, wheels, and the tree's commit.
+"""The files for a GPU machine without a network: the extension, wheels, and the tree's commit.
 
 `create` fills an ignored folder here; `Pack` reads it there, with the standard library alone.
 """
@@ -18,11 +18,11 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".gpu"
 MOST_BYTES = 40 * 2**20
-# Of the tree, what a run's result depends on.
+# The sources on which a run's results depend.
 SOURCES = ("adapterkern", "benchmarks", "csrc", "tests", "setup.py", "pyproject.toml")
 _GENERATED = ("__pycache__", "_buildinfo.py", "results")
-# What the baselines need and a machine with torch, triton and a current transformers lacks. The
-# adapters library pins a transformers of its own, which then serves every variant of a model.
+# The baselines need these beside torch and triton. The adapters library pins a transformers of its
+# own, which then serves every variant of a model.
 WHEELS = (
     *("adapters==1.3.0", "transformers==4.57.6", "tokenizers==0.22.2"),
     *("huggingface_hub==0.36.2", "peft==0.21.2", "nvmath-python==1.0.0"),
@@ -39,7 +39,7 @@ class PackError(RuntimeError):
 
 
 def digest(root: Path = ROOT) -> str:
-    """A hash of the sources: a packed extension and commit are of these and no others."""
+    """A hash of the sources, to which a packed extension and commit belong."""
     found = hashlib.sha256()
     for name in SOURCES:
         path = root / name
@@ -79,14 +79,14 @@ class Pack:
     commit: str
     dirty: bool
     digest: str
-    suffix: str  # of the extension's file: the Python that it is for
+    suffix: str  # of the extension's file, which names the Python that loads it
 
     @classmethod
     def read(cls, folder: Path = FOLDER) -> "Pack | None":
         """The pack in a folder, None where there is none.
 
         Raises:
-            PackError: it is not one, or half of one.
+            PackError: it is damaged or incomplete.
         """
         path = folder / "pack.json"
         if not path.exists():
@@ -195,7 +195,7 @@ def _facts(python: Sequence[str]) -> dict[str, str]:
 
 
 def _build(python: Sequence[str], archs: str, target: Path) -> None:
-    """Into a build folder that stays, so that a second pack compiles only what changed."""
+    """Build in a folder that stays, so that a second pack compiles only changed sources."""
     place = ROOT / "build" / "gpu-pack"
     venv = place / "venv"
     _call([*python, "-m", "venv", str(venv)], {})
@@ -219,7 +219,7 @@ def _fetch(version: str, target: Path) -> None:
 
 def _call(command: list[str], settings: Mapping[str, str]) -> None:
     environment = {**os.environ, **settings}
-    environment.pop("PIP_CONSTRAINT", None)  # of this environment, not of the other one
+    environment.pop("PIP_CONSTRAINT", None)  # it belongs to this environment, not to the other
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         says = (done.stderr or done.stdout).strip().splitlines()[-12:]

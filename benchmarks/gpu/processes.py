@@ -1,4 +1,4 @@
-"""Children in process groups of their own: their lines as they come, and an end by the clock."""
+"""Runs children in process groups of their own: passes their lines on, ends them by the clock."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ _BOUND = (
     "os.execvp(sys.argv[2], sys.argv[2:])"
 )
 _REAP_SECONDS = 5.0  # a process that hangs in the driver may not even end when it is killed
-_DRAIN_SECONDS = 1.0  # of output, after its end, that what it started may still hold open
+_DRAIN_SECONDS = 1.0  # for output after its end, which its own children may still hold open
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ended:
 
     @property
     def status(self) -> str:
-        """In a word or two."""
+        """The outcome in a word or two."""
         if self.code is None:
             return "out of time"
         return "passed" if self.code == 0 else "failed"
@@ -45,7 +45,7 @@ class Ended:
 
 
 class Child:
-    """One process. on_line: is given each line of its output and the stream, "out" or "err"."""
+    """One process. on_line receives each line of its output and the stream, "out" or "err"."""
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
-"""The parent of a run: steps with hard limits, all written as it comes, a summary at the end.
+"""The parent of a run starts steps with hard limits, writes results as they come, and sums them up.
 
-It uses the standard library alone and never touches the device, so nothing that happens there can
-take it along.
+It uses the standard library alone and never touches the device, so no failure there can end it.
 """
 
 import contextlib
@@ -28,14 +27,12 @@ _LEAST_SECONDS = 3.0  # a step that has less is not begun
 
 
 class NoCommitError(RuntimeError):
-    """A tree whose commit nobody knows: what is measured there belongs to nothing."""
+    """The tree's commit is unknown, so measurements would belong to nothing."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. faults: by step, what the worker does in place of its first task; for dry
-    runs.
-    """
+    """The command line. faults: in dry runs, by step, the fault in place of the first task."""
 
     stage: str
     out: Path
@@ -57,7 +54,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
     commit, dirty = _identity(found)
     output = Output(options.out, say)
     if options.dry:
-        found = None  # a dry run is of this tree as it is installed here
+        found = None  # a dry run uses this tree as it is installed here
     elif found is not None and not found.fits():
         say(f"{pack.FOLDER} was packed from other sources than this tree and is left out")
         found = None
@@ -118,19 +115,20 @@ def _identity(found: pack.Pack | None) -> tuple[str, bool]:
 
 
 def _words(options: Options, commit: str, dirty: bool) -> dict[str, tuple[str, ...]]:
-    """What the words in braces of a command stand for."""
+    """The values of the words in braces of a command."""
     identity = ("--stage", options.stage, "--commit", commit)
     identity += ("--command", " ".join(["python -m benchmarks", *sys.argv[1:]]))
     identity += (*(("--dirty",) if dirty else ()), *(("--dry",) if options.dry else ()))
+    parallel = not options.dry and importlib.util.find_spec("xdist") is not None
     return {
         "{python}": (sys.executable,),
         "{identity}": identity,
-        "{parallel}": ("-n", str(stages.PROCESSES)) if importlib.util.find_spec("xdist") else (),
+        "{parallel}": ("-n", str(stages.PROCESSES)) if parallel else (),
     }
 
 
 class _Stage:
-    """One stage on its way."""
+    """One stage in progress."""
 
     def __init__(
         self,
@@ -153,7 +151,7 @@ class _Stage:
         self._during: dict[str, str] = {}  # command -> the parity case that it is in
 
     def sampler(self) -> processes.Child | None:
-        """nvidia-smi, writing clocks, power and throttle reasons into gpu.csv all the while."""
+        """Start nvidia-smi, which writes clocks, power and throttle reasons into gpu.csv."""
         if self.options.dry:
             (self.output.folder / SAMPLES).write_text("a dry run has no GPU to sample\n")
             return None
@@ -162,7 +160,7 @@ class _Stage:
         return self._child("nvidia-smi", tuple(command), {})
 
     def end_sampler(self, sampler: processes.Child) -> None:
-        """End nvidia-smi; that it ended by itself is said, for then there are no clocks."""
+        """End nvidia-smi; if it ended by itself, record that clocks are missing."""
         if sampler.process.poll() is not None:
             processes.watch([sampler], time.monotonic() + 1.0)
             end = sampler.ended(late=False)
@@ -171,9 +169,9 @@ class _Stage:
         sampler.kill()
 
     def run_steps(self) -> bool:
-        """Every step in its order; whether all passed.
+        """Run every step in its order; return whether all passed.
 
-        A step may take what those before it saved: it ends when the limits up to its own are over.
+        A step may use the time that earlier ones saved: it ends when the limits up to its own do.
         """
         passed, checked, planned = True, True, time.monotonic()
         for step in stages.steps(self.options.stage, self.options.wanted, self.options.dry):
@@ -201,7 +199,7 @@ class _Stage:
         return passed
 
     def _skipped(self, step: stages.Step) -> str | None:
-        """Why a step has nothing to do here."""
+        """Why a step is skipped; None if it is not."""
         if not isinstance(step, stages.Commands):
             return None
         if step.gpu and self.options.dry:
@@ -242,7 +240,7 @@ class _Stage:
         return tasks
 
     def close(self) -> None:
-        """End what is left of it."""
+        """End the measuring worker."""
         self._measuring.close()
 
     def _child(

@@ -1,6 +1,6 @@
-"""The stages of a run: what is done in which order, and in how many seconds at most.
+"""The stages of a run: their steps in order, and the most seconds that each may take.
 
-What is wrong comes before what is slow, and what most depends on it comes first. Each step has a
+Correctness comes before speed, and the results on which most depends come first. Each step has a
 hard limit, and the limits of a stage add up to less than its SECONDS, so that a stage ends by
 itself whatever one step does.
 """
@@ -22,8 +22,8 @@ PROCESSES = 14  # of the machine's 16 cores; the parent and the driver have the 
 class Commands:
     """Processes side by side, by name, each a group of its own that ends with the step.
 
-    Words of a command: "{python}" and "{out}" stand for this Python and the run's folder; gpu:
-    there is no such step in a dry run; needs_build: only where no extension came along.
+    Words of a command: "{python}" and "{out}" stand for this Python and the run's folder; gpu: a
+    dry run skips the step; needs_build: it runs only if no extension came along.
     """
 
     name: str
@@ -48,7 +48,7 @@ Step = Commands | Measure
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a diagnosis is of: parity cases, and the call that is profiled."""
+    """The subject of a diagnosis: parity cases, and the call that is profiled."""
 
     backend: str = "cuda"
     cases: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ def _verify() -> list[Step]:
 def _report() -> list[Step]:
     return [
         *_machine(30),
-        # Most of them for Triton's, which compiles.
+        # Most processes are for Triton's, which compiles.
         Commands("parity", 55, {**_shards("cuda", 3), **_shards("triton", PROCESSES - 3)}),
         Measure("calibration", 20, (workload.CALIBRATE,)),
         Measure("compiled", 118, workload.COMPARED),
@@ -157,7 +157,7 @@ def _diagnose(wanted: Wanted) -> list[Step]:
     ]
 
 
-# What a slow kernel waits for, how often it misses L2, and how many bytes it moves.
+# These tell what a slow kernel waits for, how often it misses L2, and how many bytes it moves.
 _SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
 _METRICS = (
     "gpu__time_duration.sum",
@@ -170,13 +170,13 @@ _METRICS = (
 
 # -- commands -------------------------------------------------------------------------------------
 
-# So that every tensor has an end of its own, where an overrun is seen.
+# Every tensor is then an allocation of its own, beyond whose end an overrun is seen.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def _machine(limit: float) -> list[Commands]:
-    """Where the run is (`run` adds the commit), all that the driver says of the card, and the
-    extension for this GPU alone where none came along that this Python can import.
+    """Record the machine (`run` adds the commit) and all that the driver says of the card; build
+    the extension for this GPU alone if none came along that this Python can import.
     """
     facts = {"machine": ("{python}", "-m", "benchmarks.gpu.machine", "{identity}")}
     build = {"build": ("{python}", "setup.py", "build_ext", "--inplace")}

@@ -61,7 +61,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _fault(kind: str) -> None:
-    """What a run must survive, on request of a dry one."""
+    """Cause a fault that a run must survive, if a dry run requests it."""
     if kind == "hang":
         time.sleep(3600)
     elif kind == "die":

@@ -1,4 +1,4 @@
-"""What the stages measure and check, in order of worth: adapters, models, and parity cases."""
+"""The measurements and checks of the stages, the most important first."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def adapter(
     **more: Any,
 ) -> Task:
     """One adapter on every backend beside the baselines. With few tokens a graph holds hundreds of
-    calls, whose capture takes its time.
+    calls, whose capture takes time.
     """
     case = {
         "hidden_size": hidden,
@@ -112,7 +112,7 @@ SPECIAL = (
     adapter(*_BASE, 16384, "forward", "fp16", seconds=3.2),
     adapter(*_BASE, 16384, "forward", "fp32", seconds=4, tf32=True),
     adapter(*_BASE, 16384, "step", "fp32", seconds=4, tf32=True),
-    # Whose input was written just before, as a layer finds it.
+    # The input was written just before, as a layer finds it.
     adapter(*_BASE, 16384, "step", "bf16", "relu", seconds=4, hot=True),
 )
 AUTOTUNED = adapter(
@@ -143,8 +143,8 @@ TRAINING = (
     model("llama-7b-block-4x2048", "step", "eager", 15),
 )
 
-# Patterns of ids of the parity grid: one case for each form of each backend at 132 SMs, and what
-# the sanitizers look at. tests/bench/test_gpu_stages.py holds what they reach.
+# Patterns of ids of the parity grid: one case for each form of each backend at 132 SMs, and the
+# cases of the sanitizers. tests/bench/test_gpu_stages.py checks which cases they match.
 _ROWS, _SPLIT = "bf16-*-T14208-H65-R49*", "bf16-*-T777-H65-R49*"
 _NARROW, _MIDDLE = "bf16-*-T37-H1030-R48*", "bf16-*-T1280-H512-R49*"
 SMOKE = {

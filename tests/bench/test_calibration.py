@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from adapterkern.backends.triton import tuned
 from adapterkern.bench import calibration, environment
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.results import LostDeviceError, Timing
 from adapterkern.bench.roofline import Machine
-from benchmarks import calibration as whole
+from benchmarks import triton_rates
 
 
 class Known:
@@ -119,11 +120,11 @@ def test_l2_is_read_in_a_graph_from_random_bits(monkeypatch):
         def __getitem__(self, grid):
             return lambda source, sums, blocks, *_, **__: given.append((grid, source, blocks))
 
-    monkeypatch.setattr(whole, "_kernels", lambda: (Kernel(), None))
+    monkeypatch.setattr(triton_rates, "_kernels", lambda: (Kernel(), None))
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     timer = Known()
-    rate = whole.l2_bandwidth(timer, 0.1)
+    rate = triton_rates.l2_bandwidth(timer, 0.1)
     assert timer.kind == "graph"
     ((grid, source, blocks),) = given
     assert (grid, source.nbytes, blocks) == ((528,), 16 << 20, 1024)
@@ -135,7 +136,7 @@ def test_l2_is_read_in_a_graph_from_random_bits(monkeypatch):
 
 def test_triton_that_fails_leaves_the_rest_of_a_calibration_but_a_lost_gpu_does_not(monkeypatch):
     base = Calibration(copy_bandwidth=3e12)
-    monkeypatch.setattr(whole.calibration, "measure", lambda timer, seconds: base)
+    monkeypatch.setattr(triton_rates.calibration, "measure", lambda timer, seconds: base)
 
     def failing(error):
         def fail(timer, seconds):
@@ -143,11 +144,11 @@ def test_triton_that_fails_leaves_the_rest_of_a_calibration_but_a_lost_gpu_does_
 
         return fail
 
-    monkeypatch.setattr(whole, "l2_bandwidth", failing(RuntimeError("no compiler")))
-    assert whole.measure(Known(), 1.0) == base
-    monkeypatch.setattr(whole, "l2_bandwidth", failing(LostDeviceError("gone")))
+    monkeypatch.setattr(triton_rates, "l2_bandwidth", failing(RuntimeError("no compiler")))
+    assert triton_rates.measure(Known(), 1.0) == base
+    monkeypatch.setattr(triton_rates, "l2_bandwidth", failing(LostDeviceError("gone")))
     with pytest.raises(LostDeviceError, match="gone"):
-        whole.measure(Known(), 1.0)
+        triton_rates.measure(Known(), 1.0)
 
 
 def test_a_calibration_comes_back_from_a_header():
@@ -158,7 +159,7 @@ def test_a_calibration_comes_back_from_a_header():
     )
 
 
-def test_clocks_and_driver_are_read_from_nvidia_smi(monkeypatch):
+def test_what_is_known_of_a_gpu_comes_from_its_driver_and_its_tuned_files(monkeypatch, tmp_path):
     asked = []
 
     def answer(command):
@@ -166,8 +167,12 @@ def test_clocks_and_driver_are_read_from_nvidia_smi(monkeypatch):
         return "550.1" if "driver_version" in command[2] else "1980, 2619, 312.5, [N/A]"
 
     properties = SimpleNamespace(
-        major=9, minor=0, uuid="ab-cd", multi_processor_count=132, total_memory=1, L2_cache_size=2
-    )
+        name="H200", major=9, minor=0, uuid="ab-cd", multi_processor_count=132, total_memory=1,
+        L2_cache_size=2, shared_memory_per_block_optin=232448,
+    )  # fmt: skip
+    monkeypatch.setattr(tuned, "FOLDERS", (tmp_path,))
+    tuned.save(tmp_path / "h200.json", "H200", tuned.Device(132, 232448), [])
+    tuned.save(tmp_path / "a100.json", "A100", tuned.Device(108, 166912), [])
     monkeypatch.setattr(environment, "_output", answer)
     monkeypatch.setattr(environment, "peak_bandwidth", lambda _device: 3.35e12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
@@ -177,6 +182,7 @@ def test_clocks_and_driver_are_read_from_nvidia_smi(monkeypatch):
     facts = environment._gpu_facts(gpu)
     assert (facts["capability"], facts["driver"], facts["num_sms"]) == ("9.0", "550.1", 132)
     assert facts["peak_bandwidth"] == 3.35e12
+    assert facts["tuned"] == [str(tmp_path / "h200.json")]
     monkeypatch.setattr(environment, "_output", lambda _command: None)
     assert environment.clocks(gpu) is None
 

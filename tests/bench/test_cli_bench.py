@@ -54,7 +54,7 @@ def test_json_holds_what_was_printed(tmp_path, capsys):
         (["--backend", "opencl"], "known backends are triton, cuda, reference"),
         (["--dtype", "fp8"], "fp32, fp16, bf16"),
         (["--mode", "sideways"], "forward, backward, step"),
-        (["--activation", "mish"], "known activations are gelu"),
+        (["--activation", "prelu"], "known activations are gelu"),
         (["--hidden-size", "64"], "--hidden-size and --bottleneck-size go together"),
         (["--tokens", "0"], "must be at least 1"),
         (["--compare", "missing.json"], "cannot read missing.json"),
@@ -196,7 +196,7 @@ def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch, capsys):
 @no_gpu
 def test_a_missing_package_shows_in_its_row(capsys, monkeypatch):
     from adapterkern.bench import external
-    from adapterkern.bench.providers import UnavailableError
+    from adapterkern.bench.built import UnavailableError
 
     def missing(module, package):
         raise UnavailableError(f"{package} cannot be imported (No module named {module!r})")
@@ -212,12 +212,13 @@ def test_a_missing_package_shows_in_its_row(capsys, monkeypatch):
 @no_gpu
 def test_a_wrong_backend_is_an_exit_code(monkeypatch, capsys):
     from adapterkern.backends.reference.backend import ReferenceBackend
+    from adapterkern.spec import Outputs
 
     forward = ReferenceBackend.forward
 
-    def wrong(self, call, save_z):
-        y, z = forward(self, call, save_z)
-        return y * 1.01, z
+    def wrong(self, call, save):
+        outputs, saved = forward(self, call, save)
+        return Outputs(outputs.y * 1.01), saved
 
     monkeypatch.setattr(ReferenceBackend, "forward", wrong)
     assert main([*TINY, "--mode", "forward"]) == 1

@@ -25,8 +25,9 @@ def tuner(tmp_path, monkeypatch):
     from adapterkern.bench import compiling, timing
     from adapterkern.cli import tune as command
 
-    state = SimpleNamespace(minutes=0, searched=[], fails=None, folder=tmp_path, held_out={})
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    folder = tmp_path / "home" / "tuned"  # which is not there yet
+    state = SimpleNamespace(minutes=0, searched=[], fails=None, folder=folder, held_out={})
+    monkeypatch.setattr(tuned, "FOLDERS", (folder, tmp_path / "package"))
     tuned.clear_caches()
 
     def rank(queued, timer, device, compilers, progress):
@@ -84,6 +85,7 @@ def test_a_search_is_bounded_in_time_and_goes_on_where_it_was(tuner, capsys):
     assert main(TUNE) == 0
     assert tuner.searched == ALL
     assert len(tuned.load(path).entries) == 4
+    assert not tuned.FOLDERS[1].exists()  # the package is as it was
     assert main(TUNE) == 0
     assert tuner.searched == ALL
 
@@ -202,6 +204,7 @@ def test_a_held_out_shape_without_room_condemns_nothing(tuner, near_held_out, ca
 
 
 def test_a_file_that_cannot_take_the_entries_is_refused_before_the_search(tuner, capsys):
+    tuner.folder.mkdir(parents=True)
     other = tuner.folder / "nvidia-h100.json"
     tuned.save(other, "NVIDIA H100", H200, [entry_of(64)])
     before = other.read_text()
@@ -210,6 +213,7 @@ def test_a_file_that_cannot_take_the_entries_is_refused_before_the_search(tuner,
     for name, says in (
         ("nvidia-h100.json", "was searched on NVIDIA H100 (132 SMs), this is NVIDIA H200"),
         ("old.json", "has schema 'adapterkern-tuned/0'"),
+        ("old.json", f"hint: delete {tuner.folder / 'old.json'}"),
         ("folder", "is a folder"),
         ("old.json/x.json", "cannot write to"),
     ):

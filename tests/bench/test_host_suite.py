@@ -1,4 +1,4 @@
-"""The host-overhead suite runs, each path once and untimed."""
+"""The suites of host time run, each path once and untimed."""
 
 import subprocess
 import sys
@@ -9,8 +9,13 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 
-def test_every_path_of_the_suite_runs():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
+@pytest.mark.parametrize(
+    ("file", "needs", "passed"),
+    [("test_host_overhead.py", "torch", 10), ("test_adapterhub_host_time.py", "adapters", 128)],
+)
+def test_every_path_of_the_suites_runs(file, needs, passed):
+    pytest.importorskip(needs)
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{file}", "-q", "--benchmark-disable"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         cwd=Path(__file__).parents[2],
@@ -18,4 +23,4 @@ def test_every_path_of_the_suite_runs():
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "10 passed" in done.stdout
+    assert f"{passed} passed" in done.stdout

@@ -8,10 +8,11 @@ import torch
 
 from adapterkern import parity
 from adapterkern.bench import measure, memory, providers
+from adapterkern.bench.built import UnavailableError
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.measure import Settings, measure_case
-from adapterkern.bench.providers import Provider, UnavailableError
+from adapterkern.bench.providers import Provider
 from adapterkern.bench.results import Timing
 from adapterkern.bench.timing import WallTimer
 

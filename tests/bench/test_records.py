@@ -141,28 +141,36 @@ def test_merge_refuses_what_does_not_belong_together(gpu_result, tmp_path, heade
     assert not (tmp_path / "c").exists()
 
 
-PAGE = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+def page_of(name, content):
+    first, last = readme.markers(name)
+    return f"before\n{first}\n{content}\n{last}\nafter\n"
 
 
 @pytest.fixture
-def page(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(PAGE)
-    return path
+def root(tmp_path):
+    """A folder with both pages, whose sections hold something old."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(page_of("performance", "old"))
+    (tmp_path / readme.GOALS).write_text(page_of("goals", "old"))
+    return tmp_path
 
 
-def test_without_a_gpu_result_the_readme_has_the_goals(gpu_result, page, tmp_path):
-    folder = tmp_path / "benchmarks" / "results"
+def pages(root):
+    return [(root / name).read_text() for name in ("README.md", readme.GOALS)]
+
+
+def test_without_a_gpu_result_the_readme_says_so_and_the_docs_have_the_goals(gpu_result, root):
+    folder = root / "benchmarks" / "results"
     write(folder / "cpu" / "a", gpu_result, device_type="cpu")
-    assert readme.write(page, folder) is None
-    text = page.read_text()
-    assert text.startswith(
-        f"before\n{readme.BEGIN}\n{readme.NO_RESULT}\n\n| goal | promise | state |"
-    )
+    assert readme.write(root, folder) is None
+    text, docs = pages(root)
+    assert text == page_of("performance", readme.NO_RESULT)
+    assert ". " not in readme.NO_RESULT  # it is one sentence
+    table = summary.goals_table(results.Result())
+    assert docs == page_of("goals", table)
     verdicts = goals.verdicts(results.Result())
-    assert text.count("| not measured |") == len({v.goal for v in verdicts})
-    assert all(v.promise in text for v in verdicts)
-    assert text.endswith(f"|\n{readme.END}\nafter\n")
+    assert table.count("| not measured |") == len({v.goal for v in verdicts})
+    assert all(v.promise in table for v in verdicts)
 
 
 def test_the_readme_prefers_a_finished_h200_then_a_finished_h100(gpu_result, tmp_path):
@@ -180,11 +188,11 @@ def test_the_readme_prefers_a_finished_h200_then_a_finished_h100(gpu_result, tmp
     assert add("h200-newer", "NVIDIA H200", "2025-01-02") == "h200-newer"
 
 
-def test_the_section_shows_the_result_and_what_it_is_of(gpu_result, page, tmp_path):
-    folder = tmp_path / "benchmarks" / "results" / "made-up-gpu" / "2026-01-02-012345678"
+def test_the_section_shows_the_result_and_what_it_is_of(gpu_result, root):
+    folder = root / "benchmarks" / "results" / "made-up-gpu" / "2026-01-02-012345678"
     write(folder, gpu_result)
-    assert readme.write(page, tmp_path / "benchmarks" / "results") == folder
-    text = page.read_text()
+    assert readme.write(root, root / "benchmarks" / "results") == folder
+    text, docs = pages(root)
     assert "Made-up GPU, torch 2.9.0, triton 3.5.0, commit 012345678, 2026-01-02" in text
     where = "benchmarks/results/made-up-gpu/2026-01-02-012345678"
     assert f"[all rows]({where}/report.md), [raw]({where}/rows.jsonl)" in text
@@ -196,6 +204,11 @@ def test_the_section_shows_the_result_and_what_it_is_of(gpu_result, page, tmp_pa
     assert "| 82% | 72% | 3.48x | 2.50x |" in text
     assert readme.UNSTEADY not in text
     assert readme.UNFINISHED not in text
+    states = [verdict.state for verdict in goals.verdicts(gpu_result)]
+    for state in set(states):
+        assert f"{states.count(state)} {state}" in text
+    assert f"Found on Made-up GPU: [all rows](../{where}/report.md)." in docs
+    assert f"\n\n{summary.goals_table(gpu_result)}\n" in docs
     report = (folder / "report.md").read_text()
     assert "- stages: report" in report
     assert "| block-1024 | adapterkern | forward | graph | 0.840 |" in report
@@ -204,32 +217,36 @@ def test_the_section_shows_the_result_and_what_it_is_of(gpu_result, page, tmp_pa
 def test_the_section_says_what_is_wrong_with_a_run(gpu_result, tmp_path):
     gpu_result.header["calibration"]["matrix_rate_after"] = 600e12
     write(tmp_path / "gpu" / "a", gpu_result, finished=False)
-    text = readme.section(tmp_path / "gpu" / "a", tmp_path)
+    _, text = readme.sections(tmp_path / "gpu" / "a", tmp_path)["README.md"]
     assert readme.UNSTEADY in text
     assert readme.UNFINISHED in text
 
 
-def test_a_picture_that_cannot_be_drawn_is_not_left_out(gpu_result, page, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_is_not_left_out(gpu_result, root, monkeypatch):
     def broken(part, path):
         raise RuntimeError("no room")
 
-    write(tmp_path / "gpu" / "a", gpu_result)
+    write(root / "gpu" / "a", gpu_result)
     monkeypatch.setattr(pictures, "plot", broken)
+    before = pages(root)
     with pytest.raises(ResultError, match=r"report-forward\.png: RuntimeError: no room"):
-        readme.write(page, tmp_path)
-    assert page.read_text() == PAGE
+        readme.write(root, root)
+    assert pages(root) == before
 
 
-def test_a_readme_without_a_place_for_it_is_refused():
-    with pytest.raises(readme.MarkerError, match=r"put these two lines"):
-        readme.replaced("# title\n", "text")
+def test_a_page_without_a_place_for_its_section_is_refused_and_no_page_changes(root):
+    (root / readme.GOALS).write_text("# title\n")
+    before = pages(root)
+    with pytest.raises(readme.MarkerError, match=r"docs/benchmarks\.md .*'goals'(.|\n)*two lines"):
+        readme.write(root, root)
+    assert pages(root) == before
 
 
-def test_the_readme_agrees_with_the_best_result():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.replaced(text, readme.section(readme.best())) == text, (
-        "README.md and the best result disagree; run `python -m benchmarks readme`"
-    )
+def test_the_pages_agree_with_the_best_result():
+    for path, text in readme.updated(readme.best()).items():
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path.name} and the best result disagree; run `python -m benchmarks readme`"
+        )
 
 
 def test_a_cpu_result_meets_and_misses_nothing_and_claims_nothing(gpu_result):

@@ -31,6 +31,13 @@ def test_rows_are_shares_of_the_copy_and_of_the_memorys_peak(first):
     assert shares == [["81%", "65%"], ["42%", "34%"], ["24%", "19%"], ["-", "-"]]
 
 
+def test_tuned_launch_configurations_are_told_where_there_are_any(first):
+    assert "tuned" not in render(first)
+    first.header["tuned"] = ["/home/me/h200.json", "/package/h200.json"]
+    told = "tuned launch configurations: /home/me/h200.json, /package/h200.json"
+    assert told in render(first).splitlines()
+
+
 def test_without_a_measured_copy_there_is_no_floor(first):
     first.header["calibration"] = {}
     for row in first.rows:

@@ -55,7 +55,8 @@ def test_a_model_on_the_cpu_runs_in_every_variant(cpu, name, mode):
     assert all("widths of a few units" in row["note"] for row in rows)
 
 
-def test_the_host_suite_gives_microseconds(cpu):
+def test_the_host_suite_gives_microseconds(cpu, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # there pytest-benchmark times nothing
     found = [entry["content"] for _, entry in tasks.run(cpu, {"do": "host", "calibration": {}})]
     assert {entry["name"] for entry in found} == {
         "test_function[inference]",
@@ -67,11 +68,11 @@ def test_the_host_suite_gives_microseconds(cpu):
 def test_a_calibration_is_not_of_an_idle_gpu(gpu, monkeypatch):
     happened = []
     measured = Calibration(copy_bandwidth=3e12, l2_bandwidth=5e12)
-    monkeypatch.setattr(tasks.package, "copy_bandwidth", lambda *_: happened.append("copy"))
+    monkeypatch.setattr(tasks.calibration, "copy_bandwidth", lambda *_: happened.append("copy"))
     monkeypatch.setattr(
         tasks.environment, "clocks", lambda _: happened.append("clocks") or {"sm_mhz": 1980.0}
     )
-    monkeypatch.setattr(tasks.calibration, "measure", lambda *_: measured)
+    monkeypatch.setattr(tasks.triton_rates, "measure", lambda *_: measured)
     ((kind, content),) = tasks.run(gpu, asked(workload.CALIBRATE))
     assert kind == "calibration"
     assert content["values"] == {"copy_bandwidth": 3e12, "l2_bandwidth": 5e12}
@@ -81,7 +82,7 @@ def test_a_calibration_is_not_of_an_idle_gpu(gpu, monkeypatch):
 
 def test_a_second_calibration_adds_to_the_first(gpu, monkeypatch):
     monkeypatch.setattr(
-        tasks.package,
+        tasks.calibration,
         "measure_after",
         lambda timer, before: Calibration(before.copy_bandwidth, copy_bandwidth_after=2.9e12),
     )
@@ -102,7 +103,7 @@ def test_requests_choose_backends_precision_and_kinds(gpu, monkeypatch):
         return [Row(case, "triton", note="a", timings={"cold": ONE}, headline="cold")]
 
     monkeypatch.setattr(tasks, "measure_case", measured)
-    monkeypatch.setattr(tasks.package, "matrix_rate", lambda *_: 4e14 if allow_tf32() else 5e13)
+    monkeypatch.setattr(tasks.calibration, "matrix_rate", lambda *_: 4e14 if allow_tf32() else 5e13)
     sizes = 1024, 64, 16384, "forward", "fp32"
     plain = workload.adapter(*sizes, seconds=1)
     values = {"copy_bandwidth": 3e12}

@@ -32,11 +32,20 @@ def row_block(tokens, hidden=1024, bottleneck=64, **kernel):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+def folders(tmp_path, monkeypatch):
+    """The user's cache folder and the package's own, both empty."""
+    made = tmp_path / "cache", tmp_path / "package"
+    for folder in made:
+        folder.mkdir()
+    monkeypatch.setattr(tuned, "FOLDERS", made)
     tuned.clear_caches()
-    yield tmp_path
+    yield made
     tuned.clear_caches()
+
+
+@pytest.fixture
+def folder(folders):
+    return folders[0]
 
 
 def test_the_nearest_entry_has_the_smallest_largest_factor():
@@ -139,10 +148,45 @@ def test_the_file_of_the_present_gpu_comes_before_its_like(folder, monkeypatch):
     for names, wanted in (({"H200"}, own), ({"H100"}, like), ({"H200", "A100"}, own)):
         monkeypatch.setattr(tuned, "present", lambda _device, names=names: names)
         tuned.clear_caches()
-        assert tuned.entries_for(H200) == (wanted,)
+        assert tuned.tables_for(H200) == [[wanted], []]
     monkeypatch.setattr(tuned, "present", lambda _device: {"GH200"})
     tuned.clear_caches()
-    assert tuned.entries_for(H200) == (like, own)  # none of its own: those of its like
+    assert tuned.tables_for(H200) == [[like, own], []]  # none of its own: those of its like
+
+
+def test_the_cache_folder_is_asked_before_the_package(folders):
+    cached, packaged = row_block(2048, num_warps=4), row_block(1024, num_warps=8)
+    far = row_block(100, num_warps=8)
+    tuned.save(folders[0] / "h200.json", "H200", H200, [cached])
+    tuned.save(folders[1] / "h200.json", "H200", H200, [packaged, far])
+    assert tuned.tables_for(H200) == [[cached], [far, packaged]]
+    assert tuned.token_plan(problem(1024), H200) == RowBlock(cached.kernels[0])
+    assert tuned.token_plan(problem(1000), H200) == RowBlock(packaged.kernels[0])  # 2048 is far
+    (folders[0] / "h200.json").unlink()
+    tuned.clear_caches()
+    assert tuned.token_plan(problem(1024), H200) == RowBlock(packaged.kernels[0])
+
+
+def test_the_packages_file_of_this_gpu_comes_before_a_cached_one_of_its_like(folders, monkeypatch):
+    monkeypatch.setattr(tuned, "present", lambda _device: {"H200"})
+    tuned.save(folders[0] / "h100.json", "H100", H200, [row_block(1024, num_warps=4)])
+    tuned.save(folders[1] / "h200.json", "H200", H200, [row_block(1024, num_warps=8)])
+    assert tuned.tables_for(H200) == [[], [row_block(1024, num_warps=8)]]
+
+
+def test_a_cache_folder_that_is_missing_or_closed_leaves_the_package(folders, monkeypatch):
+    def closed(folder):
+        if folder == folders[0]:
+            raise PermissionError(13, "closed", str(folder))
+        return os_listdir(folder)
+
+    os_listdir = tuned.os.listdir
+    tuned.save(folders[1] / "h200.json", "H200", H200, [row_block(1024)])
+    monkeypatch.setattr(tuned.os, "listdir", closed)
+    assert [*tuned.read_all()[0]] == [folders[1] / "h200.json"]
+    monkeypatch.undo()
+    monkeypatch.setattr(tuned, "FOLDERS", (folders[0] / "missing", folders[1]))
+    assert [*tuned.read_all()[0]] == [folders[1] / "h200.json"]
 
 
 def test_the_present_gpus_of_some_properties_are_named(monkeypatch):
@@ -161,18 +205,6 @@ def test_the_present_gpus_of_some_properties_are_named(monkeypatch):
     assert tuned.present(replace(H200, num_sms=108)) == {"A100"}
 
 
-def test_shared_memory_comes_from_triton_where_torch_does_not_tell(monkeypatch):
-    driver = pytest.importorskip("triton.runtime").driver
-    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101376 + index})
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda _index: SimpleNamespace(multi_processor_count=84),
-    )
-    assert tuned.device_of(1) == launch_config.Device(84, 101377)
-
-
 @pytest.mark.parametrize("text", ['{"schema": "adapterkern-tuned/0"}', "{", "[]", "\xff"])
 def test_a_file_that_cannot_be_read_is_left_out_with_one_warning(folder, text):
     (folder / "old.json").write_text(text, encoding="latin-1")
@@ -181,6 +213,50 @@ def test_a_file_that_cannot_be_read_is_left_out_with_one_warning(folder, text):
         [tuned.token_plan(problem(tokens), H200) for tokens in (1000, 1024, 100000)]
     assert len(warned) == 1
     assert tuned.token_plan(problem(1000), H200).kernel.block_t == 32
+
+
+def spoil(data, change):
+    first = data["entries"][0]
+    {
+        "form": lambda: first.update(form="spiral"),
+        "no kernel": lambda: first.update(kernels=[]),
+        "one of two kernels": lambda: first.update(form="split"),
+        "zero tile": lambda: first["kernels"][0].update(block_t=0),
+        "text": lambda: first["problem"].update(num_tokens="64"),
+        "another field": lambda: first["kernels"][0].update(block_q=16),
+        "a field less": lambda: first.pop("programs_per_sm"),
+        "no entries": lambda: data.update(entries=None),
+    }[change]()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("form", "unknown form 'spiral'; known: row_block, split, weight_gradient"),
+        ("no kernel", "0 kernels for the form 'row_block'"),
+        ("one of two kernels", "1 kernels for the form 'split'"),
+        ("zero tile", "a size of 0"),
+        ("text", "a size of '64'"),
+        ("another field", "block_q"),
+        ("a field less", "programs_per_sm"),
+        ("no entries", "does not fit"),
+    ],
+)
+def test_a_damaged_file_is_never_half_used(folder, change, says):
+    """The second entry is as it should be, and is left out with the first."""
+    path = folder / "some-gpu.json"
+    tuned.save(path, "Some GPU", H200, [row_block(64), row_block(4096, block_t=32)])
+    assert tuned.token_plan(problem(4096), H200).kernel.block_t == 32
+    data = json.loads(path.read_text())
+    spoil(data, change)
+    path.write_text(json.dumps(data))
+    tuned.clear_caches()
+    with pytest.warns(UserWarning, match="left out") as warned:
+        plan = tuned.token_plan(problem(4096), H200)
+    assert plan == launch_config.token_plan(problem(4096), H200)
+    (message,) = (str(one.message) for one in warned)
+    assert says in message
+    assert message.endswith(f"hint: delete {path}; `adapterkern tune` writes a new one")
 
 
 def test_a_writer_that_fails_leaves_the_old_entries(folder, monkeypatch):
@@ -197,9 +273,6 @@ def test_a_writer_that_fails_leaves_the_old_entries(folder, monkeypatch):
 def test_a_file_of_another_schema_is_refused(folder):
     path = folder / "old.json"
     tuned.save(path, "Some GPU", H200, [row_block(64)])
-    path.write_text(path.read_text().replace("row_block", "spiral"))
-    with pytest.raises(ValueError, match=r"unknown form 'spiral'; known: row_block, split"):
-        tuned.load(path)
     path.write_text(path.read_text().replace(tuned.SCHEMA, "adapterkern-tuned/0"))
     with pytest.raises(ValueError, match="this version reads"):
         tuned.load(path)
@@ -215,8 +288,8 @@ def test_a_forced_entry_is_taken_within_its_block_only(folder):
 
 
 def test_the_files_in_the_package_can_be_read():
-    for path in tuned.FOLDER.glob("*.json"):
-        gpu, device, entries = tuned.load(path)
+    for path in tuned.FOLDERS[-1].glob("*.json"):
+        gpu, device, entries, _ = tuned.load(path)
         assert gpu
         assert device.num_sms > 0
         assert entries

@@ -1,9 +1,10 @@
-"""Launch configurations found by `adapterkern tune`, in tuned/<gpu>.json, and how one is looked up.
+"""Launch configurations found by `adapterkern tune`, in <gpu>.json, and how one is looked up.
 
 A file holds the GPU that it was searched on (name, number of SMs, shared memory) and entries: one
 problem and the tiles that were fastest for it. A call takes the tiles of the nearest entry of its
 own kind of arithmetic, from the file of its own GPU, else from those of GPUs with as many SMs and
-as much shared memory; where none is near, or none was searched, `launch_config` decides. How many
+as much shared memory. The user's cache folder is asked first, and the package's own files where
+that has no entry near; where none is near, or none was searched, `launch_config` decides. How many
 slices of H or of tokens a launch takes follows from the tiles, the problem and the GPU.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from adapterkern import _env
 from adapterkern.backends.triton import launch_config
 from adapterkern.backends.triton.launch_config import (
     Device,
@@ -31,9 +33,12 @@ from adapterkern.backends.triton.launch_config import (
     cdiv,
 )
 
-FOLDER = Path(__file__).parent / "tuned"
+# In the order in which they are asked. `adapterkern tune` writes to the first, the user's own.
+FOLDERS = (_env.CACHE / "tuned", Path(__file__).parent / "tuned")
+# It rises with every change of the kernels after which older tiles need not fit any more: files in
+# the cache folder outlive the version that wrote them.
 SCHEMA = "adapterkern-tuned/1"
-FORMS = ("row_block", "split", "weight_gradient")
+FORMS = {"row_block": 1, "split": 2, "weight_gradient": 1}  # and the kernels that an entry holds
 # An entry serves problems whose every size is within this factor of its own: tiles that suit 16
 # tokens say nothing about 2048.
 NEAR = 2.0
@@ -151,25 +156,51 @@ def _find(kind: str, problem: Problem, device: Device) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _look_up(kind: str, problem: Problem, device: Device) -> Any:
-    entry = nearest(entries_for(device), kind, problem)
-    return None if entry is None else plan(entry, problem, device)
+    for entries in tables_for(device):
+        entry = nearest(entries, kind, problem)
+        if entry is not None:
+            return plan(entry, problem, device)
+    return None
 
 
 @functools.cache
-def entries_for(device: Device) -> tuple[Entry, ...]:
-    """The entries of the files of this machine's GPUs of these properties, by name; where there is
-    none, of every file with these properties. A file that cannot be read is left out and warned of.
+def tables_for(device: Device) -> list[list[Entry]]:
+    """The entries that serve a GPU of these properties, a list for each folder, in order. A file
+    that cannot be read is left out as a whole and warned of.
     """
-    files = []
-    for path in sorted(FOLDER.glob("*.json")):
-        try:
-            files.append(load(path))
-        except (OSError, ValueError) as error:
-            warnings.warn(f"tuned launch configurations left out: {error}", stacklevel=2)
-    fitting = [file for file in files if file.device == device]
+    files, problems = read_all()
+    for problem in problems.values():
+        warnings.warn(f"tuned launch configurations left out: {problem}", stacklevel=2)
+    chosen = serving(files, device)
+    return [
+        [entry for path in chosen if path.parent == folder for entry in files[path].entries]
+        for folder in FOLDERS
+    ]
+
+
+def read_all() -> tuple[dict[Path, "TunedFile"], dict[Path, str]]:
+    """Every file in the order in which it is asked, and for those that cannot be read, why."""
+    files, problems = {}, {}
+    for folder in FOLDERS:
+        names: list[str] = []
+        # A folder that is missing, or closed to this user, holds nothing that they searched.
+        with contextlib.suppress(OSError):
+            names = sorted(os.listdir(folder))
+        for path in (folder / name for name in names if name.endswith(".json")):
+            try:
+                files[path] = load(path)
+            except (OSError, ValueError) as error:
+                problems[path] = str(error)
+    return files, problems
+
+
+def serving(files: dict[Path, "TunedFile"], device: Device) -> list[Path]:
+    """Of these files those of this machine's GPUs of these properties, by name; where there is none
+    those of every GPU with these properties.
+    """
+    fitting = [path for path, file in files.items() if file.device == device]
     names = present(device)
-    own = [file for file in fitting if file.gpu in names]
-    return tuple(entry for file in own or fitting for entry in file.entries)
+    return [path for path in fitting if files[path].gpu in names] or fitting
 
 
 def present(device: Device) -> set[str]:
@@ -182,15 +213,10 @@ def present(device: Device) -> set[str]:
     }
 
 
-def device_of(index: int) -> Device:
+def device_of(device: int | torch.device) -> Device:
     """The launch properties of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    memory = getattr(properties, "shared_memory_per_block_optin", None)
-    if memory is None:  # torch 2.6
-        from triton.runtime import driver
-
-        memory = driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Device(properties.multi_processor_count, memory)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -224,13 +250,14 @@ def load(path: Path) -> TunedFile:
         OSError: the file cannot be read.
         ValueError: the file is of another schema or does not fit it.
     """
+    cure = f"\n  hint: delete {path}; `adapterkern tune` writes a new one"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
+        raise ValueError(f"{path} is not JSON ({error}).{cure}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}.")
+        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}.{cure}")
     try:
         gpu = str(data["gpu"])
         device = Device(**data["device"])
@@ -246,12 +273,23 @@ def load(path: Path) -> TunedFile:
             for entry in data["entries"]
         ]
         held_out = tuple(HeldOut(**row) for row in data.get("held_out", ()))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not fit {SCHEMA}: {error!r}") from error
-    unknown = sorted({entry.form for entry in entries} - set(FORMS))
-    if unknown:
-        raise ValueError(f"{path} has the unknown form {unknown[0]!r}; known: {', '.join(FORMS)}.")
+        for entry in entries:
+            _check(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit {SCHEMA}: {error!r}{cure}") from error
     return TunedFile(gpu, device, entries, held_out)
+
+
+def _check(entry: Entry) -> None:
+    """Raise ValueError for what no search writes, which would stop a call or divide by zero."""
+    if entry.form not in FORMS:
+        raise ValueError(f"unknown form {entry.form!r}; known: {', '.join(FORMS)}")
+    if len(entry.kernels) != FORMS[entry.form]:
+        raise ValueError(f"{len(entry.kernels)} kernels for the form {entry.form!r}")
+    tiles = [size for kernel in entry.kernels for size in vars(kernel).values()]
+    for size in (*entry.problem[:3], *tiles, entry.programs_per_sm):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"a size of {size!r}, which must be an integer of at least 1")
 
 
 def save(
@@ -292,5 +330,5 @@ def save(
 
 def clear_caches() -> None:
     """Forget what was read, after a file changed."""
-    entries_for.cache_clear()
+    tables_for.cache_clear()
     _look_up.cache_clear()

@@ -20,7 +20,7 @@ import torch
 
 from adapterkern import _env, parity, testing
 from adapterkern.backends import NAMES, get
-from adapterkern.cli.check.report import Report, line_of
+from adapterkern.cli.check.outcome import Outcome, line_of
 from adapterkern.cli.check.worker import (
     DTYPES,
     Event,
@@ -141,18 +141,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.case and not any(cases.values()):
         return _usage_error(_no_such_case(names, device, arguments))
 
-    report = Report()
+    outcome = Outcome()
     for name in names:
         left = shard_of(cases[name], arguments.shard)
         for event in _events(name, device, left, arguments, alone=len(names) == 1):
-            report.add(event)
+            outcome.add(event)
             if arguments.json or event["event"] != "begin":
                 print(json.dumps(event) if arguments.json else line_of(event), flush=True)
-    passed = report.passed(named=bool(arguments.backend), whole=arguments.shard is None)
+    passed = outcome.passed(named=bool(arguments.backend), whole=arguments.shard is None)
     if arguments.json:
-        print(json.dumps(report.end(passed)), flush=True)
+        print(json.dumps(outcome.end(passed)), flush=True)
     else:
-        print(f"\n{report.render(passed)}")
+        print(f"\n{outcome.render(passed)}")
     return 0 if passed else 1
 
 

@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from adapterkern.cli.demo.corpus import CorpusError
     from adapterkern.cli.demo.experiment import run as run_experiment
+    from adapterkern.cli.demo.findings import as_text
     from adapterkern.cli.demo.model import ModelError
-    from adapterkern.cli.demo.report import as_text
 
     try:
         report = run_experiment(_options(arguments))

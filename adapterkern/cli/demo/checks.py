@@ -1,4 +1,4 @@
-"""What the demo proves on the trained model: switching, reloading, gradients, cost of a step."""
+"""The demo's checks of the trained model: switching, reloading, gradients, cost of a step."""
 
 import functools
 import statistics
@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.cli.demo.corpus import Task
+from adapterkern.cli.demo.findings import Check, StepTime
 from adapterkern.cli.demo.model import MAX_LENGTH, TextClassifier, load_task
-from adapterkern.cli.demo.report import Check, StepTime
 from adapterkern.cli.demo.training import Encoded, logits_of, optimizer_for
 from adapterkern.dispatch import explain
 from adapterkern.modules.bottleneck import BottleneckAdapter

@@ -50,12 +50,12 @@ _SIGNATURE = re.compile(r"^[\w.]+\s*\([^)]*\)\s*(->|--|:)?\s*")
 
 
 class CorpusError(RuntimeError):
-    """The standard library's sources are not there to be read."""
+    """The standard library's sources cannot be read."""
 
 
 @dataclass(frozen=True)
 class Docstring:
-    """One text with its two labels; `module` is where it stands and never shown to the model."""
+    """One text with its two labels; `module`, where it comes from, is never shown to the model."""
 
     text: str
     module: str
@@ -136,12 +136,12 @@ def load_corpus(library: Path | None = None) -> Corpus:
 
 
 def text_key(text: str) -> str:
-    """What makes two texts the same: their first words in lower case, letters only."""
+    """The first words in lower case, letters only; texts with the same key count as one."""
     return " ".join(re.findall(r"[a-z]+", text.lower())[:KEY_WORDS])
 
 
 def balanced(docs: list[Docstring], cap: int) -> list[Docstring]:
-    """At most `cap` of them, kinds in turn, so that methods do not crowd out the rest."""
+    """Take at most `cap` texts, kinds in turn, so that methods do not crowd out the rest."""
     docs = sorted(docs, key=lambda doc: _hash("choice", doc.text))
     queues = [[doc for doc in docs if doc.kind == kind] for kind in KINDS]
     taken: list[Docstring] = []

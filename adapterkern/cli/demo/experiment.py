@@ -5,15 +5,15 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import adapterkern
+from adapterkern.bench.environment import versions
 from adapterkern.cli.demo import checks
 from adapterkern.cli.demo.corpus import TASKS, Corpus, Task, load_corpus
+from adapterkern.cli.demo.findings import MethodResult, Report, TaskResult, write_atomically
 from adapterkern.cli.demo.memory import peak_bytes, peak_is_per_part, reset_peak
 from adapterkern.cli.demo.model import (
     LABELS,
@@ -28,13 +28,12 @@ from adapterkern.cli.demo.model import (
     start_task,
 )
 from adapterkern.cli.demo.plot import plot_report
-from adapterkern.cli.demo.report import MethodResult, Report, TaskResult, write_atomically
 from adapterkern.cli.demo.training import LEARNING_RATE, Encoded, accuracy, encode, logits_of, train
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; `model` is a folder or a hub name, `name` what to call it."""
+    """The user's choices; `model` is a folder or a hub name, `name` its title."""
 
     out: Path
     model: str
@@ -182,20 +181,8 @@ def _say(stage: str) -> None:
     print(stage, file=sys.stderr, flush=True)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("torch", "triton", "transformers", "peft", "tokenizers", "safetensors", "numpy")
-    found = {"adapterkern": adapterkern.__version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def machine(device: torch.device) -> dict[str, object]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     is_gpu = device.type == "cuda"
     return {
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if is_gpu else str(device),

@@ -30,7 +30,7 @@ LABELS = {
 MAX_LENGTH = 48  # tokens; two docstrings in three fit, and a run stays under five minutes
 REDUCTION_FACTOR = 16  # H = 384: R = 24
 
-# What transformers raises for folders that lack something, depending on what and on its version.
+# transformers raises these for incomplete folders, depending on the gap and on its version.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError)
 
 
@@ -119,8 +119,8 @@ def start_task(
 ) -> TextClassifier:
     """A classifier whose parameters that require gradients are the ones to train for `task`.
 
-    Adapters and LoRA add the task to the `model` of the task before, whose own adapter stays as it
-    is. Full fine-tuning starts from a fresh base each time, to its advantage: a model a task.
+    Adapters and LoRA add the task to the `model` of the task before, whose own adapter does not
+    change. Full fine-tuning starts from a fresh base each time, to its advantage: a model a task.
     """
     if method == "full":
         model = TextClassifier(load_encoder(source, device))
@@ -145,7 +145,7 @@ def adapter_config() -> BottleneckConfig:
 
 
 def lora_config(rank: int) -> peft.LoraConfig:
-    """LoRA on every linear layer of the encoder, the placement that it does best with."""
+    """LoRA on every linear layer of the encoder, the placement in which it does best."""
     return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
@@ -158,7 +158,7 @@ def lora_rank_for(budget: int, source: str) -> int:
 
 
 def describe_method(method: str, lora_rank: int) -> dict[str, object]:
-    """What distinguishes the methods, for the record."""
+    """The settings of a method, for the record."""
     if method == "adapters":
         return {"reduction_factor": REDUCTION_FACTOR, "init": "identity", "activation": "gelu"}
     if method == "lora":
@@ -226,8 +226,8 @@ def load_task(folder: Path, source: str, device: torch.device) -> TextClassifier
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, no notes about unused weights or a hub out of reach (the error tells), no
-    deprecations between libraries.
+    """Silence progress bars, notes about unused weights or an unreachable hub (the error tells),
+    and deprecations between libraries.
     """
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level

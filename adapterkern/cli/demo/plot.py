@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from adapterkern.cli.demo.report import MethodResult, Report
+from adapterkern.cli.demo.findings import MethodResult, Report
 
 # Okabe and Ito's palette, distinguishable with every common colour vision; the line styles and
 # hatches tell the methods apart without any colour.

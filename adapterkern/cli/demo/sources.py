@@ -1,4 +1,4 @@
-"""Where the base model comes from. Imports nothing heavy: it answers before any work begins."""
+"""Finds the base model. Imports nothing heavy, because it answers before any work begins."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,7 @@ def bundled_minilm() -> str | None:
 
 
 def problem_with(source: str) -> str | None:
-    """What is wrong with a model's folder; None if nothing is, or it may be a name on the hub."""
+    """The problem with a model's folder; None if there is none, or it may be a name on the hub."""
     path = Path(source)
     if path.is_dir():
         if (path / "config.json").is_file():

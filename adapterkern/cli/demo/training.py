@@ -15,8 +15,8 @@ from tqdm import tqdm
 from adapterkern.cli.demo.corpus import Docstring, Task
 from adapterkern.cli.demo.model import MAX_LENGTH, TextClassifier
 
-# Of three rates for each method, a factor of 2 apart, judged on a fifth of the training texts kept
-# back for that; never on the held-out texts. Neighbouring rates are within the noise (2 points).
+# The best of three rates for each method, a factor of 2 apart, judged on a fifth of the training
+# texts set aside, never on the held-out texts. Neighbours are within the noise (2 points).
 LEARNING_RATE = {"adapters": 4e-3, "lora": 2e-3, "full": 1e-4}
 HEAD_LEARNING_RATE = 5e-3
 WARM_UP_SHARE = 0.1
@@ -112,7 +112,7 @@ def train(
     seed: int,
     label: str,
 ) -> tuple[list[float], float]:
-    """Trains in place; linear warm-up, then linear decay to zero.
+    """Train in place, with a linear warm-up, then a linear decay to zero.
 
     Returns:
         The loss of every step, and the seconds that all steps took.

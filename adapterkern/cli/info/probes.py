@@ -1,4 +1,4 @@
-"""What is there: each probe returns one entry of the report, in types that JSON has.
+"""Probes of the installation: each returns one entry of the report, in types that JSON has.
 
 torch and the rest of the package are imported inside the probes that need them, so that a broken
 installation costs those probes alone.
@@ -7,7 +7,6 @@ installation costs those probes alone.
 import ctypes
 import importlib.metadata
 import os
-import platform
 import shutil
 import subprocess
 import sysconfig
@@ -19,7 +18,6 @@ from packaging.requirements import Requirement
 import adapterkern
 from adapterkern import _env
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "adapters")
 NETWORK_FILESYSTEMS = {
     "9p",
     "afs",
@@ -36,21 +34,14 @@ EXAMPLE_HIDDEN_SIZE = 768
 
 
 def probe_versions() -> dict:
-    """Installed versions, None where absent; a package that fails to import still shows."""
-    versions: dict[str, str | None] = {
-        "adapterkern": adapterkern.__version__,
-        "python": platform.python_version(),
-    }
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    """Installed versions, None where absent."""
+    from adapterkern.bench import environment
+
+    return environment.versions()
 
 
 def probe_torch() -> dict:
-    """What torch was built for, and the triton that it asks for."""
+    """The CUDA or ROCm version that torch was built for, and the triton that it requires."""
     import torch
 
     wanted = None
@@ -118,7 +109,7 @@ def probe_gpus() -> dict:
 
 
 def probe_compiler() -> dict:
-    """What Triton compiles its launcher with, at the first launch: a C compiler and Python.h."""
+    """The C compiler and Python.h, with which Triton compiles its launcher at the first launch."""
     # Triton's own order: the variable CC (read here to report it), then gcc, then clang.
     compiler = _env.of_another_tool("CC") or shutil.which("gcc") or shutil.which("clang")
     path = shutil.which(compiler) if compiler else None
@@ -137,7 +128,7 @@ def probe_compiler() -> dict:
 
 
 def probe_cache() -> dict:
-    """Where Triton keeps compiled kernels, in its own order of variables."""
+    """The folder in which Triton keeps compiled kernels, by its own order of variables."""
     home = _env.of_another_tool("TRITON_HOME") or str(Path.home())
     folder = Path(
         _env.of_another_tool("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")
@@ -149,6 +140,27 @@ def probe_cache() -> dict:
         "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "filesystem": filesystem,
         "network": filesystem in NETWORK_FILESYSTEMS,
+    }
+
+
+def probe_tuned() -> dict:
+    """The files of launch configurations in the order in which calls ask them, which of them serve
+    a GPU that is here, and why others cannot be read.
+    """
+    import torch
+
+    from adapterkern.backends.triton import tuned
+
+    files, problems = tuned.read_all()
+    devices = {tuned.device_of(index) for index in range(torch.cuda.device_count())}
+    used = {path for device in devices for path in tuned.serving(files, device)}
+    return {
+        "folder": str(tuned.FOLDERS[0]),
+        "files": [
+            {"path": str(path), "gpu": f.gpu, "entries": len(f.entries), "used": path in used}
+            for path, f in files.items()
+        ],
+        "problems": list(problems.values()),
     }
 
 
@@ -197,6 +209,7 @@ PROBES: dict[str, Callable[[], dict]] = {
     "gpus": probe_gpus,
     "compiler": probe_compiler,
     "cache": probe_cache,
+    "tuned": probe_tuned,
     "backends": probe_backends,
     "choice": probe_choice,
     "environment": probe_environment,

@@ -1,4 +1,4 @@
-"""What is amiss: rules over the report, each with the cure in its sentence."""
+"""Rules that find problems in the report; each sentence names the cure."""
 
 import platform
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-LOWEST = {"torch": "2.6", "triton": "3.2"}
+LOWEST = {"torch": "2.9.1", "triton": "3.5"}
 LOWEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
@@ -51,7 +51,7 @@ def version_problems(report: dict) -> list[str]:
 
 
 def driver_problems(report: dict) -> list[str]:
-    """A driver that torch cannot use, or not seen."""
+    """A driver that torch cannot use or does not see."""
     driver, torch, gpus = report["driver"], report["torch"], report["gpus"]["devices"]
     if gpus or not (driver["version"] or driver["cuda"]):
         return []
@@ -89,7 +89,7 @@ def gpu_problems(report: dict) -> list[str]:
 
 
 def triton_problems(report: dict) -> list[str]:
-    """What would stop Triton's first launch. Without a GPU there is none, so nothing is amiss."""
+    """Problems that would stop Triton's first launch; without a GPU there is none to stop."""
     if not report["gpus"]["devices"] or report["versions"]["triton"] is None:
         return []
     compiler, cache = report["compiler"], report["cache"]
@@ -113,6 +113,12 @@ def triton_problems(report: dict) -> list[str]:
     return problems
 
 
+def tuned_problems(report: dict) -> list[str]:
+    """Files of launch configurations that no call uses, because they cannot be read."""
+    problems = report["tuned"]["problems"]
+    return [f"tuned launch configurations left out: {problem}" for problem in problems]
+
+
 def backend_problems(report: dict) -> list[str]:
     """A backend named by the environment that cannot run a plain adapter here."""
     choice, name = report["choice"], report["environment"].get("ADAPTERKERN_BACKEND")
@@ -131,5 +137,6 @@ RULES: tuple[Callable[[dict], list[str]], ...] = (
     driver_problems,
     gpu_problems,
     triton_problems,
+    tuned_problems,
     backend_problems,
 )

@@ -85,6 +85,15 @@ def _cache_text(part: dict) -> list[str]:
     ]
 
 
+def _tuned_text(part: dict) -> list[str]:
+    lines = [
+        f"{file['path']}: {file['entries']} entries from {file['gpu']}, "
+        f"{'used here' if file['used'] else 'for other GPUs'}"
+        for file in part["files"]
+    ]
+    return lines or [f"none; `adapterkern tune` writes to {part['folder']}"]
+
+
 def _backends_text(part: dict) -> list[str]:
     return [f"{name}: {(reason or 'available').splitlines()[0]}" for name, reason in part.items()]
 
@@ -106,6 +115,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], list[str]]], ...] = (
     ("gpus", "gpus", _gpus_text),
     ("C compiler", "compiler", _compiler_text),
     ("triton cache", "cache", _cache_text),
+    ("tuned", "tuned", _tuned_text),
     ("backends", "backends", _backends_text),
     ("would run", "choice", _choice_text),
     ("environment", "environment", _environment_text),

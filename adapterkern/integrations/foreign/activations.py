@@ -1,4 +1,4 @@
-"""Names of activation modules, recognised by their class: the library keeps no name."""
+"""Names of activation modules and functions, recognised by their class: they carry no name."""
 
 from typing import Any
 

@@ -57,6 +57,6 @@ def _launch(timer: CudaTimer) -> float:
 
 
 def _kernels() -> tuple[Any, Any]:
-    from benchmarks import calibration_kernels
+    from benchmarks import triton_rate_kernels
 
-    return calibration_kernels.read_kernel, calibration_kernels.empty_kernel
+    return triton_rate_kernels.read_kernel, triton_rate_kernels.empty_kernel

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from adapterkern.integrations.adapterhub.activations import activation_name
 from adapterkern.integrations.adapterhub.reasons import REASONS
+from adapterkern.integrations.foreign.activations import activation_name
 
 COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "path", "reason")
 

@@ -6,6 +6,7 @@ import torch
 
 from adapterkern import __version__
 from adapterkern.cli.check.worker import Event
+from adapterkern.parity import share
 from adapterkern.spec import TENSOR_NAMES
 
 _ORDER = ("y", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # of the table's rows
@@ -13,7 +14,7 @@ _MOST_MISSES = 20  # listed one by one
 _VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
 
 
-class Report:
+class Outcome:
     """The events of all backends, put together."""
 
     def __init__(self) -> None:
@@ -130,18 +131,18 @@ def _render_miss(row: dict) -> str:
 
 
 def _share(row: dict) -> float:
-    """The part of its tolerance that an error uses up."""
+    """The part of its tolerance that an error uses up; JSON has null for what is not finite."""
     if row["error"] is None or row["tolerance"] is None:
         return math.inf
-    return row["error"] / row["tolerance"] if row["tolerance"] else math.inf * bool(row["error"])
+    return share(row["error"], row["tolerance"])
 
 
 def _numbers(row: dict) -> tuple[str, str, str]:
     error, tolerance = (
         "-" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "tolerance")
     )
-    share = _share(row)
-    used = f"{share:.0%}" if share < 10 else f"{share:.0f}x" if math.isfinite(share) else "-"
+    part = _share(row)
+    used = f"{part:.0%}" if part < 10 else f"{part:.0f}x" if math.isfinite(part) else "-"
     return error, tolerance, used
 
 

@@ -1,4 +1,4 @@
-"""What a run found: as data, as JSON and as a table to read."""
+"""The findings of a run, as data, as JSON and as a table to read."""
 
 import json
 import os
@@ -69,10 +69,10 @@ class StepTime:
 
 @dataclass
 class Report:
-    """All of a run."""
+    """All findings of a run."""
 
     command: dict[str, Any]  # options, among them the seed
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     machine: dict[str, Any]
     model: dict[str, Any]
     corpus: dict[str, Any]
@@ -114,7 +114,7 @@ class Report:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` gets a scratch path of the same suffix, which then replaces `path` in one step."""
+    """Let `write` fill a scratch path of the same suffix, which replaces `path` in one step."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
         unfinished = Path(scratch) / path.name
         write(unfinished)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import calibration_kernels
+from benchmarks import triton_rate_kernels
 
 POINTERS = {
     "read_kernel": ("source_ptr", "sum_ptr"),
@@ -21,8 +21,8 @@ POINTERS = {
 @pytest.mark.skipif(_env.TRITON_INTERPRET, reason="the interpreter does not compile")
 @pytest.mark.parametrize("name", POINTERS)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_a_calibration_kernel_compiles(name, capability):
-    kernel = getattr(calibration_kernels, name)
+def test_a_kernel_compiles(name, capability):
+    kernel = getattr(triton_rate_kernels, name)
     signature = {
         argument: "*fp32" if argument in POINTERS[name] else "i32" for argument in kernel.arg_names
     }

@@ -1,0 +1,44 @@
+"""What a provider builds: one implementation over a case's own tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterkern.bench.cases import Inputs
+
+
+class UnavailableError(RuntimeError):
+    """A provider that cannot run here; the message is what its row says."""
+
+
+@dataclass
+class Built:
+    """One implementation, ready to be called.
+
+    forward: x [T, H] to y [T, H]; parameters: its leaf tensors, by the name of the parameter whose
+    values each holds; activation: of the formula that it computes; checked: whether it computes an
+    adapter, so that the parity gate applies; alone: in place of the case's mode, for the limits.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    activation: str = "gelu"
+    checked: bool = True
+    note: str = ""
+    alone: Callable[[Tensor, Tensor], Callable[[], Any]] | None = None
+
+
+def share(linear: nn.Linear, inputs: Inputs, projection: str) -> None:
+    """Give a linear layer the case's values of the projection "down" or "up"."""
+    linear.weight = nn.Parameter(inputs.parameters[f"{projection}_weight"].detach())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(inputs.parameters[f"{projection}_bias"].detach())
+
+
+def parameters_of(down: nn.Linear, up: nn.Linear) -> dict[str, Tensor]:
+    """The parameters of two linear layers under their names here."""
+    named = {"down_weight": down.weight, "up_weight": up.weight}
+    named |= {"down_bias": down.bias} if down.bias is not None else {}
+    return named | ({"up_bias": up.bias} if up.bias is not None else {})
