@@ -1,4 +1,4 @@
-"""Build of adapterkern: pure Python, and the extension `adapterkern._cuda` where nvcc is found.
+"""Builds adapterkern: pure Python, and the extension `adapterkern._cuda` if nvcc is found.
 
 The extension is optional and free of torch: ninja runs nvcc over `csrc/`, and the CUDA runtime is
 linked in statically, so one build serves every torch version. An install without it works, and
@@ -10,7 +10,7 @@ Environment:
     ADAPTERKERN_CUDA_ARCHS  architectures, "sm_80;sm_90a;compute_90" by default (see `parse_archs`)
     CUDA_HOME, CUDA_PATH    toolkit folders, searched before PATH (see `nvcc_candidates`)
     MAX_JOBS                compiler processes at a time
-    NVCC_CCBIN              nvcc's own: the host compiler that it uses
+    NVCC_CCBIN              nvcc's own variable for its host compiler
 """
 
 import os
@@ -31,8 +31,8 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "adapterkern._cuda"
 
-# Machine code for 8.x (sm_80 runs on 8.6 and 8.9 too) and for 9.0 with its own instructions; the
-# PTX is compiled by the driver, at first use, on every newer GPU.
+# Machine code for 8.x (sm_80 runs on 8.6 and 8.9 too) and for 9.0 with its own instructions; on
+# every newer GPU the driver compiles the PTX at first use.
 DEFAULT_ARCHS = "sm_80;sm_90a;compute_90"
 LOWEST_ARCH = 80  # bfloat16 tensor cores and cp.async
 
@@ -57,7 +57,7 @@ class NotBuilt(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for."""
+    """The settings that the environment asks for."""
 
     mode: str  # auto | 1 | 0
     archs: tuple[str, ...]
@@ -81,10 +81,10 @@ class BuildInfo:
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """The build's environment variables, checked.
+    """Read and check the build's environment variables.
 
     Raises:
-        SetupError: a value that is not allowed, whatever ADAPTERKERN_BUILD_CUDA says.
+        SetupError: a value is not allowed, whatever ADAPTERKERN_BUILD_CUDA says.
     """
     mode = environ.get("ADAPTERKERN_BUILD_CUDA", "").strip().lower() or "auto"
     if mode not in ("auto", "1", "0"):
@@ -103,7 +103,7 @@ def parse_archs(text: str) -> tuple[str, ...]:
     "compute_90" for PTX, and "9.0+PTX" for both, as in TORCH_CUDA_ARCH_LIST.
 
     Raises:
-        SetupError: an entry of another form, or below compute capability 8.0.
+        SetupError: an entry has another form, or is below compute capability 8.0.
     """
     archs: list[str] = []
     for entry in filter(None, re.split(r"[;,\s]+", text)):
@@ -135,7 +135,7 @@ def gencode(arch: str) -> str:
 
 
 def nvcc_candidates(environ: Mapping[str, str]) -> Iterator[Path]:
-    """Where nvcc may be, in the order in which it is looked for."""
+    """The places where nvcc may be, in the order of the search."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             yield Path(environ[variable], "bin", "nvcc").absolute()
@@ -143,7 +143,7 @@ def nvcc_candidates(environ: Mapping[str, str]) -> Iterator[Path]:
     if on_path:
         yield Path(on_path).absolute()
     yield Path("/usr/local/cuda/bin/nvcc")
-    # The nvidia-cuda-nvcc package of the environment that is installed into.
+    # The environment that is installed into may have the nvidia-cuda-nvcc package.
     yield from sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"), reverse=True)
 
 
@@ -197,7 +197,7 @@ def ninja_file(
     nvcc: Path,
     archs: tuple[str, ...],
 ) -> str:
-    """The build: every source goes through nvcc, which knows its own headers and libraries."""
+    """The text of the build; nvcc compiles every source, as it knows its headers and libraries."""
     try:
         import pybind11
     except ImportError as error:
@@ -232,7 +232,7 @@ def ninja_file(
 
 
 def _command(*words: Path | str) -> str:
-    """Words for a shell, written for a ninja file."""
+    """Quote words for a shell, within a ninja file."""
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
@@ -288,7 +288,7 @@ class BuildCuda(build_ext):
             self.place(folder, library, info)
 
     def compile(self, settings: Settings) -> tuple[Path, BuildInfo]:
-        """The built library, in the build folder, and what it was built with."""
+        """Build the library in the build folder; return it, and what it was built with."""
         if settings.mode == "0":
             raise NotBuilt("ADAPTERKERN_BUILD_CUDA=0 when it was installed")
         if not sys.platform.startswith("linux"):
@@ -307,7 +307,7 @@ class BuildCuda(build_ext):
         return library, info
 
     def place(self, folder: Path, library: Path | None, info: BuildInfo) -> None:
-        """Put the results into the package under `folder`, instead of those of an earlier build."""
+        """Put the results into the package under `folder`, replacing those of an earlier build."""
         extension, buildinfo = self.outputs_in(folder)
         buildinfo.parent.mkdir(parents=True, exist_ok=True)
         buildinfo.write_text(info.source())

@@ -83,7 +83,7 @@ def canonical_name(name: str) -> str:
     """The table's name for `name` or one of its aliases.
 
     Raises:
-        TypeError: it is no name.
+        TypeError: `name` is not a string.
         ValueError: the name is not in the table; the message lists the names that are.
     """
     if not isinstance(name, str):

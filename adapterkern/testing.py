@@ -1,5 +1,5 @@
-"""For tests and `adapterkern check`: exact bfloat16 in Triton's interpreter, NaN-filled memory, and
-whether a device still answers.
+"""Helpers of tests and `adapterkern check`: exact bfloat16 in Triton's interpreter, NaN-filled
+memory, and a test whether a device still answers.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def enable_triton_interpreter() -> None:
     Arithmetic on bfloat16 tiles without a conversion stays wrong in the interpreter (a sum of bit
     patterns): a kernel converts to float32 before it computes, as it does for its precision anyway.
 
-    numpy's warnings of Inf and NaN in the interpreter are turned off: that is what some cases have.
+    numpy's warnings of Inf and NaN in the interpreter are turned off, since some cases have both.
 
     Verified on triton 3.6 to 3.9; the interpreter of 3.6 itself needs numpy below 2.4. Calling it
     again changes nothing.
@@ -57,13 +57,13 @@ def _install_exact_bfloat16(builder: Any) -> None:
     dot, cast = builder.create_dot, builder.cast_impl
 
     def widened(handle):
-        """A bfloat16 handle as float32: the 16 bits are the upper half of the 32."""
+        """Widen a bfloat16 handle to float32, whose upper half its 16 bits are."""
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def rounded(data):
-        """Floating or integer data to the bits of bfloat16, to nearest, ties to even."""
+        """Round floating or integer data to the bits of bfloat16, to nearest, ties to even."""
         value = np.ascontiguousarray(data, dtype=np.float32).reshape(np.shape(data))
         bits = value.view(np.uint32).astype(np.uint64)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -86,7 +86,7 @@ def _install_exact_bfloat16(builder: Any) -> None:
 
 
 def lost_device(device: torch.device | str) -> str | None:
-    """What a CUDA device says that no longer answers; None where it does, and on a CPU.
+    """The error of a CUDA device that no longer answers; None if it answers, and for a CPU.
 
     After an illegal access or a trap, every further call in the process fails, this one too.
     """
@@ -104,9 +104,9 @@ def lost_device(device: torch.device | str) -> str | None:
 def nan_filled_memory() -> Iterator[None]:
     """Within the block, memory from torch.empty and its relatives, such as new_empty, holds NaN.
 
-    A kernel that reads what nobody wrote, or leaves a part of its output unwritten, then shows as
-    NaN instead of passing on memory that happened to be zero. Uses torch's own switch for this
-    (`torch.utils.deterministic`), which is process-wide; integers get their largest value.
+    A kernel that reads uninitialised memory, or leaves a part of its output unwritten, then shows
+    NaN instead of passing on memory that happened to be zero. The switch is torch's own
+    (`torch.utils.deterministic`) and process-wide; integers get their largest value.
     """
     deterministic: Any = torch.utils.deterministic
     before = (
@@ -115,7 +115,7 @@ def nan_filled_memory() -> Iterator[None]:
         deterministic.fill_uninitialized_memory,
     )
     with warnings.catch_warnings():
-        # The switch works in deterministic mode only, which remarks on other operations.
+        # The switch works in deterministic mode only, which warns about other operations.
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic.fill_uninitialized_memory = True

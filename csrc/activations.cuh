@@ -72,34 +72,36 @@ struct Identity {
   static __device__ __forceinline__ float derivative(float) { return 1.0f; }
 };
 
-// Calls `body` with the formula of an activation. A switch at run time, once a vector: one more
+// The formulas in the order of the enum Activation.
+template <typename... Formulas>
+struct FormulaList {
+  static constexpr int64_t kSize = sizeof...(Formulas);
+};
+using AllFormulas = FormulaList<Gelu, GeluTanh, Relu, Silu, Tanh, Sigmoid, LeakyRelu, Identity>;
+
+// The launchers refuse every other number: the last formula must not answer for a forgotten one.
+// A trap in the kernels instead would cost registers, which some of them then spill.
+inline bool has_formula(int64_t activation) {
+  return 0 <= activation && activation < AllFormulas::kSize;
+}
+
+// Calls `body` with the formula of an activation. It is chosen at run time, once a vector: one more
 // template dimension would multiply the kernels by eight to save a uniform branch.
-template <typename Body>
-__device__ __forceinline__ void with_activation(int64_t activation, Body body) {
-  switch (activation) {
-    case kGelu:
-      return body(Gelu());
-    case kGeluTanh:
-      return body(GeluTanh());
-    case kRelu:
-      return body(Relu());
-    case kSilu:
-      return body(Silu());
-    case kTanh:
-      return body(Tanh());
-    case kSigmoid:
-      return body(Sigmoid());
-    case kLeakyRelu:
-      return body(LeakyRelu());
-    default:
-      return body(Identity());
+template <int64_t number = 0, typename First, typename... Rest, typename Body>
+__device__ __forceinline__ void with_activation(int64_t activation, FormulaList<First, Rest...>,
+                                                Body body) {
+  if constexpr (sizeof...(Rest) > 0) {
+    if (activation != number) {
+      return with_activation<number + 1>(activation, FormulaList<Rest...>(), body);
+    }
   }
+  body(First());
 }
 
 // v = act(v)
 template <int n>
 __device__ __forceinline__ void apply_activation(float (&v)[n], int64_t activation) {
-  with_activation(activation, [&](auto formula) {
+  with_activation(activation, AllFormulas(), [&](auto formula) {
 #pragma unroll
     for (int i = 0; i < n; ++i) v[i] = formula.value(v[i]);
   });
@@ -122,7 +124,7 @@ __device__ __forceinline__ void clear_padded_units(float (&v)[n], int64_t unit,
 template <int n>
 __device__ __forceinline__ void apply_derivative(float (&v)[n], const float (&z)[n],
                                                  int64_t activation) {
-  with_activation(activation, [&](auto formula) {
+  with_activation(activation, AllFormulas(), [&](auto formula) {
 #pragma unroll
     for (int i = 0; i < n; ++i) v[i] *= formula.derivative(z[i]);
   });

@@ -12,8 +12,8 @@
 namespace adapterkern {
 namespace {
 
-// du = scaling * dy, equation (5), rounded to the products' dtype as eager rounds it. One factor
-// for all features waits for the sums, so that tiles of dy are copied as they lie.
+// du = scaling * dy, equation (5), rounded to the products' dtype as eager rounds it. A single
+// factor for all features is applied to the sums instead, so that tiles of dy are copied unchanged.
 struct Scale {
   Scaling scaling;
 
@@ -24,7 +24,7 @@ struct Scale {
   }
 };
 
-// The sums of da = du W_up over the features first ... last.
+// Returns the sums of da = du W_up over the features first ... last.
 template <typename Shape>
 __device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
                                                        const BackwardParams& params,
@@ -50,7 +50,7 @@ __device__ __forceinline__ Matrix of_units(const BackwardParams& params, const V
   return {view, params.num_tokens, params.bottleneck_size};
 }
 
-// The same with z from memory, and dz to it for the weight gradients.
+// Loads z, finishes the vector, and stores dz for the weight gradients.
 template <typename Scalar>
 __device__ __forceinline__ void finish_unit(const BackwardParams& params, float (&da)[kVector],
                                             int64_t token, int64_t unit, bool keep_dz) {
@@ -60,13 +60,13 @@ __device__ __forceinline__ void finish_unit(const BackwardParams& params, float 
   if (keep_dz) store_vector(of_units(params, params.dz), token, unit, da);
 }
 
-struct Nothing {};  // that belongs to a feature of dx
+struct Nothing {};  // dx needs no values per feature
 
-// dx from v = dz W_down, equation (12).
+// Computes dx from v = dz W_down, equation (12).
 template <typename Scalar>
 struct InputGradient {
   const BackwardParams& params;
-  bool direct;  // whether dx is, and dy where it is added from global memory
+  bool direct;  // dx is direct, and so is dy where it is added from global memory
 
   __device__ __forceinline__ explicit InputGradient(const BackwardParams& params) : params(params) {
     direct = params.hidden_size % kVector == 0 && of(params.dx).template is_direct_as<Scalar>() &&
@@ -77,7 +77,7 @@ struct InputGradient {
     return {view, params.num_tokens, params.hidden_size};
   }
 
-  // `dy` points at the same elements in shared memory, or is null: they come from global memory.
+  // `dy` points at the same elements in shared memory; if null, they come from global memory.
   template <bool kDirect>
   __device__ __forceinline__ void store(float (&v)[kVector], int64_t token, int64_t feature,
                                         const Scalar* dy) const {
@@ -99,7 +99,7 @@ struct InputGradient {
   }
 };
 
-// dx over the features first ... last from the tile of dz; dy comes from L2.
+// Writes dx over the features first ... last from the tile of dz; dy comes from L2.
 template <typename Shape>
 __device__ __forceinline__ void write_input_gradient(unsigned char* shared,
                                                      const BackwardParams& params,
@@ -116,7 +116,7 @@ __device__ __forceinline__ void write_input_gradient(unsigned char* shared,
 }
 
 // The row-block form; grid: token blocks. Global memory per token: read dy (H) and z (R), write dx
-// (H) and dz (R); dy a second time from L2, as both weights.
+// (H) and dz (R). L2 serves the second read of dy, and both weights.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_bwd_dx_kernel(const __grid_constant__ BackwardParams params) {
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
                        first_token, sums);
 }
 
-// Split form, second half: dz, which the first feature block keeps, and dx. Grid: token blocks,
-// feature blocks (one where only dz is asked for).
+// Split form, second half: dz, which the first feature block stores, and dx. Grid: token blocks,
+// feature blocks (one if only dz is needed).
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_bwd_split_dx_kernel(const __grid_constant__ BackwardParams params) {
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   }
 }
 
-// The cluster form; grid: the blocks of one cluster after another. Global memory per token as in
-// the row-block form, and nothing a second time unless a scaling keeps dy itself out of the tile.
+// The cluster form; grid: the blocks of one cluster after another. Global memory per token is that
+// of the row-block form; nothing is read twice unless a scaling keeps dy itself out of the tile.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     bottleneck_bwd_cluster_dx_kernel(const __grid_constant__ BackwardParams params) {
@@ -239,6 +239,7 @@ cudaError_t launch_dx(const BackwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  if (!has_formula(params.activation)) return cudaErrorInvalidValue;
   if (params.dx.data != nullptr || params.dz.data != nullptr) {
     const cudaError_t error = switch_dtype(params.compute_dtype, [&](auto type) {
       return switch_block_r(params.bottleneck_size, [&](auto block_r) {

@@ -7,7 +7,7 @@
 
 namespace adapterkern {
 
-// The gradients that `params` gives room for, on `stream`; allocates nothing, waits for nothing.
+// Launches the kernels for the gradients with an output in `params`; allocates and awaits nothing.
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace adapterkern

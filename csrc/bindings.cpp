@@ -57,7 +57,7 @@ int driver_version() {
   return version;
 }
 
-// (count, error name, error text): a machine without GPUs is an answer here, not an exception.
+// Returns (count, error name, error text); a machine without GPUs is not an error here.
 py::tuple device_count() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -99,7 +99,7 @@ int clusters(int device, int size, int threads, int shared_bytes) {
   return fitting;
 }
 
-// The struct whose bytes Python packed; see adapterkern/backends/cuda/params.py.
+// Unpacks the struct that adapterkern/backends/cuda/params.py packed.
 template <typename Params>
 Params unpack(const py::bytes& packed) {
   const std::string_view bytes = packed;

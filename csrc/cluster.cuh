@@ -1,9 +1,9 @@
 // The cluster form of forward and backward, from compute capability 9.0 on.
 //
-// A cluster of blocks owns kBlockT tokens at a time, each block one slice of H: its columns of x,
-// and its part of both weights, which stay in shared memory while the cluster walks over the
-// tokens. Partial sums into the bottleneck meet in distributed shared memory: each block finishes
-// some of the rows and gives them to all. So x comes from global memory once, and no weight twice.
+// A cluster of blocks owns kBlockT tokens at a time, and each block one slice of H: its columns of
+// x, and its part of both weights, which stay in shared memory while the cluster walks over the
+// tokens. The blocks exchange their partial sums through distributed shared memory: each finishes
+// some rows of the bottleneck and stores them in all blocks. So x and the weights are read once.
 #pragma once
 
 #include "launch.cuh"
@@ -12,7 +12,7 @@
 
 namespace adapterkern {
 
-constexpr int kMaxClusterSize = 8;  // what every device with clusters can place
+constexpr int kMaxClusterSize = 8;  // blocks; every device with clusters can place them
 constexpr int kMaxClusterBottleneck = 128;
 constexpr int kPanel = 64;  // tiles over a slice are cut into panels of as many features
 
@@ -22,12 +22,12 @@ struct ClusterShape {
   static constexpr int kBlockR = kBlockRT, kBlockT = kBlockTT;
   static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
 
-  // Into the bottleneck the warps share the tokens, then the units, then the features.
+  // In the product into the bottleneck the warps divide the tokens, the units, then the features.
   static constexpr int kWarpsT = kBlockT / 16;
   static constexpr int kWarpsR = smaller(kWarps / kWarpsT, kBlockR / 16);
   static constexpr int kWarpsH = kWarps / kWarpsT / kWarpsR;
   static constexpr int kUnitsPerWarp = kBlockR / kWarpsR;
-  // Out of it, the tokens and the features.
+  // In the product out of it they divide the tokens and the features.
   static constexpr int kWarpsOut = kWarps / kWarpsT;
   static constexpr int kFeaturesPerStep = 32;
 
@@ -49,14 +49,14 @@ struct ClusterShape {
   }
 };
 
-// `rows` [T, H] times `into` gives the bottleneck, that times `out` what is stored; without `out`
-// nothing is. The weights are [R, H] and [H, R], or the other way round if transposed.
+// `rows` [T, H] times `into` gives the bottleneck, and that times `out` the output; without `out`
+// there is none. The weights are [R, H] and [H, R], or the other way round if transposed.
 struct ClusterProblem {
   Matrix rows, into, out;
-  int64_t features;  // of one block, a multiple of kPanel
+  int64_t features;  // features of one block, a multiple of kPanel
 };
 
-// Where the tiles of one block lie.
+// The addresses of one block's tiles.
 template <typename Shape, bool kTransposed>
 struct ClusterTiles {
   using Scalar = typename Shape::Scalar;
@@ -123,7 +123,7 @@ struct Share {
   static constexpr int kMost = larger(Shape::kBlockT / 2 * kAcross / Shape::kThreads, 1);
   int rows = Shape::kBlockT / cluster_size(), first = cluster_rank() * rows;
 
-  // Calls body(i, row, unit) for the i-th of them.
+  // Calls body(i, row, unit) for the i-th vector.
   template <typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
 #pragma unroll
@@ -134,7 +134,7 @@ struct Share {
   }
 };
 
-// v = the sums of (row, unit) over the blocks in their order.
+// v = the sum over the blocks, in their order, of their sums at (row, unit).
 template <typename Shape, bool kTransposed>
 __device__ __forceinline__ void sum_blocks(const ClusterTiles<Shape, kTransposed>& tiles,
                                            float (&v)[kVector], int row, int unit) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void sum_blocks(const ClusterTiles<Shape, kTransposed
   const float* from = tiles.sums() + row * Shape::kStrideSum + unit;
   float parts[kMaxClusterSize][2][4];
 #pragma unroll
-  for (int block = 0; block < kMaxClusterSize; ++block) {  // all under way before one is used
+  for (int block = 0; block < kMaxClusterSize; ++block) {  // all loads start before one is used
     if (block >= size) break;
     load_remote_16(parts[block][0], from, block);
     load_remote_16(parts[block][1], from + 4, block);
@@ -170,9 +170,9 @@ __device__ __forceinline__ void store_everywhere(const ClusterTiles<Shape, kTran
   for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
 }
 
-// Hands out the bottleneck times the block's part of `out`; `direct`, `features` and `store` as in
-// hand_out, with features counted within the slice, and for `store` a pointer to the same elements
-// of the rows.
+// Hands out the bottleneck times the block's part of `out`. `direct`, `features` and `store` are
+// those of hand_out, with features counted within the slice; `store` also receives a pointer to the
+// same elements of the rows.
 template <typename Shape, bool kTransposed, typename Features, typename Store>
 __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTransposed>& tiles,
                                              int slot, bool direct, Features features,
@@ -203,13 +203,13 @@ __device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTranspos
   }
 }
 
-// Walks over the tokens. For every vector of the bottleneck prepare(ahead, token, unit) loads what
-// finish(v, ahead, kept, unit) needs to make sums into elements, and keep(kept, token, unit) stores
-// what is kept; `direct`, `features` and `store` as in multiply_out, with features of H.
-//
-// A barrier of the cluster stands on either side of the exchange, the only time when blocks touch
-// one another's shared memory: after it a block may overwrite its sums, or end. It waits for a
-// thread's global memory too, which is why prepare and keep stand outside.
+// Walks over the tokens. For every vector of the bottleneck prepare(ahead, token, unit) loads the
+// operands of finish(v, ahead, kept, unit), which turns sums into elements, and
+// keep(kept, token, unit) stores what later kernels read. `direct`, `features` and `store` are
+// those of multiply_out, with features of H.
+// A cluster barrier stands before and after the exchange, the only time when blocks access each
+// other's shared memory: after it a block may overwrite its sums, or exit. The barrier also waits
+// for a thread's global memory accesses, so prepare and keep stand outside.
 template <typename Shape, bool kTransposed, typename Transform, typename Prepare, typename Finish,
           typename Keep, typename Features, typename Store>
 __device__ __forceinline__ void run_cluster(unsigned char* shared, const ClusterProblem& problem,
@@ -264,7 +264,7 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
     if (block + clusters < token_blocks) load_rows(block + clusters, slot ^ 1);
     copy_async_commit();
     sum_slice(tiles, slot);
-    float kept[Share<Shape>::kMost][kVector];  // before that, what is ahead
+    float kept[Share<Shape>::kMost][kVector];  // holds `ahead` until finish
     share.for_each(
         [&](int i, int row, int unit) { prepare(kept[i], block * kBlockT + row, unit); });
     copy_async_wait<1>();  // for the weight out, the first time
@@ -289,8 +289,8 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
   }
 }
 
-// body(Type<the cluster form's shape of this row-block shape's tiles>()), where there is one: in
-// half precision, for the bottlenecks whose sums cost less to exchange than x to read again.
+// Calls body(Type<the cluster shape with the tiles of this row-block shape>()) if there is one: in
+// half precision, for bottlenecks whose sums cost less to exchange than x costs to read again.
 template <typename Shape, typename Body>
 cudaError_t switch_cluster_shape(int64_t cluster_tokens, Body body) {
   using Scalar = typename Shape::Scalar;
@@ -301,7 +301,7 @@ cudaError_t switch_cluster_shape(int64_t cluster_tokens, Body body) {
   return cudaErrorInvalidValue;
 }
 
-// Launches `kernel` of this shape; Params of either direction.
+// Launches `kernel` of this shape, forward or backward.
 template <typename Shape, typename Params>
 cudaError_t launch_cluster(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const auto size = static_cast<unsigned>(params.num_splits);

@@ -4,8 +4,8 @@
 // - row block: a block owns kBlockT tokens and all of R; a = act(z) never leaves the chip.
 // - split, for few tokens: two kernels, partial sums of z over slices of H, then y over blocks of
 //   features.
-// - cluster, from compute capability 9.0 on: a block a slice of H, and the sums of z exchanged on
-//   the chip; both weights and x are read once.
+// - cluster, from compute capability 9.0 on: each block takes a slice of H, and the blocks exchange
+//   their sums of z on the chip; both weights and x are read once.
 #include "forward.h"
 
 #include "activations.cuh"
@@ -17,8 +17,8 @@
 namespace adapterkern {
 namespace {
 
-// z is finished: `kept` gets it rounded, for backward, and `z` becomes a = act(z). Both are rounded
-// where eager rounds, for backward recomputes a from the stored z.
+// Finishes z: `kept` receives the rounded z for backward, and `z` becomes a = act(z). Both are
+// rounded where eager rounds, because backward recomputes a from the stored z.
 template <typename Scalar>
 __device__ __forceinline__ void finish(const ForwardParams& params, float (&z)[kVector],
                                        const float (&bias)[kVector], float (&kept)[kVector],
@@ -50,7 +50,7 @@ __device__ __forceinline__ void finish_unit(const ForwardParams& params, float (
   if (keep_z) store_z(params, kept, token, unit);
 }
 
-// y from u = a W_up^T, equation (4), in float32 until the one store.
+// Computes y from u = a W_up^T, equation (4), in float32 until the single store.
 template <typename Scalar>
 struct Output {
   struct Features {
@@ -58,7 +58,7 @@ struct Output {
   };
   const ForwardParams& params;
   Scaling scaling;
-  bool direct;  // whether y is, and all that is added to it from global memory
+  bool direct;  // y is direct, and so is all that is added to it from global memory
 
   __device__ __forceinline__ explicit Output(const ForwardParams& params)
       : params(params), scaling(scaling_of(params)) {
@@ -82,7 +82,7 @@ struct Output {
     return found;
   }
 
-  // `x` points at the same elements in shared memory, or is null: they come from global memory.
+  // `x` points at the same elements in shared memory; if null, they come from global memory.
   template <bool kDirect>
   __device__ __forceinline__ void store(float (&u)[kVector], int64_t token, int64_t feature,
                                         const Features& of_feature, const Scalar* x) const {
@@ -112,8 +112,8 @@ struct Output {
   }
 };
 
-// y over the features first ... last from the bottleneck tile; x was read by the down-projection a
-// moment ago, so it comes from L2.
+// Writes y over the features first ... last from the bottleneck tile. The down-projection has just
+// read x, so it comes from L2.
 template <typename Shape>
 __device__ __forceinline__ void write_output(unsigned char* shared, const ForwardParams& params,
                                              int64_t first_token, int64_t first, int64_t last) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void write_output(unsigned char* shared, const Forwar
       });
 }
 
-// The sums of z over the features first ... last.
+// Returns the sums of z over the features first ... last.
 template <typename Shape>
 __device__ __forceinline__ float* read_input(unsigned char* shared, const ForwardParams& params,
                                              int64_t first_token, int64_t first, int64_t last) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ float* read_input(unsigned char* shared, const Forwar
 }
 
 // The row-block form; grid: token blocks. Global memory per token: read x (H), residual and skip
-// where given (H each), write y (H) and z (R); x a second time from L2, as both weights.
+// if given (H each), write y (H) and z (R). L2 serves the second read of x, and both weights.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_fwd_kernel(const __grid_constant__ ForwardParams params) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 }
 
 // Split form, second half: y from the partial sums of z, which sit in L2. Grid: token blocks,
-// feature blocks, of which the first keeps z.
+// feature blocks, the first of which stores z.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_fwd_up_kernel(const __grid_constant__ ForwardParams params) {
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
                       min(first + Shape::kBlockH, params.hidden_size));
 }
 
-// The cluster form; grid: the blocks of one cluster after another. Global memory per token as in
-// the row-block form, and nothing a second time.
+// The cluster form; grid: the blocks of one cluster after another. Global memory per token is that
+// of the row-block form; nothing is read twice.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     bottleneck_fwd_cluster_kernel(const __grid_constant__ ForwardParams params) {
@@ -250,6 +250,7 @@ cudaError_t launch_shape(const ForwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  if (!has_formula(params.activation)) return cudaErrorInvalidValue;
   return switch_dtype(params.compute_dtype, [&](auto type) {
     return switch_block_r(params.bottleneck_size, [&](auto block_r) {
       using Scalar = typename decltype(type)::type;

@@ -7,8 +7,8 @@
 
 namespace adapterkern {
 
-// y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up) on `stream`; allocates
-// nothing and waits for nothing.
+// Launches y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up) on `stream`;
+// allocates nothing and waits for nothing.
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
 
 }  // namespace adapterkern

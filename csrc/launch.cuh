@@ -10,10 +10,10 @@
 
 namespace adapterkern {
 
-// What a kernel may use without asking for more.
+// The shared memory that a kernel may use without opting in to more.
 constexpr int kDefaultSharedBytes = 48 * 1024;
 
-// Lets `kernel` use all the shared memory there is: a limit for this launch alone would race with
+// Lets `kernel` use all the shared memory of a block: a limit for this launch alone would race with
 // the launches of other threads.
 template <typename Params>
 cudaError_t allow_shared_memory(void (*kernel)(Params), int device) {
@@ -24,8 +24,8 @@ cudaError_t allow_shared_memory(void (*kernel)(Params), int device) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// Makes `kernel` ready for a configuration, and tells how many of its clusters can run at once;
-// once for each device, for the driver's answers take longer than a launch.
+// Prepares `kernel` for a configuration and finds how many of its clusters can run at once. Answers
+// are kept for each device, because asking the driver takes longer than a launch.
 template <typename Params>
 cudaError_t prepare(void (*kernel)(Params), const cudaLaunchConfig_t& config, unsigned cluster_size,
                     int* clusters) {
@@ -47,9 +47,9 @@ cudaError_t prepare(void (*kernel)(Params), const cudaLaunchConfig_t& config, un
   return error;
 }
 
-// The blocks of a cluster follow one another along x, and walk over the work with any number of
-// clusters, so there are no more than can run at once: one that had to wait would begin its share
-// when the others are done. A cluster lies within a GPC, which leaves some SMs out.
+// The blocks of a cluster are consecutive along x. Any number of clusters can walk over the work,
+// so the grid holds only as many as can run at once: one that had to wait would start its share
+// when the others are done. A cluster lies within a GPC, which leaves some SMs idle.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
                    const Params& params, cudaStream_t stream, unsigned cluster_size = 1) {

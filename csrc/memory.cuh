@@ -1,4 +1,4 @@
-// Vectors of memory as float32, in any dtype.
+// Loads and stores of vectors as float32, in memory of any dtype.
 //
 // Row offsets are 64 bits wide: T * H passes 2^31 in real batches.
 #pragma once
@@ -36,7 +36,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
-// How an element lies in memory.
+// The dtype that an element has in memory.
 template <typename T>
 constexpr DType kDTypeOf = kFloat32;
 template <>
@@ -44,7 +44,7 @@ constexpr DType kDTypeOf<__half> = kFloat16;
 template <>
 constexpr DType kDTypeOf<__nv_bfloat16> = kBFloat16;
 
-// Rounds to the products' dtype.
+// Rounds v to the products' dtype.
 template <typename Scalar, int n>
 __device__ __forceinline__ void round_to(float (&v)[n]) {
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
-// The elements of one word.
+// Unpacks the elements of one word.
 __device__ __forceinline__ void unpack(float* v, uint32_t word, float) {
   v[0] = bits_as<float>(word);
 }
@@ -93,7 +93,7 @@ __device__ __forceinline__ void unpack(float* v, uint32_t word, __half) {
   v[1] = pair.y;
 }
 
-// A word of elements, rounded to nearest even.
+// Packs a word of elements, rounded to nearest even.
 __device__ __forceinline__ uint32_t pack(const float* v, float) { return bits_as<uint32_t>(v[0]); }
 __device__ __forceinline__ uint32_t pack(const float* v, TFloat32) {
   return bits_as<uint32_t>(v[0]);
@@ -105,11 +105,11 @@ __device__ __forceinline__ uint32_t pack(const float* v, __half) {
   return bits_as<uint32_t>(__floats2half2_rn(v[0], v[1]));
 }
 
-// What one memory instruction moves of n elements, at least two of 16 bits.
+// The words that one memory instruction moves of n elements, which fill at least one word.
 template <typename T, int n>
 constexpr int kWordsPerAccess = smaller(4, n / kPerWord<T>);
 
-// `n` elements from `from` on as float32; the address is a multiple of what one access moves.
+// Loads n elements as float32; `from` is aligned to the bytes that one access moves.
 template <int n, typename T>
 __device__ __forceinline__ void load_whole(float (&v)[n], const T* from) {
   constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_whole(float (&v)[n], const T* from) {
   }
 }
 
-// The inverse, to shared memory.
+// Stores n elements to shared memory, the inverse of load_whole.
 template <int n, typename T>
 __device__ __forceinline__ void store_whole(T* to, const float (&v)[n]) {
   constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void store_whole(T* to, const float (&v)[n]) {
   }
 }
 
-// The same to global memory, where the compiler splits a vector into its words again.
+// The same to global memory, where the compiler would split the vector into its words again.
 template <int n, typename T>
 __device__ __forceinline__ void store_whole_global(T* to, const float (&v)[n]) {
   constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
@@ -153,7 +153,7 @@ __device__ __forceinline__ void copy(float (&to)[n], const float (&from)[n]) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
-// v += the elements from `from` on, as load_whole.
+// v += the elements that load_whole loads.
 template <int n, typename T>
 __device__ __forceinline__ void add_whole(float (&v)[n], const T* from) {
   float more[n];
@@ -162,7 +162,7 @@ __device__ __forceinline__ void add_whole(float (&v)[n], const T* from) {
   for (int i = 0; i < n; ++i) v[i] += more[i];
 }
 
-// The same of any number of elements at any address, and zeros from `count` on.
+// Loads `count` of n elements from any address, and zeros for the rest.
 template <int n, typename T>
 __device__ __forceinline__ void load_elements(float (&v)[n], const T* from, int count) {
   if constexpr (n >= kPerWord<T>) {
@@ -183,12 +183,12 @@ __device__ __forceinline__ void store_elements(T* to, const float (&v)[n], int c
   }
 }
 
-// A view and the part of it that exists.
+// A view and its bounds.
 struct Matrix {
   View view;
   int64_t rows, columns;
 
-  // How many of the `n` elements from (row, column) on exist.
+  // Returns how many of the `n` elements from (row, column) on lie within the bounds.
   __device__ __forceinline__ int count(int64_t row, int64_t column, int n) const {
     if (view.data == nullptr || row >= rows || column >= columns) return 0;
     const int64_t left = columns - column;
@@ -200,15 +200,15 @@ struct Matrix {
     return static_cast<T*>(view.data) + row * view.stride + column;
   }
 
-  // Whether every row holds elements of type T and begins at 16 bytes, so that 16 bytes move as
-  // they lie. Asked once a tile, it keeps dtypes and addresses out of the loops.
+  // Whether every row holds elements of type T and starts at a multiple of 16 bytes, so that 16
+  // bytes are copied unchanged. One check a tile keeps dtypes and addresses out of the loops.
   template <typename T>
   __device__ __forceinline__ bool is_direct() const {
     return view.data != nullptr && view.dtype == kDTypeOf<T> && is_aligned(view.data, 16) &&
            view.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
 
-  // The same for one type or float32, which residual streams keep beside half-precision products.
+  // The same for T or float32, in which residual streams are kept beside half-precision products.
   template <typename T>
   __device__ __forceinline__ bool is_direct_as() const {
     return is_direct<T>() || is_direct<float>();
@@ -219,7 +219,7 @@ __device__ __forceinline__ Matrix as_matrix(const View& vector, int64_t size) {
   return {{vector.data, vector.dtype, 0}, 1, size};
 }
 
-// v = matrix[row][column ...], zeros where nothing exists.
+// v = matrix[row][column ...], with zeros out of bounds.
 template <int n>
 __device__ __forceinline__ void load_vector(float (&v)[n], const Matrix& matrix, int64_t row,
                                             int64_t column) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void load_vector(float (&v)[n], const Matrix& matrix,
   }
 }
 
-// The inverse; what does not exist is left alone.
+// The inverse; elements out of bounds are not written.
 template <int n>
 __device__ __forceinline__ void store_vector(const Matrix& matrix, int64_t row, int64_t column,
                                              const float (&v)[n]) {
@@ -249,7 +249,7 @@ __device__ __forceinline__ void store_vector(const Matrix& matrix, int64_t row, 
   }
 }
 
-// v += matrix[row][column ...], where there is a matrix.
+// v += matrix[row][column ...]; an absent matrix adds nothing.
 template <int n>
 __device__ __forceinline__ void add_vector(float (&v)[n], const Matrix& matrix, int64_t row,
                                            int64_t column) {
@@ -260,7 +260,7 @@ __device__ __forceinline__ void add_vector(float (&v)[n], const Matrix& matrix, 
   for (int i = 0; i < n; ++i) v[i] += more[i];
 }
 
-// v += matrix[row][column ...], all of which exists, of a matrix that is direct as T.
+// v += matrix[row][column ...], all within bounds, of a matrix that is direct as T.
 template <typename T, int n>
 __device__ __forceinline__ void add_direct(float (&v)[n], const Matrix& matrix, int64_t row,
                                            int64_t column) {

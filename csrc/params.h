@@ -1,12 +1,12 @@
-// What crosses from Python to the launchers: plain structs, every field 8 bytes wide, in the order
-// of adapterkern/backends/cuda/params.py. Python owns every check and every allocation.
+// The parameters that Python passes to the launchers: plain structs, every field 8 bytes wide, in
+// the order of adapterkern/backends/cuda/params.py. Python owns every check and every allocation.
 #pragma once
 
 #include <cstdint>
 
 namespace adapterkern {
 
-// TF32 is a precision of products: no tensor lies in memory as such.
+// TF32 is a precision of products: no tensor is stored in it.
 enum DType : int64_t { kFloat32, kFloat16, kBFloat16, kTFloat32 };
 
 enum Activation : int64_t {
@@ -20,7 +20,7 @@ enum Activation : int64_t {
   kIdentity,
 };
 
-// Rows of unit stride across, or a contiguous vector; `data` is null where there is none.
+// Rows of contiguous elements, or a contiguous vector; `data` is null for an absent tensor.
 struct View {
   void* data;
   int64_t dtype;   // DType
@@ -36,15 +36,15 @@ struct ForwardParams {
   View y, z;                       // out: [T, H]; [T, R] or none
   View partial;                    // work space of the split form: [S, T, R] float32
   int64_t num_tokens, hidden_size, bottleneck_size;
-  int64_t num_splits;  // slices of H; 0 asks for the row-block form
+  int64_t num_splits;  // slices of H; 0 selects the row-block form
   int64_t features_per_split;
-  int64_t num_clusters;     // of num_splits blocks each; 0 asks for one of the other forms
-  int64_t cluster_tokens;   // that a cluster works on at a time
+  int64_t num_clusters;     // clusters of num_splits blocks; 0 selects one of the other forms
+  int64_t cluster_tokens;   // tokens that a cluster works on at a time
   int64_t activation;       // Activation
   int64_t compute_dtype;    // DType of both products' operands
   int64_t add_input;        // whether x is the residual
   int64_t channel_scaling;  // whether scaling is [H]
-  double scale;             // where there is no scaling tensor
+  double scale;             // used if there is no scaling tensor
 };
 
 // Equations (5) to (13) of docs/math.md.
@@ -62,7 +62,7 @@ struct BackwardParams {
   int64_t num_tokens, hidden_size, bottleneck_size;
   int64_t num_splits, features_per_split;  // of H, for dz and dx; these four as in the forward
   int64_t num_clusters, cluster_tokens;
-  int64_t token_splits;  // slices of the tokens, S'; 0 asks for no sums
+  int64_t token_splits;  // slices of the tokens, S'; 0: no sums are needed
   int64_t tokens_per_split;
   int64_t activation, compute_dtype, add_input, channel_scaling;
   double scale;

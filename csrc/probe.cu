@@ -2,8 +2,8 @@
 //
 // The driver takes the machine code of the device's own architecture, else of a lower one of the
 // same generation, else compiles the PTX. The choice decides which instructions the adapter kernels
-// may use, and only running shows it. Likewise how many clusters a device can place at once: a
-// cluster lies within a GPC, and a part of a GPU (MIG) may have room for none.
+// may use, and only running shows it. It also tells how many clusters a device can place at
+// once: a cluster lies within a GPC, and a part of a GPU (MIG) may have room for none.
 #include "probe.h"
 
 #include <cuda_runtime.h>

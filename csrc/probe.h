@@ -1,4 +1,4 @@
-// What only the device itself can tell; see probe.cu.
+// Queries that only the device itself can answer; see probe.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@ namespace adapterkern {
 // code was compiled for one architecture only (the "a" of sm_90a).
 cudaError_t launch_probe(int* out, cudaStream_t stream);
 
-// How many clusters of `size` blocks can run at once, where a block has `threads` threads and
+// Finds how many clusters of `size` blocks can run at once, if a block has `threads` threads and
 // `shared_bytes` of shared memory. A size above 8 is beyond what every device can place.
 cudaError_t clusters_that_fit(int size, int threads, int shared_bytes, int* clusters);
 

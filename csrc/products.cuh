@@ -9,7 +9,7 @@ namespace adapterkern {
 
 // acc [16, 8 kTiles] += a b, the product of one warp over kDepth, in the layout of mma.sync for all
 // dtypes. `a` is a tile [16, kDepth], or its transpose; `b` a tile [kDepth, 8 kTiles], or its
-// transpose; strides in elements. What mma.sync calls b is the transpose of an nn.Linear weight.
+// transpose; strides in elements. The b of mma.sync is the transpose of an nn.Linear weight.
 template <int kDepth, bool kTransposedA, bool kTransposedB, int kTiles, typename Half>
 __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const Half* a, int stride_a,
                                          const Half* b, int stride_b) {
@@ -39,15 +39,15 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const Half* a,
   }
 }
 
-// float32 runs in full precision on the CUDA cores. Each step of eight adds one sum to the
-// accumulator: a chain eight times shorter, for a rounding error below that of one long chain.
+// float32 runs in full precision on the CUDA cores. Each step adds the sum of eight products
+// to the accumulator: the chain of additions is eight times shorter, its rounding error smaller.
 template <int kDepth, bool kTransposedA, bool kTransposedB, int kTiles>
 __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const float* a, int stride_a,
                                          const float* b, int stride_b) {
   constexpr int kStep = 8;
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / 4, column = lane % 4 * 2;
-#pragma unroll 1  // of a whole tile, the code would not fit the instruction cache
+#pragma unroll 1  // an unrolled tile would not fit the instruction cache
   for (int k = 0; k < kDepth; k += kStep) {
     float rows[2][kStep];  // row and row + 8 of a
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const float* a
   }
 }
 
-// float32 in TF32. There is no ldmatrix of 32-bit elements, so they come one by one.
+// float32 in TF32. ldmatrix has no form for 32-bit elements, so they are loaded one by one.
 template <int kDepth, bool kTransposedA, bool kTransposedB, int kTiles>
 __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const TFloat32* a, int stride_a,
                                          const TFloat32* b, int stride_b) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
   }
 }
 
-// One warp's product to rows of shared memory, from where it is read back in vectors.
+// Stores one warp's product as rows of shared memory, from which it is read back in vectors.
 template <int kTiles>
 __device__ __forceinline__ void store_product(float* to, int stride,
                                               const float (&acc)[kTiles][4]) {
@@ -139,14 +139,14 @@ __device__ __forceinline__ void store_product(float* to, int stride,
   }
 }
 
-// Of a warp's room for hand_out: rows 16 bytes apart in their banks.
+// The row stride of a warp's staging buffer in hand_out; it shifts rows by 16 bytes in the banks.
 template <int kColumns>
 constexpr int kRoomStride = kColumns + 4;
 
-// Hands a warp's product out as vectors, by way of its room in shared memory: a lane keeps to its
-// columns, for which it gets `features(column)` once, and calls
-// store(is direct, u, row, column, features). Where all memory is direct the loop is unrolled, for
-// its loads to be under way together; the other body holds every dtype and option.
+// Hands out a warp's product in vectors, through `room`, its staging buffer in shared memory. A
+// lane keeps its columns, calls `features(column)` for them once, and for every row calls
+// store(is direct, u, row, column, features). If all memory is direct the loop is unrolled, so that
+// its loads overlap; the other loop's body holds every dtype and option.
 template <int kTiles, typename Features, typename Store>
 __device__ __forceinline__ void hand_out(float* room, const float (&acc)[kTiles][4], bool direct,
                                          Features features, Store store) {

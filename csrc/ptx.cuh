@@ -10,20 +10,20 @@
 
 #include <cstdint>
 
-// Dynamic shared memory as bytes; 16 bytes is what cp.async and ldmatrix need.
+// Declares dynamic shared memory as bytes, aligned to 16 as cp.async and ldmatrix need it.
 #define ADAPTERKERN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace adapterkern {
 
-// Thread-block clusters came with compute capability 9.0. Where this is false their wrappers must
-// not be called: a kernel asks `if constexpr`, and else traps, for nobody should have launched it.
+// Clusters need compute capability 9.0. Where this is false their wrappers must not be called: a
+// kernel tests it with `if constexpr` and otherwise traps, for it should not have been launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
 #else
 constexpr bool kHasClusters = false;
 #endif
 
-// An element of float32 whose products run in TF32, rounded to its 10 bits at the product.
+// A float32 element whose products run in TF32; the product rounds it to 10 bits.
 struct TFloat32 {
   float value;
 };
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// st.global: words to an address that is a multiple of their size.
+// st.global: stores words at an address that is a multiple of their size.
 __device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[1]) {
   asm volatile("st.global.b32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "r"(words[0])
                : "memory");
@@ -50,8 +50,8 @@ __device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[4
                : "memory");
 }
 
-// cp.async: 16 bytes from global to shared memory, both 16-byte aligned; those from `bytes` on are
-// zeros and are not read. Lands at the copy_async_wait of its group. Passes L1 by.
+// cp.async: copies 16 bytes from global to shared memory, both 16-byte aligned; those from `bytes`
+// on are not read and become zeros. Completes at the copy_async_wait of its group. Bypasses L1.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
@@ -63,7 +63,7 @@ __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Waits until at most `kPending` of this thread's latest groups are under way.
+// Waits until at most `kPending` of this thread's latest groups are incomplete.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
-// The same of the transposed matrices: elements [2 (lane % 4) + {0, 1}][lane / 4].
+// The same for the transposed matrices: elements [2 (lane % 4) + {0, 1}][lane / 4].
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -108,8 +108,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// cvt: the bits of `value` rounded to TF32, ties away from zero; mma.sync itself would cut them
-// off.
+// cvt: returns the bits of `value` rounded to TF32, ties away from zero; mma.sync would truncate.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
@@ -144,8 +143,8 @@ __device__ __forceinline__ int cluster_size() {
   return size;
 }
 
-// Waits for every thread of every block of the cluster. What they wrote to shared memory before is
-// there to read after; a block whose shared memory others still use must not end before it.
+// Waits for every thread of every block of the cluster. Their earlier writes to shared memory
+// are visible after it; a block must not exit while others still use its shared memory.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -153,7 +152,7 @@ __device__ __forceinline__ void cluster_barrier() {
           : "memory");
 }
 
-// The place that `shared` has in this block, in block `rank` of the cluster.
+// Returns the address in block `rank` of the cluster that corresponds to `shared` in this block.
 __device__ __forceinline__ uint32_t remote_address(const void* shared, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
@@ -162,7 +161,7 @@ __device__ __forceinline__ uint32_t remote_address(const void* shared, int rank)
   return address;
 }
 
-// v = what lies at `shared`, aligned to 16 bytes, in block `rank`.
+// v = the 16 bytes at `shared`, aligned to 16 bytes, in block `rank`.
 __device__ __forceinline__ void load_remote_16(float (&v)[4], const float* shared, int rank) {
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
@@ -170,7 +169,7 @@ __device__ __forceinline__ void load_remote_16(float (&v)[4], const float* share
                : "memory");
 }
 
-// Puts `v` there.
+// Stores `v` at `shared` in block `rank`.
 __device__ __forceinline__ void store_remote_16(void* shared, const uint32_t (&v)[4], int rank) {
   asm volatile(
       "st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(remote_address(shared, rank)),

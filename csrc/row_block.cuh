@@ -4,16 +4,16 @@
 // backward: da = (scaling dy) W_up,   dx = dz W_down ... (the same, transposed)
 //
 // A block owns kBlockT tokens and all of R. Shared memory is used twice: by the pipeline into the
-// bottleneck, then by the bottleneck tile, beside it first the sums and later the pipeline out.
+// bottleneck, then by the bottleneck tile and, beside it, first the sums, later the pipeline out.
 #pragma once
 
 #include "products.cuh"
 
 namespace adapterkern {
 
-// Tile sizes of one dtype and one width of the bottleneck. Both weights come from L2 once a block,
-// (2 + 2 R / kBlockT) passes over x together with the tokens, which balances at kBlockT = 2 R; all
-// stays within the 99 KB of shared memory that compute capability 8.6, 8.9 and 12.x give a block.
+// Tile sizes of one dtype and one width of the bottleneck. Each block reads both weights from L2:
+// with the tokens, (2 + 2 R / kBlockT) passes over x, balanced at kBlockT = 2 R. Everything fits
+// the 99 KB of shared memory that compute capability 8.6, 8.9 and 12.x give a block.
 template <typename ScalarT, int kBlockRT>
 struct RowBlockShape {
   using Scalar = ScalarT;
@@ -28,8 +28,8 @@ struct RowBlockShape {
   static constexpr int kWarpsN = kBlockR == 256 ? 2 : 1;
   static constexpr int kWarps = kBlockT / 16 * kWarpsN;
   static constexpr int kThreads = kWarps * kWarpSize;
-  // A bound on the registers: 128 a thread, 255 where float32 operands fill them. Left to itself
-  // the compiler spills a few to fit one block more than shared memory does.
+  // This bounds the registers to 128 a thread, or 255 where float32 operands fill them. Without it
+  // the compiler spills a few to fit one block more than shared memory allows.
   static constexpr int kBlocksPerSm = (kHalf ? 512 : 256) / kThreads;
   static constexpr int kUnitsPerWarp = kBlockR / kWarpsN;
   static constexpr int kFeaturesPerWarp = kBlockH / kWarpsN;
@@ -40,7 +40,7 @@ struct RowBlockShape {
   static constexpr int kWeightBytes =
       larger(tile_bytes<Scalar>(kBlockR, kBlockH), tile_bytes<Scalar>(kBlockH, kBlockR));
   static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
-  // Rows of a fragment lie in banks of their own, but where there is no room for it.
+  // The padding puts rows of a fragment into different banks; for one shape there is no room.
   static constexpr int kStrideSum = kBlockR + (kHalf && kBlockR == 128 ? 0 : 8);
   static constexpr int kSumBytes = kBlockT * kStrideSum * 4;
   static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerWarp> * 4;  // of one warp
@@ -51,7 +51,7 @@ struct RowBlockShape {
   static_assert(kSharedBytes <= 99 * 1024, "beyond compute capability 8.6, 8.9 and 12.x");
 };
 
-// Where a warp's part of the block's tile begins.
+// The start of a warp's part of the block's tile.
 template <typename Shape>
 struct WarpPlace {
   int warp = threadIdx.x / kWarpSize;
@@ -59,8 +59,8 @@ struct WarpPlace {
   int part = warp % Shape::kWarpsN;
 };
 
-// sums [kBlockT, kBlockR] float32 in shared memory, kStrideSum a row, = rows[first_token ...][first
-// ... last] times the weight, [R, H], or [H, R] if kTransposed. Returns the sums.
+// Returns sums [kBlockT, kBlockR] float32 in shared memory, of row stride kStrideSum:
+// rows[first_token ...][first ... last] times the weight, [R, H], or [H, R] if kTransposed.
 template <typename Shape, bool kTransposed, typename Transform>
 __device__ __forceinline__ float* multiply_into_bottleneck(unsigned char* shared,
                                                            const Matrix& rows, const Matrix& weight,
@@ -111,8 +111,8 @@ __device__ __forceinline__ float* multiply_into_bottleneck(unsigned char* shared
 }
 
 // Hands out u [kBlockT, first ... last], the bottleneck tile at the start of shared memory times
-// the weight, [H, R], or [R, H] if kTransposed; `direct`, `features` and `store` as in hand_out,
-// with features of H in place of columns.
+// the weight, [H, R], or [R, H] if kTransposed. `direct`, `features` and `store` are those of
+// hand_out, with features of H in place of columns.
 template <typename Shape, bool kTransposed, typename Features, typename Store>
 __device__ __forceinline__ void multiply_out_of_bottleneck(unsigned char* shared,
                                                            const Matrix& weight, int64_t first,
@@ -171,7 +171,7 @@ __device__ __forceinline__ void sum_partials(float (&v)[kVector], const View& pa
   }
 }
 
-// partial [S, T, R] at this split and these tokens = the block's sums.
+// Stores the block's sums into partial [S, T, R] at this split and these tokens.
 template <typename Shape>
 __device__ __forceinline__ void store_partial(const View& partial, int64_t split,
                                               int64_t num_tokens, int64_t bottleneck_size,

@@ -1,4 +1,4 @@
-// From run-time codes to template arguments.
+// Turns run-time codes into template arguments.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ struct Type {
   using type = T;
 };
 
-// body(Type<element type of the products>())
+// Calls body(Type<element type of the products>()).
 template <typename Body>
 cudaError_t switch_dtype(int64_t dtype, Body body) {
   switch (dtype) {
@@ -32,8 +32,8 @@ cudaError_t switch_dtype(int64_t dtype, Body body) {
   }
 }
 
-// body(the narrowest of the compiled tiles that holds R, as an integral constant); above the widest
-// the backend declines. 16 is the narrowest pair of tensor-core tiles.
+// Calls body(the narrowest compiled tile that holds R, as an integral constant); the backend
+// declines an R above the widest. 16 is the narrowest pair of tensor-core tiles.
 template <typename Body>
 cudaError_t switch_block_r(int64_t bottleneck_size, Body body) {
   if (bottleneck_size <= 16) return body(std::integral_constant<int, 16>());

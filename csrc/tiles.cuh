@@ -5,7 +5,7 @@
 
 namespace adapterkern {
 
-// What happens to a vector on its way into a tile; an active one keeps it off cp.async.
+// Leaves vectors unchanged on their way into a tile; an active transform rules out cp.async.
 struct Unchanged {
   __device__ __forceinline__ bool is_active() const { return false; }
   template <int n>
@@ -22,8 +22,7 @@ __host__ __device__ constexpr int tile_bytes(int rows, int columns) {
   return rows * (columns + kPadding<Scalar>)*static_cast<int>(sizeof(Scalar));
 }
 
-// load_tile of a direct matrix. A thread keeps to its columns, so all but the row is worked out
-// once.
+// load_tile for a direct matrix. A thread keeps its columns, so all but the row is computed once.
 template <int kRows, int kColumns, int kThreads, typename Scalar>
 __device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
                                           int64_t first_column) {
@@ -46,8 +45,7 @@ __device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, in
   }
 }
 
-// load_tile of a matrix that is direct in its own type, and whole vectors wide: by way of
-// registers.
+// load_tile through registers, for a matrix that is direct in its own type and whole vectors wide.
 template <typename Source, int kRows, int kColumns, int kThreads, typename Scalar,
           typename Transform>
 __device__ __forceinline__ void convert_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
@@ -70,8 +68,8 @@ __device__ __forceinline__ void convert_tile(Scalar* tile, const Matrix& matrix,
   }
 }
 
-// The part of `matrix` from (first_row, first_column) on, into a tile of the products' dtype; zeros
-// where nothing exists. The common cases first: the rest looks at every vector anew.
+// Loads `matrix` from (first_row, first_column) on into a tile of the products' dtype, with zeros
+// out of bounds. The common cases come first; the general loop checks every vector.
 template <int kRows, int kColumns, int kThreads, typename Scalar, typename Transform>
 __device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
                                           int64_t first_column, Transform transform) {
@@ -99,8 +97,8 @@ __device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, in
   }
 }
 
-// Runs compute(step, slot) over `steps`, with kStages - 1 steps of load(step, slot) ahead of it.
-// The one barrier a step both publishes the tiles of this step and frees those of the step before.
+// Runs compute(step, slot) for all `steps`, with load(step, slot) kStages - 1 steps ahead of it.
+// The one barrier of a step publishes the tiles of this step and frees those of the step before.
 template <int kStages, typename Load, typename Compute>
 __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) {
   for (int step = 1 - kStages; step < steps; ++step) {
@@ -115,8 +113,8 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) 
   }
 }
 
-// Calls body(row, column) for the vectors of a [kRows, kColumns] tile; `thread` of kThreads. Not
-// unrolled: the body holds every dtype and option.
+// Calls body(row, column) for the vectors of a [kRows, kColumns] tile that `thread` of kThreads
+// owns. The loop is not unrolled: its body holds every dtype and option.
 template <int kRows, int kColumns, int kThreads, typename Body>
 __device__ __forceinline__ void for_each_vector(int thread, Body body) {
   constexpr int kAcross = kColumns / kVector;

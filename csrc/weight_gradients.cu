@@ -11,8 +11,8 @@
 namespace adapterkern {
 namespace {
 
-// A block sums one tile [kUnits, kFeatures] over kTokens at a time; four warps, side by side over
-// the units where these are many, else over the features.
+// A block accumulates one tile [kUnits, kFeatures], kTokens at a time. Its four warps divide the
+// units, or the features if there are only 16 units.
 template <typename ScalarT, int kUnitsT>
 struct GradientShape {
   using Scalar = ScalarT;
@@ -33,7 +33,7 @@ struct GradientShape {
   static constexpr int kSharedBytes = larger(kStages * kStageBytes, kUnits * kFeatures * 4);
 };
 
-// a = act(z), recomputed rather than saved; or dz as it is.
+// Recomputes a = act(z), which was not saved; leaves dz unchanged.
 struct Activate {
   int64_t activation;
   bool active;
@@ -54,9 +54,9 @@ __device__ __forceinline__ float sum_column(const Scalar* column, int stride) {
   return sum;
 }
 
-// sum [S', R, H] and the column sums, over one slice of the tokens. Grid: feature blocks, unit
-// blocks of dW_down = dz^T x and then of G^T = a^T dy, slices. The scaling of dW_up and db_up comes
-// in the second kernel. Tokens past the slice vanish because x and dy load as zero.
+// Computes sum [S', R, H] and the column sums, over one slice of the tokens. Grid: feature blocks,
+// unit blocks of dW_down = dz^T x and then of G^T = a^T dy, slices. The second kernel applies the
+// scaling to dW_up and db_up. Tokens past the slice vanish because x and dy load as zero.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_bwd_dw_kernel(const __grid_constant__ BackwardParams params) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
   const View& sum = is_up ? params.sum_up : params.sum_down;
   const View& bias_sum = is_up ? params.sum_up_bias : params.sum_down_bias;
-  // One row of blocks sums the columns: dy has one tile of units, dz one of features.
+  // One row of blocks sums the columns: every unit block sees the same dy, every feature block dz.
   const bool sums_columns =
       bias_sum.data != nullptr && (is_up ? first_unit == 0 : first_feature == 0);
   if (sum.data == nullptr && !sums_columns) return;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
       });
 }
 
-// Of the second kernel: a block owns kSide features, 8 threads' rows of a [kSide, kSide] tile each.
+// In the second kernel a block owns kSide features, and a thread kPerThread elements of each tile.
 constexpr int kSide = 32;
 constexpr int kSumThreads = 256;
 constexpr int kSumRows = kSumThreads / kSide;
@@ -161,8 +161,8 @@ __device__ __forceinline__ float sum_slices(const View& sum, int64_t slices, int
   return total;
 }
 
-// The gradients from the partial sums. Grid: feature blocks, unit blocks; one of the latter where
-// d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), is asked for.
+// Computes the gradients from the partial sums. Grid: feature blocks, unit blocks; one of these if
+// d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), is needed.
 __global__ void __launch_bounds__(kSumThreads)
     bottleneck_bwd_dw_sum_kernel(const __grid_constant__ BackwardParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);

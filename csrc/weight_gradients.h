@@ -7,7 +7,7 @@
 
 namespace adapterkern {
 
-// The second half of launch_backward, after dz.
+// Launches the second half of the backward, after dz.
 cudaError_t launch_weight_gradients(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace adapterkern

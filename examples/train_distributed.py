@@ -98,7 +98,7 @@ def main():
     dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
 
-    torch.manual_seed(0)  # the same model everywhere
+    torch.manual_seed(0)  # the same model in every process
     model = Classifier().to(device)
     share = freeze_base(model)
     model = distribute(model, device, options.fsdp)
@@ -107,7 +107,7 @@ def main():
         method = "FSDP2" if options.fsdp else "DDP"
         print(f"{method} over {processes} processes ({dist.get_backend()}), training {share:.1%}")
 
-    generator = torch.Generator().manual_seed(1 + rank)  # other data everywhere
+    generator = torch.Generator().manual_seed(1 + rank)  # different data in every process
     for step in range(options.steps):
         ids, labels = draw(64, generator, device)
         loss = cross_entropy(model(ids), labels)
@@ -123,7 +123,7 @@ def main():
     dist.all_reduce(accuracy)
     if rank == 0:
         print(f"held-out accuracy {accuracy.item() / processes:.3f}")
-    dist.barrier()  # until no thread of gloo holds a tensor of ours, or the exit may deadlock
+    dist.barrier()  # wait until no gloo thread holds a tensor, or the exit may deadlock
     dist.destroy_process_group()
 
 

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapterkern.activations import ACTIVATIONS as TABLE
+
+# torch's own modules, found by their names.
+_MODULES = {name.lower(): module for name, module in vars(nn).items()}
 ACTIVATIONS = {
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU(),
-    "silu": nn.SiLU(),
-    "tanh": nn.Tanh(),
-    "sigmoid": nn.Sigmoid(),
-    "leaky_relu": nn.LeakyReLU(0.01),
-    "identity": nn.Identity(),
+    name: nn.GELU(approximate="tanh") if name == "gelu_tanh" else _MODULES[name.replace("_", "")]()
+    for name in TABLE
 }
 
 

@@ -56,8 +56,8 @@ def test_codes_are_those_of_the_header():
     assert list(params.ACTIVATIONS.values()) == list(range(len(words)))
 
 
-def test_every_activation_of_the_table_has_a_code():
-    assert set(params.ACTIVATIONS) == set(ACTIVATIONS)
+def test_every_code_is_of_an_activation_of_the_table():
+    assert set(params.ACTIVATIONS) <= set(ACTIVATIONS)
 
 
 def test_view_tells_address_dtype_and_row_stride():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adapterkern import dispatch
-from adapterkern.backends import get
-from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends import _loaded
+from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.testing import nan_filled_memory
 
@@ -22,13 +22,8 @@ def emulated(kernels: cuda_emulator.Emulator, device: Device = ONE_SM) -> Iterat
 
     With one SM every problem of more than no tokens is large enough for the row-block form.
     """
-    cuda = get("cuda")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_unavailable", None)
-        patch.setattr(cuda, "_kernels", kernels)
-        patch.setattr(cuda_backend.CudaBackend, "devices", frozenset({"cpu"}))
-        patch.setattr(cuda_backend, "_device", lambda _: device)
-        patch.setattr(cuda_backend, "_queue", lambda device: (0, 0))
+        patch.setitem(_loaded, "cuda", CudaBackend(kernels, device))
         patch.setattr(dispatch, "_decisions", {})
         yield
 

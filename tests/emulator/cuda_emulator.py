@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
 
-ROUND_ROBIN = 0  # and copies at their wait
-RUN_AHEAD = 1  # one warp far ahead of the others, and copies at once
+ROUND_ROBIN = 0  # copies are carried out at their wait
+RUN_AHEAD = 1  # one warp runs far ahead of the others; copies are carried out at once
 SCHEDULES = {"round_robin": ROUND_ROBIN, "run_ahead": RUN_AHEAD, "run_ahead_late_copies": 2}
 
 # Kernels move memory of any type in words, which nvcc allows.
@@ -37,7 +37,7 @@ def build(
     flags: Sequence[str] = (),
     changes: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Path:
-    """Compile `source` with copies of csrc/ in `folder`; the shared library.
+    """Compile `source` with copies of csrc/ in `folder`; return the shared library.
 
     Args:
         changes: file of csrc/ to (text, replacement) pairs; each text must occur exactly once.

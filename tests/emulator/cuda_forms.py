@@ -11,7 +11,7 @@ CLUSTER_MEMORY = 227 * 1024  # of compute capability 9.0
 
 @dataclass(frozen=True)
 class Form:
-    """Which launches a problem takes on a device."""
+    """A problem, and a device on which it takes one form of the kernels."""
 
     device: Device
     tokens: int
@@ -30,7 +30,7 @@ class Form:
         }
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Clusters multiply in half precision alone."""
+        """Whether the form has this dtype: clusters multiply in half precision alone."""
         return self.cluster_tokens == 0 or dtype.itemsize == 2
 
 

@@ -1,5 +1,5 @@
-// The launchers of csrc/ as a shared library for ctypes; structs come as the bytes that the Python
-// binding would get. Each returns nullptr, or why the launch failed.
+// The launchers of csrc/ as a shared library for ctypes; structs arrive as the bytes that the
+// Python binding would receive. Each returns nullptr, or why the launch failed.
 #include "backward.cu"
 #include "forward.cu"
 #include "weight_gradients.cu"
@@ -27,7 +27,7 @@ extern "C" const char* emulated_backward(const void* packed, size_t bytes, unsig
   return run(adapterkern::launch_backward, packed, bytes, seed);
 }
 
-// Shared memory of one block of a cluster; 0 where there is no cluster form.
+// Returns the shared memory of one block of a cluster; 0 if there is no cluster form.
 extern "C" int cluster_bytes(int64_t features, int64_t tokens, int64_t bottleneck_size) {
   int bytes = 0;
   adapterkern::switch_block_r(bottleneck_size, [&](auto block_r) {
@@ -40,7 +40,7 @@ extern "C" int cluster_bytes(int64_t features, int64_t tokens, int64_t bottlenec
   return bytes;
 }
 
-// kBlockT of a dtype and a bottleneck_size; 0 where there is no tile.
+// Returns kBlockT for a dtype and a bottleneck_size; 0 if there is no tile.
 extern "C" int block_tokens(int64_t dtype, int64_t bottleneck_size) {
   int tokens = 0;
   adapterkern::switch_dtype(dtype, [&](auto type) {

@@ -1,4 +1,4 @@
-// What a kernel must not do, one kernel each; the emulator has to say so.
+// Misuses that the emulator has to report, one kernel each.
 #include <cstring>
 
 #include "launch.cuh"

@@ -1,4 +1,4 @@
-"""Run by test_sanitizer.py under AddressSanitizer: every form on a small problem, or exit code 1.
+"""Runs every form on a small problem, for test_sanitizer.py; exits with 1 if a result is wrong.
 
 Usage: python sanitized.py LIBRARY
 """

@@ -12,8 +12,8 @@ from conftest import emulated
 from cuda_forms import FORMS
 
 from adapterkern.backends import get
-from adapterkern.backends.base import Needs
 from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.launch_config import (
     Device,
     Slices,
@@ -24,6 +24,13 @@ from adapterkern.backends.cuda.launch_config import (
     token_plan,
     token_slices,
 )
+from adapterkern.backends.cuda.params import (
+    ACTIVATIONS,
+    NOTHING,
+    BackwardParams,
+    ForwardParams,
+    View,
+)
 from adapterkern.backends.cuda.params import DTYPES as CODES
 from adapterkern.parity import (
     Case,
@@ -33,10 +40,11 @@ from adapterkern.parity import (
     metric,
     options,
 )
-from adapterkern.spec import name_of
+from adapterkern.spec import Needs, Outputs
+from adapterkern.validation import name_of
 
-cuda = get("cuda")
-DTYPES = sorted(cuda.dtypes, key=name_of)
+ALL = Needs(*[True] * 8)
+DTYPES = sorted(CudaBackend.dtypes, key=name_of)
 SCHEDULES = list(cuda_emulator.SCHEDULES)
 PAIRS = [(name, dtype) for name, form in FORMS.items() for dtype in DTYPES if form.takes(dtype)]
 each_form_and_dtype = pytest.mark.parametrize(
@@ -46,7 +54,7 @@ each_form_and_dtype = pytest.mark.parametrize(
 
 @pytest.fixture
 def run_as(kernels):
-    """run_as(form, schedule): from here on every call takes that form, and is checked to."""
+    """run_as(form, schedule): every later call has to take that form."""
     with contextlib.ExitStack() as stack:
 
         def choose(name: str, schedule: str = "round_robin") -> None:
@@ -77,9 +85,9 @@ def missed(case: Case) -> str:
 
 
 def _cases() -> dict[str, tuple[str, str, Case]]:
-    """Per form every dtype with every activation; the schedules take turns."""
+    """Every dtype with every activation in each form; the schedules take turns."""
     cases = {}
-    combinations = itertools.product(PAIRS, sorted(cuda.activations))
+    combinations = itertools.product(PAIRS, sorted(CudaBackend.activations))
     for index, ((form, dtype), activation) in enumerate(combinations):
         case = Case(dtype=dtype, activation=activation, **FORMS[form].sizes)
         schedule = SCHEDULES[index % len(SCHEDULES)]
@@ -96,7 +104,7 @@ def test_cuda_matches_float64_in_every_form(run_as, form, schedule, case):
     assert not missed(case)
 
 
-OPTIONS = grid(cuda.dtypes, ["gelu"], "default", small=True)
+OPTIONS = grid(CudaBackend.dtypes, ["gelu"], "default", small=True)
 
 
 @pytest.mark.parametrize("form", ["row_block", "split"])
@@ -108,7 +116,7 @@ def test_cuda_matches_float64_with_every_option(kernels, monkeypatch, case, form
 
 
 HALVES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
-# Sizes of whole vectors, which move as they lie.
+# These sizes are whole vectors, which are copied unchanged.
 WHOLE = Case(shape=(37,), hidden_size=264, bottleneck_size=24)
 WHOLE_OPTIONS = options(WHOLE, HALVES, every_dtype=False) + [
     replace(WHOLE, dtype=dtype, scaling="channel", layout="rows", grad_layout="rows")
@@ -147,7 +155,7 @@ def test_cuda_matches_float64_at_the_edges_of_every_tile(kernels, dtype, bottlen
 def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
     kernels, monkeypatch, tokens, bottleneck
 ):
-    """Of the eight blocks the last has no features, and the one before it nine."""
+    """The last of the eight blocks has no features, and the one before it nine."""
     case = Case(
         dtype=torch.bfloat16, shape=(70,), hidden_size=777, bottleneck_size=bottleneck,
         scaling="channel",
@@ -168,10 +176,11 @@ def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch
     results = []
     for seed in cuda_emulator.SCHEDULES.values():
         monkeypatch.setattr(kernels, "seed", seed)
-        y, z = cuda.forward(call, save_z=True)
-        results.append((y, z, *cuda.backward(call, z, tensors["x"], Needs(*[True] * 6))))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        outputs, saved = get("cuda").forward(call, save=True)
+        gradients = get("cuda").backward(call, saved, Outputs(tensors["x"]), ALL)
+        results.append(filter(torch.is_tensor, (*outputs, *saved, *gradients)))
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 @each_form_and_dtype
@@ -180,18 +189,18 @@ def test_cuda_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, 
     case = Case(dtype=dtype, bias="down", activation="sigmoid", **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     tensors["up_weight"].zero_()
-    y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+    y = get("cuda").forward(case.make_call(tensors), save=False)[0].y
     assert torch.equal(y, tensors["x"])
 
 
 @pytest.mark.parametrize("form", ["row_block", "split", "cluster", "cluster_few"])
 def test_cuda_float32_residual_stream_is_not_rounded(kernels, form):
-    """Half-precision products of a float32 x: what is added is x itself, not its tile."""
+    """Beside half-precision products, a float32 x itself is added, not its rounded tile."""
     case = replace(WHOLE, dtype=torch.float32, autocast=torch.bfloat16, bias="down")
     tensors = case.draw("cpu", seed=0)
     tensors["up_weight"].zero_()
     with emulated(kernels, FORMS[form].device):
-        y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+        y = get("cuda").forward(case.make_call(tensors), save=False)[0].y
     assert torch.equal(y, tensors["x"])
 
 
@@ -202,7 +211,7 @@ def test_cuda_nan_stays_in_its_row(run_as, form, dtype):
     case = Case(dtype=dtype, activation="relu", residual="none", **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     tensors["x"][3, 5] = torch.nan
-    y, _ = cuda.forward(case.make_call(tensors), save_z=False)
+    y = get("cuda").forward(case.make_call(tensors), save=False)[0].y
     rows = y.isnan().any(1)
     assert y[3].isnan().all()
     assert rows.sum() == 1
@@ -225,19 +234,21 @@ def test_cuda_has_inf_and_nan_where_eager_has_them(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cuda_computes_only_the_gradients_asked_for(run_as, form):
-    """Those asked for equal the full set's, the others are absent: every subset of the six."""
+    """In every subset the gradients asked for equal the full set's, and the others are absent."""
     run_as(form)
     case = Case(dtype=torch.bfloat16, scaling="channel", **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     call = case.make_call(tensors)
-    _, z = cuda.forward(call, save_z=True)
-    dy = tensors["x"]
-    full = cuda.backward(call, z, dy, Needs(*[True] * 6))
+    _, saved = get("cuda").forward(call, save=True)
+    upstream = Outputs(tensors["x"])
+    full = get("cuda").backward(call, saved, upstream, ALL)
+    assert full.residual is full.skip is upstream.y
     for subset in itertools.product([False, True], repeat=6):
         if sum(subset) not in (1, 5) and form != "row_block":
             continue
-        some = cuda.backward(call, z, dy, Needs(*subset))
-        for wanted, a, b in zip(subset, full, some, strict=True):
+        needs = Needs(*subset[:5], scaling=subset[5])
+        some = get("cuda").backward(call, saved, upstream, needs)
+        for wanted, a, b in zip(needs, full, some, strict=True):
             assert torch.equal(a, b) if wanted else b is None
 
 
@@ -260,7 +271,8 @@ def test_cuda_forms_agree_on_the_same_call(kernels):
     results = []
     for num_sms in (1, 64):
         with emulated(kernels, Device(num_sms)):
-            results.append(cuda.forward(call, save_z=True))
+            outputs, saved = get("cuda").forward(call, save=True)
+            results.append((outputs.y, saved.z))
     for row_block, split in zip(*results, strict=True):
         assert 0 < metric(split, row_block) < 1e-6
 
@@ -268,23 +280,38 @@ def test_cuda_forms_agree_on_the_same_call(kernels):
 def test_cuda_offsets_pass_two_to_the_31(kernels):
     """Rows so far apart that an offset of 32 bits would wrap; only the pages in use exist."""
     stride, tokens = 2**30 + 8, 4
-    # numpy's memory: torch's is filled with NaN here, which would bring 8 GB of pages into use.
+    # numpy allocates it: torch would fill it with NaN here, which would use 8 GB of pages.
     pages = torch.from_numpy(np.empty(tokens * stride, dtype=np.int16)).view(torch.bfloat16)
     spread = pages.as_strided((tokens, 24), (stride, 1))
     case = Case(dtype=torch.bfloat16, shape=(tokens,), hidden_size=24, bottleneck_size=8)
     tensors = case.draw("cpu", seed=0)
     spread.copy_(tensors["x"])
     with emulated(kernels):
-        near, _ = cuda.forward(case.make_call(tensors), save_z=False)
-        far, _ = cuda.forward(case.make_call({**tensors, "x": spread}), save_z=False)
-    assert torch.equal(near, far)
+        near, _ = get("cuda").forward(case.make_call(tensors), save=False)
+        far, _ = get("cuda").forward(case.make_call({**tensors, "x": spread}), save=False)
+    assert torch.equal(near.y, far.y)
 
 
 def test_cuda_declines_what_does_not_stay_on_chip(kernels):
     case = Case(shape=(3,), hidden_size=8, bottleneck_size=257)
     with emulated(kernels):
-        reasons = cuda.unsupported_reasons(case.make_call(case.draw("cpu", seed=0)).spec())
+        reasons = get("cuda").unsupported_reasons(case.make_call(case.draw("cpu", seed=0)).spec())
     assert reasons == ["bottleneck_size 257 exceeds 256, the widest that stays on chip"]
+
+
+@pytest.mark.parametrize("kind", [ForwardParams, BackwardParams])
+@pytest.mark.parametrize("number", [-1, len(ACTIVATIONS), 2**32])
+def test_launchers_refuse_an_activation_without_a_formula(kernels, kind, number):
+    """Known numbers get further: a forward without tokens to its grid, a backward to the end."""
+    is_forward = kind is ForwardParams
+    launch = kernels.forward if is_forward else kernels.backward
+    empty = {name: NOTHING if kind.__annotations__[name] is View else 0 for name in kind._fields}
+    with pytest.raises(RuntimeError, match="an invalid value"):
+        launch(kind(**{**empty, "activation": number}).pack(), 0, 0)
+    grid_error = pytest.raises(RuntimeError, match="launch: grid 0")
+    for known in ACTIVATIONS.values():
+        with grid_error if is_forward else contextlib.nullcontext():
+            launch(kind(**{**empty, "activation": known}).pack(), 0, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -1,4 +1,4 @@
-"""The emulator itself: it reports what a GPU would do wrong without a word, and rounds alike."""
+"""The emulator reports what a GPU would do wrong without a word, and rounds as a GPU does."""
 
 import ctypes
 
@@ -78,7 +78,7 @@ def test_emulator_tells_where_a_misuse_happened(misuse):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_emulator_converts_every_half_as_torch_does(tmp_path_factory, dtype):
-    """All 65536 to float32, and back the values between neighbours, ties among them."""
+    """All 65536 are widened; values between neighbours, among them ties, are narrowed."""
     if cuda_emulator.missing() is not None:
         pytest.skip(cuda_emulator.missing())
     folder = tmp_path_factory.mktemp("conversions")

@@ -1,4 +1,4 @@
-"""AddressSanitizer over the kernels: no access outside of an input, an output or a work space."""
+"""Under AddressSanitizer, kernels access only their inputs, outputs and work spaces."""
 
 import os
 import shutil

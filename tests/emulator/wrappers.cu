@@ -15,7 +15,7 @@ struct WrapperParams {
   void* out;
 };
 
-// Lane i copies i % 17 bytes of the i-th 16: into a first group, and all 16 into a second one.
+// Lane i copies i % 17 of the i-th 16 bytes in a first group, and all 16 in a second one.
 __global__ void copy_async_kernel(const __grid_constant__ WrapperParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);
   const int lane = threadIdx.x;
@@ -100,9 +100,9 @@ __global__ void mma_tf32_kernel(const __grid_constant__ WrapperParams params) {
   for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// Every block holds 32 times four floats of a, [size, 32, 4], and puts those of the next block into
-// the one after that. out [size, 33, 4] gets what a block was given, then its rank and their
-// number.
+// Every block holds its 32 x 4 floats of a [size, 32, 4], and stores those of the next block into
+// the block after that. out [size, 33, 4] receives what was stored into each block, then the
+// block's rank and the number of blocks.
 __global__ void cluster_kernel(const __grid_constant__ WrapperParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);
   if constexpr (kHasClusters) {

@@ -15,7 +15,7 @@ REINSTALL = (
 
 
 class BuildRecord(NamedTuple):
-    """What setup.py recorded: `reason` is None where the extension was built."""
+    """The record that setup.py wrote: `reason` is None if the extension was built."""
 
     reason: str | None
     nvcc: str | None
@@ -23,7 +23,7 @@ class BuildRecord(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The extension, or why there is none; exactly one of the two is None."""
+    """The extension, or the reason why there is none; exactly one of the two is None."""
 
     module: ModuleType | None
     problem: str | None
@@ -40,7 +40,7 @@ def build_record() -> BuildRecord:
 
 @functools.cache
 def load() -> Loaded:
-    """Import the extension; the first answer stays."""
+    """Import the extension once and keep the answer."""
     record = build_record()
     try:
         return Loaded(importlib.import_module("adapterkern._cuda"), None)
@@ -66,7 +66,7 @@ def unavailable_reason() -> str | None:
 def driver_problem(driver: int, runtime: int) -> str | None:
     """Why this driver cannot run code built with this runtime; both are 1000 * major + 10 * minor.
 
-    Any driver of the runtime's major version will do (CUDA's minor version compatibility).
+    Any driver of the runtime's major version can (CUDA's minor version compatibility).
     """
     if driver == 0:
         return "no NVIDIA driver is installed (libcuda.so.1 is missing)"
@@ -89,7 +89,7 @@ def device_problem() -> str | None:
 
 
 def version_text(version: int) -> str:
-    """13020 as "13.2"."""
+    """Write 13020 as "13.2"."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

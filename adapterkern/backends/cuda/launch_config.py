@@ -1,6 +1,7 @@
-"""Launch configurations: a pure function of (problem, device). No number here has been tuned on a
-GPU yet; the tile sizes themselves are those of csrc/row_block.cuh, csrc/cluster.cuh and
-csrc/weight_gradients.cu.
+"""Launch configurations are a pure function of (problem, device).
+
+No number here has been tuned on a GPU yet. The tile sizes are those of csrc/row_block.cuh,
+csrc/cluster.cuh and csrc/weight_gradients.cu.
 """
 
 import functools
@@ -8,32 +9,32 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_BOTTLENECK_SIZE = 256  # the widest tile whose sums fit the registers of one block
-SLICE_FEATURES = 256  # below it, a slice of H would cost more in partial sums than it wins
-SLICE_TOKENS = 256  # likewise of the tokens, for the weight gradients
-TOKEN_STEP = 32  # of one step over the tokens, in the weight gradients
+SLICE_FEATURES = 256  # a shorter slice of H would cost more in partial sums than it gains
+SLICE_TOKENS = 256  # likewise for slices of the tokens, in the weight gradients
+TOKEN_STEP = 32  # tokens of one step in the weight gradients
 
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
-CLUSTER_BOTTLENECK_SIZE = 128  # the widest with a cluster form
-CLUSTER_FEATURES = 128  # below it, the blocks of a cluster would wait more than they work
-# A cluster lies within one GPC, which leaves some SMs without: 12 of 132 at 8 blocks, as reported
+CLUSTER_BOTTLENECK_SIZE = 128  # the widest bottleneck with a cluster form
+CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
+# A cluster lies within one GPC, which leaves some SMs idle: 12 of 132 at 8 blocks, as reported
 # for H100 (github.com/NVIDIA/cutlass/issues/1921). The launch asks the device itself.
 CLUSTER_SMS = 0.9
-# Bytes through distributed shared memory per byte of x and y, at most: it is slower than the
-# caches, and the cluster form wins by not reading x and the weights a second time.
+# At most so many bytes pass distributed shared memory per byte of x and y: it is slower than the
+# caches, and the cluster form gains by not reading x and the weights a second time.
 CLUSTER_EXCHANGE = 0.5
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration may depend on."""
+    """The properties of a GPU on which a configuration may depend."""
 
     num_sms: int
     cluster_memory: int = 0  # bytes of shared memory of a block in a cluster; 0: no clusters
 
 
 class Problem(NamedTuple):
-    """One call, as far as its launch depends on it."""
+    """The properties of a call on which its launch depends."""
 
     num_tokens: int
     hidden_size: int
@@ -42,17 +43,17 @@ class Problem(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """`number` slices, all of `length` but for the last."""
+    """`number` slices of `length`, of which only the last may be shorter."""
 
     number: int
     length: int
 
 
 class TokenPlan(NamedTuple):
-    """How y in the forward, and dz and dx in the backward are computed.
+    """The form of the kernels for y in the forward, and for dz and dx in the backward.
 
-    No slices of H: the row-block form. Slices alone: the split form, of two kernels. Slices and
-    clusters: the cluster form, a block of each cluster a slice.
+    Without slices of H it is the row-block form; with slices alone the split form, of two kernels;
+    with slices and clusters the cluster form, in which each block of a cluster takes a slice.
     """
 
     slices: Slices
@@ -66,20 +67,20 @@ def cdiv(a: int, b: int) -> int:
 
 
 def block_tokens(bottleneck_size: int, half: bool) -> int:
-    """Tokens of one block, as in RowBlockShape of csrc/row_block.cuh."""
+    """The tokens of one block, as in RowBlockShape of csrc/row_block.cuh."""
     if half:
         return 128 if 32 < bottleneck_size <= 128 else 64
     return 32 if bottleneck_size > 128 else 64
 
 
 def block_width(bottleneck_size: int) -> int:
-    """Units of one block, as in switch_block_r of csrc/static_switch.h."""
+    """The units of one block, as in switch_block_r of csrc/static_switch.h."""
     return next(width for width in (16, 32, 64, 128, 256) if bottleneck_size <= width)
 
 
 def cluster_bytes(features: int, tokens: int, width: int) -> int:
-    """Shared memory of one block, as in ClusterShape of csrc/cluster.cuh: two tiles of x and both
-    weights in panels, the bottleneck, and the sums or what is on its way out.
+    """The shared memory of one block, as in ClusterShape of csrc/cluster.cuh: two tiles of x and
+    both weights in panels, the bottleneck, and the sums or the staging buffers of the output.
     """
     panel = (2 * tokens * (PANEL + 8) + width * (PANEL + 8) + PANEL * (width + 8)) * 2
     warps_over_units = min(8 * 16 // tokens, width // 16)
@@ -90,9 +91,9 @@ def cluster_bytes(features: int, tokens: int, width: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> TokenPlan:
-    """Clusters of 64 tokens where they fill half the GPU; else row blocks where they make most of
-    one wave; else clusters of 16 tokens where one round of them does; else two kernels, over as
-    many slices of H as make two blocks an SM.
+    """Choose clusters of 64 tokens if they fill half the GPU; else row blocks if they make most of
+    one wave; else clusters of 16 tokens if they all run at once; else two kernels, with as many
+    slices of H as make two blocks an SM.
     """
     tokens, hidden, bottleneck, half = problem
     blocks = cdiv(tokens, block_tokens(bottleneck, half))
@@ -135,13 +136,13 @@ def _length(size: int, number: int, multiple: int = PANEL) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def token_slices(problem: Problem, device: Device) -> Slices:
-    """Over what both weight gradients are summed in parts: as many slices of the tokens as fill the
-    GPU once.
+    """The slices of the tokens that both weight gradients are summed over: as many as fill the GPU
+    once.
     """
     narrow = problem.bottleneck_size <= 16
     tiles = cdiv(problem.hidden_size, 128 if narrow else 64)
     tiles *= 1 if narrow else cdiv(problem.bottleneck_size, 64)
-    blocks = 2 * tiles  # one product each
+    blocks = 2 * tiles  # each computes one product
     return _slices(problem.num_tokens, 2 * device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
 
 

@@ -1,4 +1,4 @@
-"""The structs of csrc/params.h: what a launch gets, packed into bytes, every field 8 wide."""
+"""The structs of csrc/params.h, which a launch receives as bytes; every field is 8 bytes wide."""
 
 import struct
 from itertools import chain
@@ -11,7 +11,7 @@ View = tuple[int, int, int]  # address, dtype, elements from one row to the next
 
 NOTHING: View = (0, 0, 0)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-TFLOAT32 = 3  # of products alone
+TFLOAT32 = 3  # a precision of products, not of tensors
 ACTIVATIONS = {
     "gelu": 0,
     "gelu_tanh": 1,
@@ -25,9 +25,9 @@ ACTIVATIONS = {
 
 
 def view(tensor: Tensor | None) -> View:
-    """Of rows [T, H], of a contiguous tensor [..., H], or of a contiguous vector.
+    """The view of rows [T, H], a contiguous tensor [..., H] or a contiguous vector.
 
-    An address does not keep its tensor alive: the caller does, until the launch.
+    An address does not keep its tensor alive: the caller must, until the launch.
     """
     if tensor is None:
         return NOTHING
@@ -36,7 +36,7 @@ def view(tensor: Tensor | None) -> View:
 
 
 class ForwardParams(NamedTuple):
-    """One forward launch."""
+    """The parameters of one forward launch."""
 
     x: View
     down_weight: View
@@ -68,7 +68,7 @@ class ForwardParams(NamedTuple):
 
 
 class BackwardParams(NamedTuple):
-    """One backward launch."""
+    """The parameters of one backward launch."""
 
     x: View
     dy: View

@@ -1,7 +1,7 @@
 """Activations and their derivatives on float32 tiles; formulas as in `adapterkern/activations.py`.
 
-Written from tl.exp and tl.erf alone, and with constants to the right of tiles, so that the same
-source runs in Triton's CPU interpreter.
+They use tl.exp and tl.erf alone, with constants to the right of tiles, so that the same source runs
+in Triton's CPU interpreter.
 """
 
 import triton

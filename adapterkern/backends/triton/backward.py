@@ -24,9 +24,7 @@ def load_du(
     num_tokens, hidden_size, stride_dy_token,
     CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, BLOCK_H] of du = scaling * dy, equation (5), rounded to the compute dtype as eager
-    rounds it.
-    """
+    """A tile of du = scaling * dy, equation (5), rounded to the compute dtype as in eager."""
     dy = load_rows(dy_ptr, token, feature, stride_dy_token, num_tokens, hidden_size, EVEN_H).to(
         tl.float32
     )
@@ -50,7 +48,7 @@ def bottleneck_bwd_dx_kernel(
     """The row-block form: dz = (du W_up) * act'(z), then dx = dz W_down (+ dy). One program owns
     BLOCK_T tokens.
 
-    HBM per token: read dy (H) and z (R), write dx (H) and dz (R). dy comes a second time from L2.
+    HBM per token: read dy (H) and z (R), write dx (H) and dz (R). L2 serves the second read of dy.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.arange(0, BLOCK_R)
@@ -72,7 +70,7 @@ def bottleneck_bwd_dx_kernel(
             EVEN_R,
         )  # [BLOCK_H, BLOCK_R]
         da = tl.dot(du, w_up.to(DTYPE), da, input_precision=PRECISION)
-    if not EVEN_R:  # as z in the forward: Inf or NaN in dy must not become NaN in padded units
+    if not EVEN_R:  # as for z in the forward: Inf or NaN in dy must not make padded units NaN
         da = tl.where(unit[None, :] < bottleneck_size, da, 0.0)
     z = load_rows(z_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
     dz = (da * DERIVATIVE(z.to(tl.float32))).to(DTYPE)
@@ -154,9 +152,7 @@ def bottleneck_bwd_split_dx_kernel(
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, second half: dx from dz. Grid: token blocks, feature blocks (one where only dz is
-    asked for).
-    """
+    """Split form, second half: dx from dz. Grid: token blocks, feature blocks (one without dx)."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     feature = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
 
@@ -217,8 +213,8 @@ def bottleneck_bwd_dw_kernel(
     """dW_down = dz^T x, G = dy^T a, and the column sums of dz and dy, over one slice of the tokens.
 
     Grid: feature blocks, unit blocks, splits. dW_up = scaling * G and db_up = scaling * sum(dy)
-    take their scaling here where there is one split, else in `bottleneck_bwd_dw_sum_kernel`. HBM
-    per token: read x and dy (H each), z and dz (R each, from L2 after the first feature block).
+    get their scaling here if there is one split, else in `bottleneck_bwd_dw_sum_kernel`. HBM per
+    token: read x and dy (H each), z and dz (R each, from L2 after the first feature block).
     """
     feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -228,8 +224,7 @@ def bottleneck_bwd_dw_kernel(
 
     d_down = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     d_up = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
-    # The bias sums stay whole tiles until the end: reducing each across warps would cost a barrier
-    # a step.
+    # The bias sums stay whole tiles until the end: a reduction across warps costs a barrier a step.
     dz_total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     dy_total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for start in range(first, last, BLOCK_T):
@@ -297,7 +292,7 @@ def bottleneck_bwd_dw_sum_kernel(
     """Adds the partial sums in the order of the splits. Grid: feature blocks, slices of the units.
 
     d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
-    row of G: where it is asked for there is one slice of units.
+    row of G, so there is only one slice of units if it is needed.
     """
     feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_features = feature < hidden_size

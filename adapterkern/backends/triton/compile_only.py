@@ -1,10 +1,10 @@
-"""Plans and compiles calls for a GPU that is not touched, or not here.
+"""Plans and compiles calls for a GPU that is not used, or not present.
 
 `kernel[grid](...)` binds its arguments, specialises on them, compiles for the target, loads the
 binary and launches it. Within `compile_only` Triton's driver is a stand-in for a GPU of the given
 properties and CPU tensors count as that GPU's: the backend's own launches run up to the last step,
-which records instead of launching. What was compiled lies in Triton's cache on disk under the key
-of the real launch, so that a process with the GPU loads it from there.
+which records instead of launching. Triton's cache on disk holds the compiled kernels under the keys
+of the real launches, so that a process with the GPU loads them from there.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MOST_STACK_BYTES = 32
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch that was recorded. shared: bytes of shared memory that a block takes."""
+    """A recorded launch. shared: bytes of shared memory of a block."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -42,7 +42,7 @@ class Launch:
 
 
 class Resources(NamedTuple):
-    """What one thread takes: registers, and bytes of stack, which holds what was spilled."""
+    """The registers of one thread, and the bytes of its stack, which holds spilled registers."""
 
     registers: int
     stack: int
@@ -50,7 +50,7 @@ class Resources(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def resources(cubin: bytes) -> Resources:
-    """Read from a binary by the disassembler in Triton's wheel."""
+    """Read the resources of a binary with the disassembler in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -63,15 +63,15 @@ def resources(cubin: bytes) -> Resources:
 
 
 class _StandIn:
-    """In the place of triton.runtime.driver.active."""
+    """Takes the place of triton.runtime.driver.active."""
 
     def __init__(self, capability: int, device: Device) -> None:
         self.capability, self.device = capability, device
         self.launches: list[Launch] = []
 
     def get_current_device(self) -> Any:
-        # Under this index Triton keeps target, kernels and limits of a GPU: 0 would be the real one
-        # of this process, and the same for stand-ins of different properties.
+        # Triton keeps a GPU's target, kernels and limits under this index: 0 would be the process's
+        # real GPU, and the same for stand-ins of different properties.
         return self.capability, self.device
 
     def get_current_stream(self, device: Any) -> int:
@@ -83,7 +83,7 @@ class _StandIn:
     @property
     def utils(self) -> Any:
         def load_binary(name: str, cubin: bytes, shared: int, device: Any) -> tuple:
-            # In the place of module, function, registers, spills and the most threads a block.
+            # These stand for module, function, registers, spills and the most threads a block.
             return None, cubin, 0, 0, 1024
 
         limit = {"max_shared_mem": self.device.shared_memory}
@@ -91,8 +91,7 @@ class _StandIn:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x, y, z, stream, function, packed, meta, enter, leave, *arguments):
-            # The present stand-in: kernels stay cached, and outlive the one that they were loaded
-            # under.
+            # Ask for the present stand-in: cached kernels outlive the one they were loaded under.
             driver.active.launches.append(
                 Launch(
                     metadata.name,
@@ -109,14 +108,14 @@ class _StandIn:
 @contextlib.contextmanager
 def compile_only(capability: int, device: Device) -> Iterator[list[Launch]]:
     """Within the block, calls of the triton backend on CPU tensors compile for this GPU and record
-    their launches in the yielded list; what they return is memory that nobody wrote.
+    their launches in the yielded list; they return uninitialised memory.
 
-    A tile beyond the GPU's shared memory raises as it would there. Process-wide, as Triton's driver
-    is: for a process of its own, or a test.
+    A tile beyond the GPU's shared memory raises as it would there. Triton's driver is process-wide,
+    and so is its stand-in: use this in a process of its own, or in a test.
 
     Args:
         capability: such as 90 for compute capability 9.0.
-        device: what the launches are planned by.
+        device: the properties by which launches are planned.
     """
     stand_in = _StandIn(capability, device)
     before, planned = dict(vars(driver)), backend.cpu_device

@@ -3,8 +3,8 @@
 Two forms of y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up):
 
 - row block: one program owns BLOCK_T tokens and all of R; `a = act(z)` never leaves the chip.
-- split: two kernels, z (in partial sums over slices of H where tokens are few), then y. It fills
-  the GPU with few tokens, and carries bottlenecks too wide for one program.
+- split: one kernel computes z (partial sums over slices of H if there are few tokens), a second y.
+  It fills the GPU with few tokens, and takes bottlenecks too wide for one program.
 """
 
 import triton
@@ -27,12 +27,10 @@ def store_output(
     num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling * (u + b_up) + residual + skip, equation (4). The sum stays float32 until the one
-    store.
-    """
+    """y = scaling * (u + b_up) + residual + skip, equation (4), in float32 until the store."""
     y = u + load_vector(up_bias_ptr, feature, hidden_size)[None, :]
     y *= load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING)[None, :]
-    if ADD_INPUT:  # x was read by the down-projection a moment ago: this read comes from L2
+    if ADD_INPUT:  # the down-projection has just read x, so this read comes from L2
         y += load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H).to(
             tl.float32
         )
@@ -66,8 +64,8 @@ def bottleneck_fwd_kernel(
 ):  # fmt: skip
     """The row-block form. One program owns BLOCK_T tokens and all of R.
 
-    HBM per token: read x (H), residual and skip where given (H each), write y (H) and z (R). x
-    comes a second time from L2, where the first pass left it, as do both weights.
+    HBM per token: read x (H), residual and skip if given (H each), write y (H) and z (R). L2 serves
+    the second read of x, which the first one left there, and both weights.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.arange(0, BLOCK_R)
@@ -88,8 +86,8 @@ def bottleneck_fwd_kernel(
         z = tl.dot(x.to(DTYPE), w_down.to(DTYPE), z, input_precision=PRECISION)
     z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
     # Padded units vanish because their w_up rows load as zero, not because act(0) == 0 (false for
-    # sigmoid). Inf or NaN in x times the zeros of their w_down is NaN, which zero does not undo: it
-    # would spoil a row that eager keeps finite.
+    # sigmoid). Inf or NaN in x times the zeros of their w_down is NaN, and NaN times zero would
+    # spoil a row that eager keeps finite.
     if not EVEN_R:
         z = tl.where(unit[None, :] < bottleneck_size, z, 0.0)
     # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
@@ -174,7 +172,7 @@ def bottleneck_fwd_up_kernel(
 ):  # fmt: skip
     """Split form, second half: y from z. Grid: token blocks, feature blocks.
 
-    With partial sums, every program adds up those of its tokens (they sit in L2), and the first
+    Every program adds up the partial sums, if any, of its tokens (they are in L2), and the first
     feature block stores z for backward.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -1,20 +1,20 @@
-"""Launch configurations: a pure function of (problem, device), so a run never stops to autotune.
+"""Launch configurations are a pure function of (problem, device): no run stops to autotune.
 
 Every tile compiles within the registers and the shared memory of each architecture from sm_80 to
-sm_120 (tests/test_triton_compile.py holds that); which form runs follows from how many row blocks
-fill the GPU. No number here has been tuned on a GPU yet.
+sm_120, as tests/test_triton_compile.py checks. The number of row blocks that fill the GPU decides
+which form runs. No number here has been tuned on a GPU yet.
 """
 
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-ROW_BLOCK_MAX_R = 128  # above it z and a no longer fit one program's registers beside the tiles
+ROW_BLOCK_MAX_R = 128  # above it z and a do not fit one program's registers beside the tiles
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration may depend on."""
+    """The properties of a GPU on which a configuration may depend."""
 
     num_sms: int
     shared_memory: int  # bytes one block may use (opt-in limit)
@@ -26,7 +26,7 @@ class Device:
 
 
 class Problem(NamedTuple):
-    """One call, as far as its launch depends on it."""
+    """The properties of a call on which its launch depends."""
 
     num_tokens: int
     hidden_size: int
@@ -72,9 +72,8 @@ class WeightGradient:
     tokens_per_split: int
 
 
-SUM = LaunchConfig(
-    block_t=1, block_h=32, block_r=32, num_warps=4, num_stages=2
-)  # of the partial weight gradients
+# The sum of the partial weight gradients runs with this.
+SUM = LaunchConfig(block_t=1, block_h=32, block_r=32, num_warps=4, num_stages=2)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -83,18 +82,18 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _power_of_two(size: int, choices: tuple[int, ...]) -> int:
-    """The smallest of `choices` that holds `size`, the largest where none does. 16 is the narrowest
-    tensor-core tile; few choices keep the number of distinct kernels small.
+    """The smallest of `choices` that holds `size`, or the largest if none does.
+
+    16 is the narrowest tensor-core tile. Few choices keep the number of distinct kernels small.
     """
     return next((choice for choice in choices if size <= choice), choices[-1])
 
 
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
-    """The launch of y in the forward, and of dz and dx in the backward, whose products mirror the
-    forward's.
+    """Plan y of the forward, and dz and dx of the backward, whose products mirror the forward's.
 
-    Row blocks need most of one wave of them; few tokens and R > 128 take the split form.
+    The row-block form needs most of one wave of blocks; few tokens and R > 128 take the split form.
     """
     config = _row_block(problem, device)
     return RowBlock(config) if config is not None else _split(problem, device)
@@ -107,7 +106,7 @@ def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
     if problem.ieee:
         config = LaunchConfig(32, 32, block_r, 8, 2)
     else:
-        # Weights are read from L2 once a row block: (2 + 2R/BLOCK_T) passes over x, balanced at
+        # Each row block reads the weights from L2: (2 + 2R/BLOCK_T) passes over x, balanced at
         # BLOCK_T = 2R.
         block_t = 64 if block_r == 16 or (problem.wide and block_r == 128) else 128
         stages = 2 if problem.wide or (device.small and block_r == 128) else 3
@@ -134,7 +133,7 @@ def _split(problem: Problem, device: Device) -> Split:
         widen = LaunchConfig(
             block_t, max(64, block_t), min(block_r, 64), 8 if block_t == 128 else 4, stages
         )
-    # As many slices of H as it takes for two programs an SM, none under four tiles.
+    # There are as many slices of H as give two programs an SM, each of four tiles or more.
     programs = cdiv(tokens, narrow.block_t) * cdiv(bottleneck, narrow.block_r)
     most = max(1, hidden // (4 * narrow.block_h))
     splits = max(1, min(2 * device.num_sms // programs, most))
@@ -144,9 +143,7 @@ def _split(problem: Problem, device: Device) -> Split:
 
 @functools.lru_cache(maxsize=4096)
 def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
-    """The launch of both weight gradients: tiles over [H, R], and as many token slices as fill the
-    GPU once.
-    """
+    """Plan both weight gradients: tiles over [H, R], in as many token slices as fill the GPU."""
     tokens, hidden, bottleneck = problem.num_tokens, problem.hidden_size, problem.bottleneck_size
     if problem.ieee:
         config = LaunchConfig(32, 64, _power_of_two(bottleneck, (16, 32)), 8, 2)
@@ -156,8 +153,7 @@ def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
             32, block_h, _power_of_two(bottleneck, (16, 64)), 8, 2 if problem.wide else 3
         )
     tiles = cdiv(hidden, config.block_h) * cdiv(bottleneck, config.block_r)
-    # A slice shorter than 8 tiles of tokens costs more in partial sums than it wins in parallel
-    # work.
+    # A slice under 8 tiles of tokens costs more in partial sums than its parallel work gains.
     most = max(1, tokens // (8 * config.block_t))
     splits = max(1, min(2 * device.num_sms // tiles, most))
     length = cdiv(cdiv(tokens, splits), config.block_t) * config.block_t

@@ -1,7 +1,7 @@
 """Tile helpers shared by the forward and backward kernels.
 
-A tile of activations is [BLOCK_T, width] and lives in a row-strided tensor: token rows, unit stride
-across. Token offsets are int64, because T * H passes 2^31 in real batches and a view such as
+A tile of activations is [BLOCK_T, width] of a tensor with contiguous rows, a row stride apart.
+Token offsets are int64, because T * H passes 2^31 in real batches and a view such as
 hidden[:, -1] has row strides beyond 2^24; weight offsets fit int32.
 """
 
@@ -11,9 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(ptr, token, column, stride_token, num_tokens, num_columns, EVEN: tl.constexpr):
-    """[BLOCK_T, width] of a [T, width] tensor; zeros beyond the edges. EVEN: the columns need no
-    mask.
-    """
+    """Load [BLOCK_T, width] of a [T, width] tensor; zeros out of bounds. EVEN: no column mask."""
     offsets = token[:, None].to(tl.int64) * stride_token + column[None, :]
     mask = token[:, None] < num_tokens
     if not EVEN:
@@ -35,12 +33,11 @@ def store_rows(ptr, tile, token, column, stride_token, num_tokens, num_columns, 
 def load_weight(
     ptr, row, column, num_rows, num_columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr
 ):
-    """Elements [row, column] of a contiguous [num_rows, num_columns] weight, zeros beyond the
-    edges.
+    """Load elements [row, column] of a contiguous [num_rows, num_columns] weight, or zeros out of
+    bounds.
 
-    `row` and `column` come broadcast against each other, so the caller chooses which of the two
-    runs down the
-    tile: a transposed tile costs nothing but the order of its addresses.
+    The caller chooses which of `row` and `column` runs down the tile, because they are broadcast
+    against each other: a transposed tile differs only in the order of its addresses.
     """
     offsets = row * num_columns + column
     if EVEN_ROWS and EVEN_COLUMNS:
@@ -52,7 +49,7 @@ def load_weight(
 
 @triton.jit
 def load_vector(ptr, index, size):
-    """A float32 vector of a bias; zeros where there is none and beyond its end."""
+    """Load a bias as a float32 vector; zeros without a bias and out of bounds."""
     vector = tl.zeros(index.shape, tl.float32)
     if ptr is not None:
         vector += tl.load(ptr + index, mask=index < size, other=0.0).to(tl.float32)
@@ -78,9 +75,7 @@ def load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING: tl.c
 def sum_partials(
     partial_ptr, token, unit, num_tokens, bottleneck_size, num_splits, EVEN_R: tl.constexpr
 ):
-    """[BLOCK_T, BLOCK_R] of the [S, T, R] float32 partial products, summed in the order of the
-    splits.
-    """
+    """Sum a tile of the [S, T, R] float32 partial products in the order of the splits."""
     total = load_rows(
         partial_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R
     )

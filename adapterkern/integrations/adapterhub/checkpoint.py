@@ -27,7 +27,7 @@ from adapterkern.integrations.adapterhub.contents import (
     unwritable,
     wrong_kinds,
 )
-from adapterkern.integrations.adapterhub.conversion import adapter_from_tensors
+from adapterkern.integrations.foreign.conversion import adapter_from_tensors
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 CONFIG_NAME = "adapter_config.json"
@@ -59,14 +59,14 @@ class AdapterCheckpoint:
     Attributes:
         name: the adapter's name; `save` writes all weights under it.
         layers: the layer's name in the base model, as saved, to its adapter.
-        config: the bottleneck configuration with all defaults, as the library names the fields;
-            of a union, the first. `layers` is what it describes; how a layer uses its adapter
-            (`is_parallel`, `original_ln_before`, ...) stands here alone.
+        config: the bottleneck configuration with all defaults, under the library's field names; the
+            first one of a union. It describes `layers`; nothing else tells how a layer uses its
+            adapter (`is_parallel`, `original_ln_before`, ...).
         saved_config: the configuration as saved.
         metadata: the file's other entries: model_type, hidden_size, version, ...
-        other_weights: what is not of a bottleneck adapter: invertible adapters, and the other
-            methods of a union; kept for `save`.
-        saved_name: the name under which `other_weights` stand, where it is not `name`.
+        other_weights: the weights of invertible adapters and of the other methods of a union,
+            kept for `save`.
+        saved_name: the adapter's name in the keys of `other_weights`, if it is not `name`.
     """
 
     name: str
@@ -84,14 +84,14 @@ def load(
     """Read an adapter folder, whatever version of the library wrote it.
 
     Gaps are refused: a tensor, a layer, or all layers of a location that the configuration names.
-    What no folder tells is how many layers the model has. Without `num_layers`, the last ones may
-    be missing in all locations, or the whole encoder beside a decoder, and nothing is said.
+    A folder does not tell how many layers the model has: without `num_layers` nothing is said if
+    the last ones are missing in all locations, or the whole encoder beside a decoder.
 
     Args:
         folder: a local folder as `save_adapter` writes it.
         model_type: refuse a folder whose base model has another type, such as "bert".
-        num_layers: refuse a folder that has not so many layers (in encoder and decoder each), less
-            those that its configuration leaves out.
+        num_layers: refuse a folder with another number of layers (in encoder and decoder each),
+            not counting those that its configuration leaves out.
 
     Raises:
         FileNotFoundError: the folder, its configuration or its weights are missing.
@@ -132,14 +132,14 @@ def save(
     finds the old adapter, the new one, or no configuration, but never a mixture.
 
     Args:
-        checkpoint: what `load` returned, or one made by hand: `config` may then also be the name of
-            a preset or a union, and `metadata` should hold model_type and hidden_size.
+        checkpoint: from `load`, or made by hand: `config` may then also be the name of a preset or
+            a union, and `metadata` should hold model_type and hidden_size.
         folder: where to write.
         safetensors: write adapter.safetensors instead of pytorch_adapter.bin; the library reads it
             with `load_adapter(folder, use_safetensors=True)`.
 
     Raises:
-        TypeError: the checkpoint or a part of it is of a wrong kind; nothing was written.
+        TypeError: the checkpoint or a part of it has a wrong type; nothing was written.
         ValueError: the adapters do not fit the configuration, the library would not load the name
             or would lose some of `other_weights`; nothing was written.
         UnsupportedAdapterError: as `load`; nothing was written.
@@ -199,18 +199,18 @@ def _refuse_kinds(checkpoint: AdapterCheckpoint) -> None:
 
 
 def _plain(config: Any) -> Any:
-    """A dict of what may be one of the library's own configuration objects."""
+    """Turn a configuration object of the library into a dict; leave anything else unchanged."""
     return config.to_dict() if hasattr(config, "to_dict") else config
 
 
 def _union_of(checkpoint: AdapterCheckpoint) -> Any:
-    """The union to write, of which `config` may be but the first bottleneck configuration."""
+    """The union to write, if any; `config` may be only its first bottleneck configuration."""
     both = (_plain(config) for config in (checkpoint.config, checkpoint.saved_config))
     return next((config for config in both if is_union(config)), None)
 
 
 def _union_problems(config: Any, configs: list[Config]) -> list[str]:
-    """`config` is not written where a union is, so what was changed there would be lost."""
+    """Changes of `config` that would be lost, because the union is written in its place."""
     if is_union(config):
         return []
     (found, *_) = resolve(config, versioned=True)
@@ -223,7 +223,7 @@ def _union_problems(config: Any, configs: list[Config]) -> list[str]:
 
 
 def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: bool) -> None:
-    """Complete both files aside; then the old configuration goes first and the new comes last."""
+    """Complete both files aside, then remove the old configuration first and put the new last."""
     written, stale = (SAFE_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFE_NAME)
     made = [path for path in (Path(folder), *Path(folder).parents) if not path.is_dir()]
     try:
@@ -232,7 +232,7 @@ def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: boo
             with open(os.path.join(aside, CONFIG_NAME), "w", encoding="utf-8") as file:
                 json.dump(meta, file, indent=2, sort_keys=True)
             if safetensors:
-                # Tensors that share memory, as other methods have them, are not accepted.
+                # safetensors refuses tensors that share memory, as those of other methods may.
                 copies = {key: tensor.clone() for key, tensor in weights.items()}
                 _safetensors().save_file(copies, os.path.join(aside, written))
             else:
@@ -283,7 +283,7 @@ def _read_config(folder: str) -> dict[str, Any]:
 
 
 def _read_weights(folder: str) -> dict[str, Tensor]:
-    """The library's choice of file: safetensors where there is one, else .bin, tensors only."""
+    """Read the file that the library would choose: safetensors, else .bin, with tensors only."""
     safe, pickled = (os.path.join(folder, name) for name in (SAFE_NAME, BIN_NAME))
     path = safe if os.path.isfile(safe) else pickled
     if not os.path.isfile(path):
@@ -321,11 +321,11 @@ def _safetensors() -> Any:
 def _sort_weights(
     weights: dict[str, Tensor], name: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Tensors by layer and parameter, and those of other methods, under present names."""
+    """Sort tensors by layer and parameter, and set those of other methods aside, renamed."""
     layers: dict[str, dict[str, Tensor]] = {}
     other: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        for old, new in _LEGACY.items():  # with the name, which may be that of a legacy module
+        for old, new in _LEGACY.items():  # with the name, which may equal a legacy module's
             key = key.replace(f"{old}.{name}.", f"{new}.{name}.")
         layer, found, parameter = key.partition(f".adapters.{name}.")
         if found:
@@ -336,7 +336,7 @@ def _sort_weights(
 
 
 def _option_problems(adapter: BottleneckAdapter, config: Config) -> list[str]:
-    """What an adapter holds beside its weights, and a folder in its configuration alone."""
+    """Differences in the options, which a folder keeps in its configuration alone."""
     wanted: dict[str, Any] = {
         "activation": canonical_name(activation_of(config)),
         "dropout": config["dropout"],

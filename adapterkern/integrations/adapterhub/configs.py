@@ -69,7 +69,7 @@ PRESETS: dict[str, Config] = {
     "compacter++": {**_SEQ, **_PHM},
     "compacter": {**_DOUBLE, **_PHM},
 }
-# Presets of other methods: they have a place in a union, and no bottleneck adapter.
+# Presets of other methods, which may be in a union but have no bottleneck adapter.
 _OTHERS = (
     *("prefix_tuning", "prefix_tuning_flat", "prompt_tuning", "mtl_lora", "lora", "ia3"),
     *("vera", "dora", "dvora", "loreft", "noreft", "direft"),
@@ -88,7 +88,7 @@ _ALIASES = {
     "pfeiffer+inv": "seq_bn_inv",
     "houlsby+inv": "double_seq_bn_inv",
 }
-# What files written before the library's versions were recorded call these activations.
+# The names of these activations in files that do not record the library's version.
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 # The library's names of activations that are not aliases in `adapterkern.activations`.
 _ACTIVATIONS = {"linear": "identity", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -121,7 +121,7 @@ def resolve(config: Any, versioned: bool) -> list[Config]:
         ]
         if problems:
             raise ValueError(f"the configuration is not valid: {'; '.join(problems)}.")
-        part["leave_out"] = list(part["leave_out"])  # the default's own is shared
+        part["leave_out"] = list(part["leave_out"])  # the default list is shared
         if _is_number(part["scaling"]):
             part["scaling"] = float(part["scaling"])  # the library takes no other number
         if not versioned and isinstance(config, Mapping) and not is_union(config):
@@ -171,7 +171,7 @@ def _are_factors(value: Any) -> bool:
     return all(map(_is_factor, value.values() if isinstance(value, Mapping) else [value]))
 
 
-# What a field must be, in words and as a test; the library itself checks none of it.
+# The requirement on each field, in words and as a test; the library itself checks none.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "reduction_factor": (
         'a positive number, or a dict of layer numbers and "default" to such',
@@ -191,7 +191,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _resolve_part(config: Any) -> list[Config]:
-    """One configuration of a union in a list; none where it is not a bottleneck adapter's."""
+    """Resolve one part of a union to a list; it is empty if the part is no bottleneck adapter."""
     if isinstance(config, str):
         return _preset(config)
     if not isinstance(config, Mapping):

@@ -1,4 +1,4 @@
-"""Whether an adapter folder holds what it should: entries, and weights its configuration names."""
+"""Checks that an adapter folder has valid entries and the weights its configuration names."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from adapterkern.integrations.adapterhub.configs import Config
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 Layers = Mapping[str, Mapping[str, Tensor]]  # layer to parameter to tensor
-# A stack's name up to the layer's number, to the rest of the name (the location), to the numbers.
+# The name before a layer's number (the stack) to the name after it (the location) to the numbers.
 Stacks = dict[str, dict[str, set[int]]]
 
-# The modules in which the library keeps adapters by name; what stands there is an adapter's.
+# The modules in which the library keeps adapters by name.
 _HOLDERS = (
     r"(?:^|\.)(?:\w*adapters|prefix_tunings|prefix_gates|loras|refts|prompt_tunings"
     r"|shared_parameters)\."
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def entry_problems(meta: Mapping[str, Any]) -> list[str]:
-    """A sentence for every entry beside the configuration that no folder can have."""
+    """A sentence for every invalid entry beside the configuration."""
     size = meta.get("hidden_size")
     return [
         f"{name} must be {expected}, got {meta[name]!r}"
@@ -38,7 +38,7 @@ def entry_problems(meta: Mapping[str, Any]) -> list[str]:
 def unwritable(meta: Mapping[str, Any]) -> list[str]:
     """A sentence for every entry with which the library would not load the folder.
 
-    It makes the name a key of an `nn.ModuleDict`, which takes no attribute of its own for one.
+    It makes the name a key of an `nn.ModuleDict`, which refuses the names of its attributes.
     """
     problems = entry_problems(meta)
     name, version = meta["name"], meta["version"]
@@ -55,7 +55,7 @@ def unwritable(meta: Mapping[str, Any]) -> list[str]:
 def wrong_kinds(
     name: object, layers: object, other_weights: object, entries: Mapping[str, object]
 ) -> list[str]:
-    """A sentence for every part of a checkpoint of a kind that no folder can hold."""
+    """A sentence for every part of a checkpoint whose type no folder can hold."""
     problems = [] if isinstance(name, str) else [f"name must be a string, got {name!r}"]
     for title, mapping, kind in (
         ("layers", layers, BottleneckAdapter),
@@ -90,13 +90,13 @@ def wrong_kinds(
 def renamed(
     weights: Mapping[str, Tensor], old: str | None, name: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of other methods under the adapter's present name, and why some would be lost."""
+    """Rename the weights of other methods to the present name; tell which would be lost."""
     pattern = re.compile(rf"({_HOLDERS})(?:{re.escape(old or name)}|{re.escape(name)})\.")
     moved: dict[str, Tensor] = {}
     problems = []
     for key, tensor in weights.items():
         new, found = pattern.subn(lambda match: f"{match[1]}{name}.", key, count=1)
-        if not found and old != name:  # as loaded, whatever else stands there is copied
+        if not found and old != name:  # without a new name, all other weights are copied
             problems.append(f"other_weights[{key!r}] is not of the adapter {old or name!r}")
         elif new in moved or f".adapters.{name}." in new:
             problems.append(f"other_weights[{key!r}] would take another weight's place, {new}")
@@ -107,10 +107,10 @@ def renamed(
 def problems_of(
     layers: Layers, configs: list[Config], hidden_size: int | None, num_layers: int | None = None
 ) -> list[str]:
-    """A sentence for everything in which the weights differ from what the configuration says.
+    """A sentence for every difference between the weights and the configuration.
 
-    Names of layers do not tell how many there are: without `num_layers`, the last ones of a stack
-    may be missing in all locations, or a whole stack such as the encoder's, without a sentence.
+    Names of layers do not tell how many there are: without `num_layers` there is no sentence if the
+    last ones of a stack are missing in all locations, or a whole stack such as the encoder's.
     """
     config = configs[0]
     if any(_weight_fields(other) != _weight_fields(config) for other in configs[1:]):
@@ -159,9 +159,9 @@ def _stacks_of(layers: Layers) -> Stacks:
 
 
 def _indices(number: int, stack: str, stacks: Stacks, left_out: set[int]) -> set[int]:
-    """What `leave_out` and `reduction_factor` may call this layer.
+    """The numbers that `leave_out` and `reduction_factor` may have for this layer.
 
-    They number a second stack's layers on from the first's, of which the last may be left out.
+    They continue in a second stack where the first ends, whose last layers may be left out.
     """
     if not any(word in stack for word in ("decoder", "vision")):  # the library's second stacks
         return {number}
@@ -171,7 +171,7 @@ def _indices(number: int, stack: str, stacks: Stacks, left_out: set[int]) -> set
 
 
 def _factors(layer: str, factor: object, stacks: Stacks, left_out: set[int]) -> set[float]:
-    """The reduction factors that a layer may have; none where the configuration has none for it."""
+    """The reduction factors that a layer may have; none if the configuration has none for it."""
     if not isinstance(factor, Mapping):
         return {factor}  # type: ignore[arg-type]  # checked with the configuration
     number = _NUMBER.search(layer)
@@ -185,7 +185,7 @@ def _factors(layer: str, factor: object, stacks: Stacks, left_out: set[int]) -> 
 def _location_problems(
     stack: str, locations: dict[str, set[int]], configs: list[Config], has_others: bool
 ) -> list[str]:
-    """Locations of which no layer is there; only their count is the same in all models."""
+    """Locations without a layer; they are only counted, as their names differ between models."""
     # Only a decoder has cross-attention, and not every one.
     crosses = has_others and "decoder" in stack
     wanted = [

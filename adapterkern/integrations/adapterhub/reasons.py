@@ -1,4 +1,4 @@
-"""Why an adapter stays on the library's own path: one code and one sentence each."""
+"""The reasons why an adapter stays on the library's own path, each a code and a sentence."""
 
 REASONS = {
     "phm": "its projections are Kronecker products (Compacter), not linear layers",

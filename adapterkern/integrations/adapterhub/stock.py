@@ -1,4 +1,4 @@
-"""The installed `adapters` library, recognised by the source of what is replaced or relied upon.
+"""Recognises the installed `adapters` library by the sources of the functions that are used here.
 
 Importing this module needs the library; nothing else of this package does at import.
 """
@@ -97,7 +97,7 @@ def _problem(function: Callable | None, known: tuple[str, ...]) -> str | None:
 
 
 def source_hash(function: Callable) -> str | None:
-    """Hash of a function's source without the space around it; None where there is none."""
+    """Hash a function's source without the space around it; None if there is no source."""
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

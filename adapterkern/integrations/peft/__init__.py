@@ -53,8 +53,8 @@ def _register() -> None:
 
 
 def _saving_whole(save: Callable[..., None]) -> Callable[..., None]:
-    """PEFT's `save_pretrained`, which writes file by file into the folder, as one step for the
-    models of this method; PEFT has no hook for it.
+    """Make PEFT's `save_pretrained`, which writes file by file into the folder, a single step for
+    the models of this method; PEFT has no hook for it.
     """
 
     @functools.wraps(save)

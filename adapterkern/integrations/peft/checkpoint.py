@@ -1,4 +1,4 @@
-"""Saved folders: written whole, and nothing of one is copied into a model that it does not fit."""
+"""Saved folders are written whole, and a model takes all of a folder that fits it, or nothing."""
 
 import os
 import shutil
@@ -19,15 +19,15 @@ MODEL_CARD = "README.md"
 
 @contextmanager
 def staged(folder: str) -> Iterator[str]:
-    """A folder to save into, whose files move into `folder` once the block has ended well.
+    """Yield a folder to save into; its files move into `folder` when the block ends without error.
 
-    Until then a saved adapter in `folder` is as it was. While files are exchanged it has no
+    Until then a saved adapter in `folder` is unchanged. While files are exchanged it has no
     configuration, so weights never meet another adapter's settings: a process killed in those few
     renames leaves a folder that loading refuses.
     """
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as fresh:
-        if os.path.isfile(os.path.join(folder, MODEL_CARD)):  # PEFT adds to one that is there
+        if os.path.isfile(os.path.join(folder, MODEL_CARD)):  # PEFT extends a card that exists
             shutil.copy(os.path.join(folder, MODEL_CARD), fresh)
         yield fresh
         for source, _, names in os.walk(fresh):
@@ -45,7 +45,7 @@ def _exchange(source: str, target: str, names: list[str]) -> None:
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
-    """The key of a saved weight: saved without the adapter's name, it can be loaded under any."""
+    """The key of a saved weight, without the adapter's name so that it can be loaded under any."""
     return key.replace(f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}.")
 
 

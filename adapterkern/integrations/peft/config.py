@@ -1,4 +1,4 @@
-"""What a user sets and what `adapter_config.json` holds."""
+"""The configuration that a user sets and that `adapter_config.json` holds."""
 
 import os
 import tempfile
@@ -59,8 +59,8 @@ class BottleneckConfig(PeftConfig):
     The remaining arguments are those of `peft.PeftConfig`.
 
     Raises:
-        TypeError, ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or layer
-            indices are none or do not go with the target modules.
+        TypeError, ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or the
+            layer indices are invalid or do not go with the target modules.
     """
 
     target_modules: list[str] | str | None = field(
@@ -97,8 +97,8 @@ class BottleneckConfig(PeftConfig):
         """Complete and check the fields, so that a mistake shows where it was made."""
         super().__post_init__()
         self.peft_type = PeftMethod.BOTTLENECK
-        # Not a field, so not saved: shapes of the weights beside the file this was read from, to
-        # compare with a model before they are loaded into it.
+        # Not a field, so not saved: the shapes of the weights beside the file that was read, which
+        # are compared with a model before the weights are loaded into it.
         self.saved_shapes: Shapes | None = None
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError(
@@ -119,7 +119,7 @@ class BottleneckConfig(PeftConfig):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
         self._check_layer_indices()
-        # Refuses what no layer could have.
+        # This refuses values that no layer could have.
         BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
 
     def _check_layer_indices(self) -> None:

@@ -39,7 +39,7 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter, on the base layer's device and in its dtype; the tuner activates it."""
         size = output_size(self.get_base_layer())
-        assert size is not None  # BottleneckModel looked at every target before
+        assert size is not None  # BottleneckModel has checked every target
         adapter = BottleneckAdapter(size, **config.adapter_arguments())
         self.bottleneck_adapter[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adapterkern.integrations.peft.layer import BASE, BottleneckLinear
 
-# Names under which models take their batch, the most telling first.
+# The names under which models take their batch, the most reliable first.
 INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -22,7 +22,7 @@ INPUTS = (
 
 
 def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
-    """The names as a list.
+    """Check the names and return them as a list.
 
     Raises:
         ValueError: the model is training, the names are no list, or one of them is unknown.
@@ -52,8 +52,8 @@ def adapter_names_in_forward(
 ) -> Iterator[None]:
     """Let every adapted layer of the model see the names while the context is open.
 
-    `options` are the arguments of forward or generate, whose beams and returned sequences repeat
-    each input, but only behind an encoder.
+    `options` are the arguments of forward or generate; its beams and returned sequences repeat each
+    input, but not within an encoder.
     """
     repeats = _repeats(options)
     repeated = [name for name in names for _ in range(repeats)]
@@ -91,7 +91,7 @@ def _pass_names(model: nn.Module, names: list[str]) -> list[Any]:
 
 
 def _check_batch(names: list[str]) -> Callable[..., None]:
-    """A hook on the model: blocks that flatten their tokens cannot tell a wrong number of names."""
+    """A hook on the model, since blocks that flatten their tokens cannot see a wrong number."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = [*args, *(kwargs.get(name) for name in INPUTS)]

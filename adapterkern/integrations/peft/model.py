@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts adapters behind linear layers, and tells PEFT what is special about them."""
+"""The PEFT tuner puts adapters behind linear layers and tells PEFT what is special about them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from adapterkern.integrations.peft.targets import (
 class AdapterConfigs(dict):
     """Configurations by adapter name; a stack, a list of names, stands for its first adapter.
 
-    `PeftModel.set_adapter` and `PeftModel.active_peft_config` look up here whatever is active.
+    `PeftModel.set_adapter` and `PeftModel.active_peft_config` look up the active one here.
     """
 
     def __contains__(self, name: object) -> bool:
@@ -72,7 +72,7 @@ class BottleneckModel(BaseTuner):
 
         Raises:
             ValueError: the name cannot be an adapter's, a target is no linear layer, or the
-                configuration was read beside weights of another model. The model is as before.
+                configuration was read beside weights of another model. The model is unchanged.
         """
         _check_adapter_name(model, adapter_name)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -86,10 +86,10 @@ class BottleneckModel(BaseTuner):
             raise refusal(problems)
 
     def _misfits(self, adapter_name: str) -> list[str]:
-        """What keeps the weights that the configuration was read beside out of this adapter."""
+        """Reasons why the weights beside the configuration's file do not fit this adapter."""
         config: Any = self.peft_config[adapter_name]
         if config.saved_shapes is None or not config.inference_mode:
-            return []  # in training mode the settings may be all that was wanted of the folder
+            return []  # for training, the settings alone may be wanted of the folder
         weights = get_peft_model_state_dict(
             self, adapter_name=adapter_name, save_embedding_layers=False
         )
@@ -105,7 +105,7 @@ class BottleneckModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Look at every target before the first is replaced."""
+        """Check every target before the first is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)  # PEFT does it only after this
         names = [name for name, _ in model.named_modules() if name and f".{CONTAINER}." not in name]
         check_layers(peft_config, names, self._check_target_module_exists)
@@ -208,7 +208,7 @@ class BottleneckModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """PEFT's renaming. Weights that do not fit are refused; PEFT would copy those that do.
+        """Rename as PEFT does, but refuse weights that do not fit; PEFT would copy those that do.
 
         Raises:
             ValueError: a weight of the adapter is missing, has another shape or has no place.
@@ -230,7 +230,7 @@ class BottleneckModel(BaseTuner):
 
 
 def _unwrap_empty(model: nn.Module) -> None:
-    """Put back what PEFT wrapped and no adapter uses any more."""
+    """Put back the modules that PEFT wrapped and no adapter uses any more."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, BottleneckLinear) and not module.bottleneck_adapter:

@@ -1,4 +1,4 @@
-"""Which layers are adapted: defaults by architecture, and what can be adapted at all."""
+"""The layers to adapt: defaults by architecture, and checks that a layer can be adapted."""
 
 import copy
 import re
@@ -29,7 +29,7 @@ DEFAULT_TARGET_MODULES: dict[str, list[str]] = {
 
 
 def default_target_modules(model: nn.Module, model_type: str | None) -> list[str]:
-    """The architecture's default.
+    """The default targets of an architecture.
 
     Raises:
         ValueError: there is none; the message says how to name layers and lists the model's.
@@ -67,7 +67,7 @@ TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 def check_layers(config: Any, names: list[str], matches: Callable[[Any, str], Any]) -> None:
     """Raise ValueError where layers_to_transform has a layer without a target; PEFT skips those.
 
-    `matches` is PEFT's own rule: does the configuration adapt the module of this name?
+    `matches` is PEFT's own rule whether a configuration adapts the module of a name.
     """
     if not config.layers_to_transform:
         return
@@ -106,7 +106,7 @@ def check_modules_to_save(config: Any, names: list[str]) -> None:
 
 
 def check_target(name: str, layer: nn.Module, parent: nn.Module) -> None:
-    """Raise ValueError where no adapter can follow a layer or the model would pass it by."""
+    """Raise ValueError where no adapter can follow a layer, or the model would bypass it."""
     if output_size(layer) is None:
         raise ValueError(
             f"cannot adapt {name}: {type(layer).__name__} is no linear layer (no out_features).\n"

@@ -1,4 +1,4 @@
-// What the launchers see of the CUDA runtime.
+// The part of the CUDA runtime that the launchers use.
 #pragma once
 
 #include "emulator.h"

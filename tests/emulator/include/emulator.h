@@ -6,8 +6,8 @@
 // a missing barrier under the former. The blocks of a cluster run together, clusters one after the
 // other.
 //
-// Shared memory starts as NaN and is checked at its edges. What a GPU would not do, or do wrong
-// without a word, throws an Error with the thread's place; x86-64 only.
+// Shared memory starts as NaN and is checked at its edges. An operation that a GPU would refuse, or
+// get wrong without a word, throws an Error that names the thread; x86-64 only.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,7 @@ namespace emulator {
 
 constexpr int kWarpSize = 32;
 constexpr int kMostThreads = 1024;
-constexpr unsigned kMostClusterSize = 8;      // that every GPU with clusters can place
+constexpr unsigned kMostClusterSize = 8;      // blocks; every GPU with clusters can place them
 constexpr int kMostSharedBytes = 227 * 1024;  // compute capability 9.0
 constexpr unsigned kMostGridYZ = 65535;
 constexpr size_t kStackBytes = 128 * 1024;
@@ -88,7 +88,7 @@ struct Copy {
 enum class State { kReady, kAtWarp, kAtBlock, kAtCluster, kDone };
 
 struct Thread {
-  void* stack = nullptr;  // where it goes on
+  void* stack = nullptr;  // where it continues
   dim3 index;
   int linear = 0;
   State state = State::kReady;
@@ -96,7 +96,7 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // committed and not waited for
 };
 
-// A warp operation in the making; the last lane to arrive carries it out for all.
+// A warp operation in progress; the last lane to arrive carries it out for all.
 struct Warp {
   const char* operation = nullptr;
   int arrived = 0;
@@ -124,7 +124,7 @@ struct Cluster {
   void* scheduler_stack = nullptr;
 };
 
-// What runs.
+// The cluster, block and thread that run now.
 inline Cluster* cluster = nullptr;
 inline Block* block = nullptr;
 inline Thread* thread = nullptr;
@@ -182,7 +182,7 @@ inline void arrive_and_wait(int& arrived, State state) {
 inline void barrier() { arrive_and_wait(block->at_barrier, State::kAtBlock); }
 inline void cluster_barrier() { arrive_and_wait(cluster->at_barrier, State::kAtCluster); }
 
-// Every lane brings a pointer to its arguments; `carry_out` sees all 32 of them once.
+// Every lane passes a pointer to its arguments; the last to arrive calls `carry_out` with all 32.
 template <typename Arguments, typename CarryOut>
 void warp_operation(const char* name, Arguments& mine, CarryOut carry_out) {
   Warp& warp = block->warps[current().linear / kWarpSize];
@@ -214,7 +214,7 @@ inline void check_shared(const void* pointer, size_t bytes, size_t alignment, co
   }
 }
 
-// The place that `pointer` has in this block's shared memory, in that of block `rank`.
+// Returns the address in block `rank` that corresponds to `pointer` in this block's shared memory.
 inline unsigned char* remote(const void* pointer, int rank, const char* name) {
   check_shared(pointer, 16, 16, name);
   if (rank < 0 || rank >= static_cast<int>(cluster->blocks.size())) {
@@ -256,7 +256,7 @@ inline void* prepare_stack(unsigned char* stack) {
   return frame;
 }
 
-// Runs the ready threads of one warp once each; whether there was one.
+// Runs the ready threads of one warp once each; returns whether there was one.
 inline bool run_warp(Block& of, size_t warp) {
   bool ran = false;
   for (size_t i = warp * kWarpSize; i < (warp + 1) * kWarpSize; ++i) {
@@ -280,7 +280,7 @@ inline void run_cluster(std::mt19937& random) {
       const bool ready = run_warp(*of, warp);
       ran = ran || ready;
       if (seed == 0 || !ready) continue;
-      const unsigned most = 1 + random() % 400;  // far enough to pass several barriers' worth
+      const unsigned most = 1 + random() % 400;  // far enough to pass several barriers
       for (unsigned round = 1; round < most && run_warp(*of, warp); ++round) {
       }
       break;  // draw again
@@ -315,7 +315,7 @@ inline void check_launch(dim3 grid, int threads, int shared_bytes, unsigned clus
   }
 }
 
-// Poisoned shared memory, and threads about to begin, the first of them on `stacks`.
+// Poisons the shared memory and prepares the threads, whose stacks follow one another at `stacks`.
 inline void prepare_block(Block& of, dim3 index, dim3 grid, int threads, int shared_bytes,
                           unsigned char* stacks) {
   of.index = index;
@@ -341,7 +341,7 @@ inline void prepare_block(Block& of, dim3 index, dim3 grid, int threads, int sha
 inline void launch(dim3 grid, int threads, int shared_bytes, unsigned cluster_size,
                    std::function<void()> body) {
   check_launch(grid, threads, shared_bytes, cluster_size);
-  // Kept, for a launch may have thousands of blocks; not cleared, so only pages in use exist.
+  // Kept, since a launch may have thousands of blocks; not cleared, so that only used pages exist.
   static std::unique_ptr<unsigned char[]> stacks;
   static size_t room = 0;
   if (const size_t bytes = cluster_size * threads * kStackBytes; room < bytes) {
@@ -353,7 +353,7 @@ inline void launch(dim3 grid, int threads, int shared_bytes, unsigned cluster_si
   state.eager_copies = seed % 2 == 1;
   state.body = std::move(body);
 
-  struct Running {  // also after an error
+  struct Running {  // cleared after an error too
     ~Running() {
       cluster = nullptr;
       block = nullptr;
