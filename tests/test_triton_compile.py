@@ -1,8 +1,10 @@
 """Every Triton configuration that can be launched, compiled for sm_80 to sm_120 without a GPU,
-within bounds.
+within bounds. Where two of these get the same code, one is compiled.
 """
 
+import dataclasses
 import os
+import re
 from multiprocessing import get_context
 
 import pytest
@@ -17,18 +19,21 @@ CAPABILITIES = tuple(triton_compile.DEVICES)
 def compiled(tmp_path_factory):
     """Job to outcome, for all jobs of this module, compiled in a pool of processes."""
     jobs = triton_compile.jobs() + triton_compile.option_jobs() + triton_compile.largest_jobs()
+    same = triton_compile.SAME_CODE
+    sources = {job: on(same.get(job.capability, job.capability), job) for job in jobs}
+    distinct = list(dict.fromkeys(sources.values()))
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
     try:
         with get_context("spawn").Pool(os.cpu_count()) as pool:
-            return dict(
-                zip(
-                    jobs,
-                    pool.imap(triton_compile.compile_or_explain, jobs, chunksize=8),
-                    strict=True,
-                )
-            )
+            outcomes = pool.map(triton_compile.compile_or_explain, distinct, chunksize=8)
+            found = dict(zip(distinct, outcomes, strict=True))
+            return {job: found[source] for job, source in sources.items()}
     finally:
         del os.environ["TRITON_CACHE_DIR"]
+
+
+def on(capability: int, job: triton_compile.Job) -> triton_compile.Job:
+    return dataclasses.replace(job, capability=capability)
 
 
 def outcomes_of(compiled, capability: int):
@@ -94,6 +99,20 @@ def test_products_run_on_tensor_cores(compiled, capability):
         and ("dx_ptr", None) not in job.options
     ]
     assert not without
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_capabilities_that_share_a_compilation_get_the_same_code(compiled, dtype):
+    """Every kernel's PTX but for its header, and its registers, stack and shared memory."""
+
+    def code(kernel) -> str:
+        return re.sub(r"(?m)^(//|\.version|\.target).*$", "", kernel.asm["ptx"])
+
+    for capability, source in triton_compile.SAME_CODE.items():
+        for job in {job.kernel: job for job in triton_compile.jobs((source,), (dtype,))}.values():
+            kernel = triton_compile.compiled_kernel(on(capability, job))
+            assert code(kernel) == code(triton_compile.compiled_kernel(job))
+            assert triton_compile.resources(kernel) == compiled[job]
 
 
 def test_float32_weights_and_gradients_count_among_the_tiles():

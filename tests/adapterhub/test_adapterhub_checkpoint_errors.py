@@ -142,7 +142,7 @@ def test_entries_of_a_wrong_kind_are_named(tmp_path, field, value, expected):
         adapterhub.load(path)
 
 
-@pytest.mark.parametrize("name", ["mish", "of my own"])
+@pytest.mark.parametrize("name", ["prelu", "of my own"])
 def test_activations_without_a_fused_form_are_refused_by_name(tmp_path, name):
     path = folder_with(tmp_path, config={**CONFIG, "non_linearity": name})
     with pytest.raises(adapterhub.UnsupportedAdapterError, match=f"non_linearity is '{name}'") as e:

@@ -302,7 +302,7 @@ def graphs_of(model: nn.Module) -> tuple[nn.Module, list]:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(model, backend=backend), graphs
 
 
@@ -337,7 +337,7 @@ def test_compile_makes_no_graph_more_than_stock_and_puts_the_operation_into_it(n
     assert sum(map(holds_the_operation, graphs)) > 0
     if setup == "a":
         assert len(graphs) == 1
-    torch._dynamo.reset()
+    torch.compiler.reset()
     adapterhub.unpatch()
     fast_path.warned.clear()
     with warnings.catch_warnings():
@@ -369,7 +369,7 @@ def test_eager_use_of_models_compiles_no_compiled_one_anew(patched):
                 run(unfit)  # warns for the first time, where it is patched
                 compiled(**models.inputs("bert"))
         assert (first, len(graphs)) == (1, 1)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class ActingDropout(nn.Dropout):

@@ -286,8 +286,12 @@ def test_oracle_fails_wrong_maths_where_no_gradient_is_recorded(name, monkeypatc
     model.train_adapter("p_seq_bn")
     model.eval()
     calls = calls_of(model, name, "float32")
-    infer = fast_path.infer
-    monkeypatch.setattr(fast_path, "infer", lambda *args: infer(*args[:5], "identity", *args[6:]))
+    run_call = fast_path.run_call
+
+    def wrong_without_gradients(call):
+        return run_call(call if torch.is_grad_enabled() else without_activation(call))
+
+    monkeypatch.setattr(fast_path, "run_call", wrong_without_gradients)
     with pytest.raises(oracle.OracleError, match="infer: output is off by"):
         oracle.compare(model, calls)
 

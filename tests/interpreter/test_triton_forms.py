@@ -8,9 +8,9 @@ import torch
 from forms import FORMS
 
 from adapterkern.backends import get
-from adapterkern.backends.base import Needs
 from adapterkern.parity import Case, check_case, differing_bits, metric
-from adapterkern.spec import name_of
+from adapterkern.spec import Needs, Outputs
+from adapterkern.validation import name_of
 
 pytestmark = pytest.mark.interpreter
 triton = get("triton")
@@ -19,12 +19,12 @@ ACTIVATIONS = sorted(triton.activations)
 
 
 def _cases() -> dict[str, tuple[str, Case]]:
-    """Per form every dtype with every activation; where slices of H or T are all that is new, the
-    activations take turns through the dtypes."""
+    """Either kind of form in every dtype with every activation; where slices of H or T, or several
+    tiles of R, are all that is new, the activations take turns through the dtypes."""
     cases = {}
     for form, (index, activation) in itertools.product(FORMS, enumerate(ACTIVATIONS)):
-        sliced = FORMS[form].feature_slices or FORMS[form].token_slices
-        for dtype in [DTYPES[index % len(DTYPES)]] if sliced else DTYPES:
+        every_dtype = form in ("row_block", "split")
+        for dtype in DTYPES if every_dtype else [DTYPES[index % len(DTYPES)]]:
             case = Case(dtype=dtype, activation=activation, **FORMS[form].sizes)
             cases[f"{form}-{case}"] = form, case
     return cases
@@ -57,7 +57,7 @@ def test_triton_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form
     case = Case(dtype=dtype, bias="down", activation="sigmoid", **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     tensors["up_weight"].zero_()
-    y, _ = triton.forward(case.make_call(tensors), save_z=False)
+    y = triton.forward(case.make_call(tensors), save=False)[0].y
     assert torch.equal(y, tensors["x"])
 
 
@@ -68,7 +68,7 @@ def test_triton_nan_stays_in_its_row(run_as, form):
     case = Case(activation="relu", residual="none", **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     tensors["x"][3, 5] = torch.nan
-    y, _ = triton.forward(case.make_call(tensors), save_z=False)
+    y = triton.forward(case.make_call(tensors), save=False)[0].y
     rows = y.isnan().any(1)
     assert y[3].isnan().all()
     assert rows.sum() == 1
@@ -94,14 +94,16 @@ def test_triton_computes_only_the_gradients_asked_for(run_as, form):
     run_as(form)
     case = Case(scaling="channel", **FORMS[form].sizes)
     call = case.make_call(case.draw("cpu", seed=0))
-    dy = case.draw_grad_output(call, seed=0)
-    _, z = triton.forward(call, save_z=True)
-    full = triton.backward(call, z, dy, Needs(*[True] * 6))
+    upstream = Outputs(case.draw_grad_output(call, seed=0))
+    _, saved = triton.forward(call, save=True)
+    full = triton.backward(call, saved, upstream, Needs(*[True] * 8))
+    assert full.residual is full.skip is upstream.y
     for subset in itertools.product((False, True), repeat=6):
         if form != "split" and sum(subset) != 1:
             continue
-        gradients = triton.backward(call, z, dy, Needs(*subset))
-        assert [gradient is not None for gradient in gradients] == list(subset)
+        needs = Needs(*subset[:5], scaling=subset[5])
+        gradients = triton.backward(call, saved, upstream, needs)
+        assert [gradient is not None for gradient in gradients] == list(needs)
         for gradient, expected in zip(gradients, full, strict=True):
             assert gradient is None or metric(gradient, expected) < 2e-7
 
@@ -111,7 +113,8 @@ def test_triton_one_token_is_a_slice_of_many_in_float32(run_as, form):
     """float32 is IEEE by default: a batch and its slice agree to 1e-5, whatever form each takes."""
     case = Case(**FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
-    alone, _ = triton.forward(case.make_call({**tensors, "x": tensors["x"][7:8]}), save_z=False)
+    first = case.make_call({**tensors, "x": tensors["x"][7:8]})
+    alone = triton.forward(first, save=False)[0].y
     run_as(form)
-    together, _ = triton.forward(case.make_call(tensors), save_z=False)
+    together = triton.forward(case.make_call(tensors), save=False)[0].y
     assert (together[7] - alone[0]).abs().max() < 1e-5

@@ -6,11 +6,11 @@ import torch
 from forms import FORMS
 
 from adapterkern.backends import get
-from adapterkern.backends.base import Needs
 from adapterkern.backends.triton import backend as triton_backend
 from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.parity import Case, check_case, grid, options, refusals
+from adapterkern.spec import Needs, Outputs
 
 pytestmark = pytest.mark.interpreter
 triton = get("triton")
@@ -72,9 +72,9 @@ def test_triton_offsets_survive_rows_beyond_2_to_the_31_elements(run_as, form):
 
 
 def _run(call, dy) -> list[torch.Tensor]:
-    y, z = triton.forward(call, save_z=True)
-    gradients = triton.backward(call, z, dy, Needs(True, True, True, True, True, False))
-    return [y, z, *gradients[:5]]
+    outputs, saved = triton.forward(call, save=True)
+    gradients = triton.backward(call, saved, Outputs(dy), Needs(True, True, True, True, True))
+    return [t for t in (*outputs, *saved, *gradients) if t is not None]
 
 
 # Each mutation breaks the backend in one place. The tensors that it must spoil are named below; all
@@ -86,7 +86,7 @@ def _forward_without_residual(monkeypatch):
     monkeypatch.setattr(
         TritonBackend,
         "forward",
-        lambda self, call, save_z: forward(self, call._replace(add_input=False), save_z),
+        lambda self, call, save: forward(self, call._replace(add_input=False), save),
     )
 
 

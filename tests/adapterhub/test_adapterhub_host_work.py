@@ -1,0 +1,78 @@
+"""What an active layer asks of the host, stock and patched, counted;
+benchmarks/test_adapterhub_host_time.py times it."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("adapters", reason="patching needs the adapters library", exc_type=ImportError)
+
+import adapterhub_models as models
+from adapters.methods.bottleneck import BottleneckLayer
+from host_work import Operations, free_kernel, work_of
+
+from adapterkern.integrations import adapterhub
+
+MODELS = ("gpt2", "bert")
+PRESETS = ("seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn")
+
+
+@pytest.fixture
+def layer_of():
+    """(model, preset) -> the model, and a call of its layer with an adapter that is trained."""
+
+    def build(name: str, preset: str):
+        model = models.build(name)
+        model.add_adapter("a", config=preset)
+        model.train_adapter("a")
+        model.eval()
+        layer = next(m for m in model.modules() if isinstance(m, BottleneckLayer) and m.adapters)
+        norm = nn.LayerNorm(models.HIDDEN).requires_grad_(False) if name == "bert" else None
+        h, inp = torch.randn(2, 1, 1, models.HIDDEN)
+        return model, lambda: layer.bottleneck_layer_forward(h, inp, norm)
+
+    return build
+
+
+# Frames of Python of a patched call, as a share of stock's, and the calls that this package makes.
+# Post-LN models have LayerNorms besides.
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("name", "records", "share", "most"),
+    [
+        ("gpt2", False, 0.60, 68),
+        ("gpt2", True, 0.68, 75),
+        ("bert", False, 0.55, 72),
+        ("bert", True, 0.64, 79),
+    ],
+)
+def test_a_patched_layer_calls_no_module_and_little_else(
+    layer_of, name, preset, records, share, most
+):
+    model, call = layer_of(name, preset)
+    results = torch.empty(1, 1, models.HIDDEN), torch.empty(1, 2)
+    with torch.set_grad_enabled(records):
+        stock = work_of(call)
+        with adapterhub.patched(model), free_kernel(*results):
+            assert call().requires_grad == records
+            patched = work_of(call)
+    assert stock.modules >= 7
+    assert patched.modules == 0
+    assert patched.frames <= share * stock.frames
+    assert patched.own_calls.total() <= most, patched.own_calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_layer_is_one_operation_beside_the_block_s_own(layer_of, name, preset):
+    """In post-LN models the LayerNorm; where it or the adapter reads h + inp, their sum."""
+    model, call = layer_of(name, preset)
+    with Operations() as stock:
+        call()
+    with adapterhub.patched(model), Operations() as patched:
+        call()
+    norm = ["aten.native_layer_norm"] * (name == "bert")
+    before = ["aten.add", *norm] if preset == "seq_bn" else []
+    assert patched.names == [*before, "adapterkern.forward", *norm]
+    assert len(stock.names) - len(patched.names) >= 6
