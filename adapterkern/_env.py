@@ -34,6 +34,14 @@ VARIABLES = (
         "1: a call on a GPU that would fall back to the reference raises instead.",
     ),
     Variable(
+        "ADAPTERKERN_PUBLIC_TORCH",
+        "0 | 1",
+        "0",
+        "1: use none of torch's private functions, for a release of torch that has changed one. "
+        "The answers are the same; each call costs the host more, and torch.compile gets plain "
+        "operations instead of the kernels.",
+    ),
+    Variable(
         "ADAPTERKERN_BUILD_CUDA",
         "auto | 1 | 0",
         "auto",
@@ -53,6 +61,13 @@ VARIABLES = (
         "Triton's own switch, read when kernels are defined. With 1 (and only then) the triton "
         "backend accepts CPU tensors; see `adapterkern.testing`.",
     ),
+    Variable(
+        "XDG_CACHE_HOME",
+        "an absolute path",
+        "~/.cache",
+        "Folder of all programs' caches. `adapterkern tune` writes to `adapterkern/tuned` in it, "
+        "which the triton backend reads before the package's own launch configurations.",
+    ),
 )
 
 
@@ -62,6 +77,10 @@ def _value(name: str, default: str) -> str:
 
 BACKEND = _value("ADAPTERKERN_BACKEND", "auto")
 STRICT = _value("ADAPTERKERN_STRICT", "0")
+PUBLIC_TORCH = _value("ADAPTERKERN_PUBLIC_TORCH", "0")
+_caches = os.environ.get("XDG_CACHE_HOME", "")
+# The specification of the variable says that a relative path is to be ignored.
+CACHE = Path(_caches if os.path.isabs(_caches) else os.path.expanduser("~/.cache"), "adapterkern")
 # Triton accepts more spellings than we document; any of its true values counts.
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in (
     "1",

@@ -2,19 +2,17 @@
 
 import contextlib
 import logging
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from adapterkern import _env
 from adapterkern.backends import NAMES, get
 from adapterkern.backends.base import BackendUnsupportedError
-from adapterkern.spec import PLAIN_FEATURES, AdapterCall, AdapterSpec
+from adapterkern.spec import PLAIN_FEATURES, AdapterSpec
 
 logger = logging.getLogger("adapterkern")
 
@@ -35,11 +33,24 @@ class Explanation:
 
 
 class Decision(NamedTuple):
-    """What was decided for a call. `plain`: plain PyTorch operations run, see `PLAIN_FEATURES`."""
+    """The decision on a call. `plain`: plain PyTorch operations run, see `PLAIN_FEATURES`."""
 
     spec: AdapterSpec
     backend: str
     plain: bool
+
+
+@runtime_checkable
+class Call(Protocol):
+    """A kind of call, as `spec.AdapterCall` is one: it knows its own layout, and nobody slices it.
+
+    Dispatch reads the last two methods, which are therefore all that choosing a backend depends on.
+    """
+
+    def tensors(self) -> dict[str, Tensor | None]: ...
+    def options(self) -> dict[str, Any]: ...
+    def key(self) -> tuple: ...
+    def spec(self) -> AdapterSpec: ...
 
 
 _forced: str | None = None  # set by use_backend; process-wide, like the flags under torch.backends
@@ -48,15 +59,15 @@ _MOST_DECISIONS = 4096  # kept; a process that sees more kinds of calls decides 
 _logged: set[str] = set()
 
 
-def select(call: AdapterCall, requested: str = "auto") -> Decision:
+def select(call: Call, requested: str = "auto") -> Decision:
     """Validate a call and choose the backend that runs it.
 
     `requested`, else `use_backend`, else ADAPTERKERN_BACKEND names it; under "auto" the first
     registered backend without a reason against the call runs it, the reference at the latest.
 
     Raises:
-        TypeError, ValueError: the call is not valid, see `spec.validate`; unknown backend name;
-            an environment variable has a value outside its list.
+        TypeError, ValueError: the call is not valid, see `validation.validate`; the backend's name
+            is unknown; an environment variable has a value outside its list.
         BackendUnsupportedError: the named backend cannot run the call, or ADAPTERKERN_STRICT=1 and
             a call on a GPU would fall back to the reference.
     """
@@ -64,7 +75,7 @@ def select(call: AdapterCall, requested: str = "auto") -> Decision:
     if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
         return _decide(call.spec(), wanted)
     try:
-        key = wanted, _key(call)
+        key = wanted, type(call), call.key()
         decision = _decisions.get(key)
     except (AttributeError, IndexError, TypeError):  # not valid, or sizes are symbolic
         return _decide(call.spec(), wanted)
@@ -83,41 +94,18 @@ def check_environment() -> None:
     """Refuse what is none of a variable's values, before it decides anything.
 
     Raises:
-        ValueError: ADAPTERKERN_BACKEND or ADAPTERKERN_STRICT has such a value.
+        ValueError: a variable has such a value.
     """
     for name, value, known in (
         ("ADAPTERKERN_BACKEND", _env.BACKEND, ("auto", *NAMES)),
         ("ADAPTERKERN_STRICT", _env.STRICT, ("0", "1")),
+        ("ADAPTERKERN_PUBLIC_TORCH", _env.PUBLIC_TORCH, ("0", "1")),
     ):
         if value not in known:
             raise ValueError(
                 f"the environment variable {name} must be one of {', '.join(known)}, "
                 f"got {value!r}.\n  hint: unset {name}, or set it to one of these."
             )
-
-
-_signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
-
-
-def _key(call: AdapterCall) -> tuple:
-    """All that validation and choice read, so that a module's second call costs one lookup."""
-    x, down, up, down_bias, up_bias, residual, skip, scaling = call[:8]
-    shape = x.shape
-    return (
-        shape[-1], x.dtype, x.device, x.layout, type(x), _signature(down), _signature(up),
-        down_bias is not None and _signature(down_bias),
-        up_bias is not None and _signature(up_bias),
-        scaling is not None and _signature(scaling),
-        residual is not None and _signature_beside(residual, shape),
-        skip is not None and _signature_beside(skip, shape),
-        call.scale == 1.0, call[9:],
-        forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active(),
-    )  # fmt: skip
-
-
-def _signature_beside(tensor: Tensor, shape: torch.Size) -> tuple:
-    """As `_signature`, of a tensor that must have the shape of x, whose number of tokens varies."""
-    return tensor.shape == shape, tensor.dtype, tensor.device, type(tensor)
 
 
 def _decide(spec: AdapterSpec, wanted: str) -> Decision:
@@ -135,7 +123,8 @@ def _decide(spec: AdapterSpec, wanted: str) -> Decision:
             if name == "reference":
                 _report_fallback(spec, refused)
             return Decision(spec, name, plain)
-    raise AssertionError("the reference runs every valid call")
+    listed = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
+    raise BackendUnsupportedError(_refusal("auto", spec.describe(), listed))
 
 
 def _refusal(name: str, call: str, reasons: list[str]) -> str:
@@ -217,7 +206,7 @@ def explain(adapter: Any, x: Tensor | None = None, **options: Any) -> Explanatio
     unfused = getattr(adapter, "unfused_reason", lambda: None)()
     if unfused is not None:
         return Explanation(str(adapter), "PyTorch modules", dict.fromkeys(NAMES, (unfused,)))
-    if isinstance(adapter, AdapterCall):
+    if isinstance(adapter, Call):
         spec, wanted = adapter.spec(), _wanted("auto")
     elif hasattr(adapter, "as_call"):
         spec, wanted = adapter.as_call(x, **options).spec(), _wanted(adapter.backend)
@@ -225,9 +214,9 @@ def explain(adapter: Any, x: Tensor | None = None, **options: Any) -> Explanatio
         spec, wanted = _first_decision(adapter, x, options)
     reasons = {name: get(name).unsupported_reasons(spec) for name in NAMES}
     if wanted == "auto":
-        chosen = next(name for name in NAMES if not reasons[name])
-        later = NAMES[NAMES.index(chosen) + 1 :]
-        reasons |= {name: [f"{chosen} comes first"] for name in later if not reasons[name]}
+        able = [name for name in NAMES if not reasons[name]]
+        chosen = able[0] if able else "none: no backend can run it"
+        reasons |= {name: [f"{chosen} comes first"] for name in able[1:]}
     else:
         chosen = f"none: {wanted} was named and raises" if reasons[wanted] else f"{wanted} (named)"
         others = [name for name in NAMES if name != wanted]

@@ -1,13 +1,9 @@
-"""The operation as a function: defaults, autocast, validation, dispatch."""
+"""The operation as a function: one call made, a backend chosen, the op run."""
 
-import torch
 from torch import Tensor
 
 from adapterkern import dispatch, ops, reference
-from adapterkern.activations import canonical_name
-from adapterkern.spec import AdapterCall
-
-_NUMBERS = (float, int)  # a tuple: `float | int` makes a new object at every call
+from adapterkern.spec import AdapterCall, make_call
 
 
 def bottleneck_adapter(
@@ -70,62 +66,9 @@ def bottleneck_adapter(
     return run_call(call, backend)
 
 
-def make_call(
-    x: Tensor,
-    down_weight: Tensor,
-    up_weight: Tensor,
-    down_bias: Tensor | None,
-    up_bias: Tensor | None,
-    residual: str | Tensor | None,
-    skip: Tensor | None,
-    activation: str,
-    scaling: float | Tensor,
-    dropout: float,
-) -> AdapterCall:
-    """The arguments of `bottleneck_adapter` as one `AdapterCall`."""
-    add_input = residual is x
-    if isinstance(residual, str):
-        if residual != "input":
-            raise ValueError(f'residual must be "input", a tensor or None, got {residual!r}.')
-        add_input = True
-    learned = scaling if isinstance(scaling, Tensor) else None
-    if learned is None and not isinstance(scaling, _NUMBERS):
-        kind = type(scaling).__name__
-        raise TypeError(f"scaling must be a float or a tensor of shape [1] or [H], got a {kind}.")
-    return AdapterCall(
-        x,
-        down_weight,
-        up_weight,
-        down_bias,
-        up_bias,
-        None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
-        skip,
-        learned,
-        1.0 if learned is not None else float(scaling),
-        add_input,
-        canonical_name(activation),
-        compute_dtype(x),
-        dropout,
-    )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return x.dtype  # at a third of the time that the name of a device takes
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        # Autocast leaves float64 alone; integers are refused by validation, in their own name.
-        castable = x.is_floating_point() and x.dtype != torch.float64
-        return torch.get_autocast_dtype(device) if castable else x.dtype
-    return x.dtype
-
-
 def run_call(call: AdapterCall, backend: str = "auto") -> Tensor:
     """Validate, choose a backend, run."""
     decision = dispatch.select(call, backend)
     if decision.plain:
-        return reference.forward(call)[0]
+        return reference.forward(call)[0].y
     return ops.run(call, decision.backend)

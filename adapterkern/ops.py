@@ -5,70 +5,100 @@ ctx-style `autograd.Function`: `custom_op` + `register_autograd` and `setup_cont
 host time than the eager adapter's four ops, and the former drops forward-mode tangents silently
 (pytorch#176592, #139500, #192985). Eager calls enter that Function directly; graphs that
 torch.compile or torch.export made hold the op, whose autograd kernel enters it. Below autograd,
-where nobody watches operations, an eager call goes straight to its backend: the op's way through
-torch's dispatcher costs 4 us, as much as all else here. Not public.
+where nobody watches operations, a call goes straight to its backend: the op's way through torch's
+dispatcher costs 4 us, as much as all else here. Not public.
 """
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from adapterkern import reference
+from adapterkern import _torch, reference
 from adapterkern.backends import get
-from adapterkern.backends.base import Gradients, Needs
-from adapterkern.spec import ORDINARY, AdapterCall
+from adapterkern.backends.base import added_gradients, empty_gradients, empty_outputs
+from adapterkern.spec import (
+    AdapterCall,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+    option_values,
+    tensor_values,
+)
 
 logger = logging.getLogger("adapterkern")
 
-_CALL = (
-    "Tensor x, Tensor down_weight, Tensor up_weight, Tensor? down_bias, Tensor? up_bias, "
-    "Tensor? residual, Tensor? skip, Tensor? scaling, float scale, bool add_input, "
-    "str activation, ScalarType compute_dtype"
-)
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+
+
+def _schema(kind: type, prefix: str = "") -> str:
+    """The fields of a NamedTuple as arguments of an op, from their annotations."""
+    hints = get_type_hints(kind).items()
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {prefix}{name}" for name, hint in hints)
+
+
+_RESULTS = ", ".join(f"Tensor {name}" for name in Outputs._fields + Saved._fields)
 _library = torch.library.Library("adapterkern", "DEF")
-_library.define(f"forward({_CALL}, str backend, bool save_z) -> (Tensor y, Tensor z)")
+_library.define(f"forward(str backend, bool save, {_schema(AdapterCall)}) -> ({_RESULTS})")
 _library.define(
-    f"backward({_CALL}, str backend, Tensor z, Tensor grad_output, bool[] needs) -> Tensor[]"
+    f"backward(str backend, bool[] needs, {_schema(AdapterCall)}, {_schema(Saved)}, "
+    f"{_schema(Outputs, 'grad_')}) -> Tensor[]"
 )
 
-_CALL_SIZE = _CALL.count(",") + 1  # these are the first fields of `AdapterCall`
+
+def _read(values: Iterable[Any], *kinds: Any) -> list[Any]:
+    """Values in a row as one NamedTuple of each kind."""
+    row = iter(values)
+    return [kind(*itertools.islice(row, len(kind._fields))) for kind in kinds]
 
 
-def _forward(*args) -> tuple[Tensor, Tensor]:
-    backend, save_z = args[_CALL_SIZE:]
-    return get(backend).forward(AdapterCall(*args[:_CALL_SIZE]), save_z)
+def _results(outputs: Outputs, saved: Saved) -> tuple[Tensor, ...]:
+    """The results of an op, which cannot return None: a tensor of size 0 stands for it."""
+    return tuple(outputs.y.new_empty(0) if t is None else t for t in (*outputs, *saved))
 
 
-def _backward(*args) -> list[Tensor]:
-    backend, z, grad_output, needs = args[_CALL_SIZE:]
-    call = AdapterCall(*args[:_CALL_SIZE])
-    gradients = get(backend).backward(call, z, grad_output, Needs(*needs))
-    return [g for g in gradients if g is not None]
+def _forward_kernel(backend: str, save: bool, *fields: Any) -> tuple[Tensor, ...]:
+    return _results(*get(backend).forward(AdapterCall(*fields), save))
 
 
-def _forward_fake(*args) -> tuple[Tensor, Tensor]:
-    call, save_z = AdapterCall(*args[:_CALL_SIZE]), args[-1]
-    # Fresh and contiguous, as every backend allocates them; copying x's strides would be a lie.
-    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
-    z_shape = (call.x.numel() // call.hidden_size, call.bottleneck_size) if save_z else (0,)
-    return y, call.x.new_empty(z_shape, dtype=call.compute_dtype)
+def _forward_fake(backend: str, save: bool, *fields: Any) -> tuple[Tensor, ...]:
+    return _results(*empty_outputs(AdapterCall(*fields), save))
 
 
-def _backward_fake(*args) -> list[Tensor]:
-    call, needs = AdapterCall(*args[:_CALL_SIZE]), args[-1]
-    wanted = zip(_differentiable(call), needs, strict=True)
-    return [t.new_empty(t.shape) for t, need in wanted if need and t is not None]
+def _backward_kernel(backend: str, needs: Sequence[bool], *fields: Any) -> list[Tensor]:
+    call, saved, upstream = _read(fields, AdapterCall, Saved, Outputs)
+    gradients = get(backend).backward(call, saved, upstream, Needs(*needs))
+    # An op may not return what it was given, as the gradients of residual and skip may be.
+    return [
+        g.clone(memory_format=torch.contiguous_format) if g is upstream.y else g
+        for g in gradients
+        if g is not None
+    ]
+
+
+def _backward_fake(backend: str, needs: Sequence[bool], *fields: Any) -> list[Tensor]:
+    call, _, upstream = _read(fields, AdapterCall, Saved, Outputs)
+    asked = Needs(*needs)
+    computed = empty_gradients(call, asked)._replace(**added_gradients(upstream, asked))
+    return [g.new_empty(g.shape) if g is upstream.y else g for g in computed if g is not None]
 
 
 for _name, _impl, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
+    ("forward", _forward_kernel, _forward_fake),
+    ("backward", _backward_kernel, _backward_fake),
 ):
     # For every device: the reference runs wherever PyTorch does, and dispatch keeps others off.
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -78,26 +108,25 @@ _forward_op = torch.ops.adapterkern.forward.default
 _backward_op = torch.ops.adapterkern.backward.default
 
 
-def _is_watched(x: Tensor) -> bool:
-    """Whether operations are traced, counted, faked or profiled, so that the op must be seen."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in ORDINARY
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+def _forward(backend: str, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+    """Run the forward below autograd, as an op where operations are traced, faked or counted."""
+    if type(call.x) in _torch.ORDINARY and not _torch.is_watched():
+        return get(backend).forward(call, save)
+    results = _torch.below_autograd(_forward_op, backend, save, *call)
+    outputs, saved = _read(results, Outputs, Saved)
+    return outputs, saved if save else Saved(None)
 
 
-def _forward_below_autograd(call: AdapterCall, backend: str, save_z: bool) -> tuple[Tensor, Tensor]:
-    if _is_watched(call.x):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward_op(*call[:_CALL_SIZE], backend, save_z)
-    return get(backend).forward(call, save_z)
-
-
-def _differentiable(call: AdapterCall) -> tuple[Tensor | None, ...]:
-    """The tensors of a call in the order of `Gradients`."""
-    return (*call[:5], call.scaling)
+def _backward(
+    backend: str, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
+) -> Gradients:
+    """Run the backward, as an op where operations are traced, faked or counted."""
+    if type(upstream.y) in _torch.ORDINARY and not _torch.is_watched():
+        return get(backend).backward(call, saved, upstream, needs)
+    computed = needs._replace(residual=False, skip=False)  # these an op would have to copy
+    found = iter(_backward_op(backend, computed, *call, *saved, *upstream))
+    gradients = Gradients(*(next(found) if need else None for need in computed))
+    return gradients._replace(**added_gradients(upstream, needs))
 
 
 class _BottleneckAdapter(torch.autograd.Function):
@@ -105,68 +134,65 @@ class _BottleneckAdapter(torch.autograd.Function):
 
     # ctx style: see the top. `tensors` are those of `call`, which autograd does not look into.
     @staticmethod
-    def forward(
-        ctx, backend: str, call: AdapterCall, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y, z = _forward_below_autograd(call, backend, True)
-        x, down_weight, up_weight, down_bias, up_bias, residual, skip, scaling = tensors
-        ctx.save_for_backward(x, down_weight, up_weight, down_bias, up_bias, scaling, z)
-        ctx.options = call[8:_CALL_SIZE]
+    def forward(ctx, backend: str, call: AdapterCall, *tensors: Tensor | None):
+        outputs, saved = _forward(backend, call, True)
+        read = call.for_backward()
+        ctx.save_for_backward(*tensor_values(read), *saved)
+        ctx.options = option_values(read)
         ctx.backend = backend
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.skip_dtype = None if skip is None else skip.dtype
-        ctx.mark_non_differentiable(z)
+        ctx.residual_dtype = None if call.residual is None else call.residual.dtype
+        ctx.skip_dtype = None if call.skip is None else call.skip.dtype
+        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
-        return y, z
+        return (*outputs, *saved)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, down_weight, up_weight, down_bias, up_bias, scaling, z = ctx.saved_tensors
-        call = AdapterCall(
-            x, down_weight, up_weight, down_bias, up_bias, None, None, scaling, *ctx.options
-        )
-        asked = ctx.needs_input_grad[2:]  # of the eight tensors
-        needs = Needs._make((*asked[:5], asked[7]))
-        if not any(needs):
-            gradients = Gradients()
-        elif torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
+    def backward(ctx, *grad_results: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream, _ = _read(grad_results, Outputs, Saved)
+        _, _, *asked = ctx.needs_input_grad
+        if upstream.y is None:
+            return (None, None, *Gradients())
+        needs = Needs(*asked)
+        *tensors, z = ctx.saved_tensors
+        call, saved = AdapterCall(*tensors, *ctx.options), Saved(z)
+        if torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
             if ctx.backend != "reference":
                 _log_plain_backward(ctx.backend)
-            gradients = _differentiable_backward(call, grad_output, needs)
-        elif _is_batched(grad_output):
-            gradients = Gradients(*reference.backward(call, z, grad_output, needs))
+            gradients = _differentiable_backward(call, upstream, needs)
+        elif _torch.is_batched(upstream.y):
+            gradients = reference.backward(call, saved, upstream, needs)
         else:
-            computed = iter(_backward_op(*call[:_CALL_SIZE], ctx.backend, z, grad_output, needs))
-            gradients = Gradients(*(next(computed) if need else None for need in needs))
-        d_residual = grad_output.to(ctx.residual_dtype) if asked[5] else None
-        d_skip = grad_output.to(ctx.skip_dtype) if asked[6] else None
-        return None, None, *gradients[:5], d_residual, d_skip, gradients.scaling
+            gradients = _backward(ctx.backend, call, saved, upstream, needs)
+        if needs.residual or needs.skip:
+            residual, skip = gradients.residual, gradients.skip
+            gradients = gradients._replace(
+                residual=None if residual is None else residual.to(ctx.residual_dtype),
+                skip=None if skip is None else skip.to(ctx.skip_dtype),
+            )
+        return (None, None, *gradients)
 
 
-# Less what `Function.apply` does before, for setup_context and functorch: neither is in `run`.
-_apply = super(torch.autograd.Function, _BottleneckAdapter).apply
+_apply = _torch.apply_of(_BottleneckAdapter)
 
 
-def _forward_autograd(*args) -> tuple[Tensor, Tensor]:
+def _forward_autograd(backend: str, save: bool, *fields: Any) -> tuple[Tensor, ...]:
     """The autograd kernel of the forward op, for calls from a graph."""
-    backend, save_z = args[_CALL_SIZE:]
-    call = AdapterCall(*args[:_CALL_SIZE])
-    if forward_ad._current_level >= 0:  # known to no graph, which was traced without tangents
-        return reference.forward(call)
-    if not _needs_gradient(call):
-        return _forward_below_autograd(call, backend, save_z)
-    y, z = _BottleneckAdapter.apply(backend, call, *call[:8])
-    return y, z if save_z else z.new_empty(0)
+    call = AdapterCall(*fields)
+    if _torch.forward_ad_is_active():  # known to no graph, which was traced without tangents
+        return _results(*reference.forward(call))
+    tensors = tensor_values(call)
+    if not _needs_gradient(tensors):
+        return _results(*_forward(backend, call, save))
+    *outputs, z = _BottleneckAdapter.apply(backend, call, *tensors)
+    return (*outputs, z if save else z.new_empty(0))
 
 
 _library.impl("forward", _forward_autograd, "Autograd")
 
 
-def _needs_gradient(call: AdapterCall) -> bool:
+def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
-        for tensor in call[:8]:  # a third of the time of any() over a generator
+        for tensor in tensors:  # a third of the time of any() over a generator
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
@@ -181,59 +207,53 @@ def _log_plain_backward(backend: str) -> None:
     )
 
 
-def _is_batched(grad_output: Tensor) -> bool:
-    """Whether many gradients are asked for at once: vmap around autograd, is_grads_batched=True."""
-    functorch = torch._C._functorch
-    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(
-        grad_output
-    )
-
-
-def _differentiable_backward(call: AdapterCall, grad_output: Tensor, needs: Needs) -> Gradients:
+def _differentiable_backward(call: AdapterCall, upstream: Outputs, needs: Needs) -> Gradients:
     """The same gradients as a graph of plain PyTorch operations, for a second derivative."""
-    # Of aliases: an input computed from another one must not count towards that one's gradient.
-    inputs = [None if t is None else t.view_as(t) for t in _differentiable(call)]
-    parameters: dict[str, Any] = dict(zip(Gradients._fields, inputs, strict=True))
-    y, _ = reference.forward(call._replace(**parameters))
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    computed = iter(torch.autograd.grad(y, wanted, grad_output.to(y.dtype), create_graph=True))
-    return Gradients(*(next(computed) if need else None for need in needs))
+    # With aliases: an input computed from another must not count towards that one's gradient.
+    inputs = {n: t.view_as(t) for n, t in call.tensors().items() if t is not None}
+    parameters: dict[str, Any] = inputs
+    outputs, _ = reference.forward(call._replace(**parameters))
+    wanted = [name for name in inputs if getattr(needs, name)]
+    computed: tuple[Tensor, ...] = ()
+    if wanted:
+        grad_y = upstream.y.to(outputs.y.dtype)
+        sources = [inputs[name] for name in wanted]
+        computed = torch.autograd.grad(outputs.y, sources, grad_y, create_graph=True)
+    named: dict[str, Any] = dict(zip(wanted, computed, strict=True))
+    return Gradients(**named, **added_gradients(upstream, needs))
 
 
 def run(call: AdapterCall, backend: str) -> Tensor:
     """y of a validated call on the backend of that name, recorded where a gradient is needed."""
-    needs_gradient = _needs_gradient(call)
     if torch.compiler.is_compiling():
-        return _forward_op(*call[:_CALL_SIZE], backend, needs_gradient)[0]
-    if needs_gradient:
-        return _apply(backend, call, *call[:8])[0]
-    return _forward_below_autograd(call, backend, False)[0]
+        return _forward_op(backend, _needs_gradient(call.tensors().values()), *call)[0]
+    tensors = tensor_values(call)
+    if _needs_gradient(tensors):
+        return _apply(backend, call, *tensors)[0]
+    return _forward(backend, call, False)[0].y
 
 
-def _flops(products: int, x_shape: Sequence[int], down_weight_shape: Sequence[int]) -> int:
-    return products * 2 * math.prod(x_shape[:-1]) * math.prod(down_weight_shape)
+def _flops(products: int, fields: Iterable[Any]) -> int:
+    shapes: Any = _read(fields, AdapterCall)[0]  # torch gives shapes in place of the tensors
+    return products * 2 * math.prod(shapes.x[:-1]) * math.prod(shapes.down_weight)
+
+
+def _forward_flops(backend: str, save: bool, *fields: Any, **_: Any) -> int:
+    return _flops(2, fields)
+
+
+def _backward_flops(backend: str, needs: Sequence[bool], *fields: Any, **_: Any) -> int:
+    """Only those of the four products count whose gradients are asked for."""
+    asked = Needs(*needs)
+    products = asked.dz + asked.x + asked.down_weight + (asked.up_weight or asked.scaling)
+    return _flops(products, fields)
 
 
 def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.adapterkern.forward)(
-        lambda x_shape, down_shape, *_args, out_shape=None, **_options: _flops(
-            2, x_shape, down_shape
-        )
-    )
-    # Of the backward's four products only those count whose gradients are asked for.
-    register_flop_formula(torch.ops.adapterkern.backward)(
-        lambda x_shape, down_shape, *args, out_shape=None, **_options: _flops(
-            _backward_products(args[-1]), x_shape, down_shape
-        )
-    )
-
-
-def _backward_products(needs: Sequence[bool]) -> int:
-    asked = Needs(*needs)
-    dz = asked.x or asked.down_weight or asked.down_bias
-    return dz + asked.x + asked.down_weight + (asked.up_weight or asked.scaling)
+    register_flop_formula(torch.ops.adapterkern.forward)(_forward_flops)
+    register_flop_formula(torch.ops.adapterkern.backward)(_backward_flops)
 
 
 _register_flop_formulas()

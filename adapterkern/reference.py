@@ -6,35 +6,55 @@ follow. Both convert to the compute dtype themselves, so autocast stays out.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapterkern import _torch
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import AdapterCall, Gradients, Needs, Outputs, Saved, tensor_values
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
 
-def forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
+def forward(
+    call: AdapterCall,
+    down: Callable[[Tensor], Tensor] | None = None,
+    up: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Outputs, Saved]:
     """y [..., H] and the pre-activation z [..., R], equations (1) to (4).
 
     Rounds where the eager composition rounds: z, a and u are each stored in the compute dtype.
+
+    Args:
+        down, up: what projects in place of the weights of the call, [..., H] to [..., R] and back,
+            such as a module that has to be called to be itself.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or _torch.may_autocast():
         with _without_autocast(call.x):
-            return _forward(call)
-    return _forward(call)
+            return _forward(call, down, up)
+    return _forward(call, down, up)
 
 
-def _forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
+def _forward(
+    call: AdapterCall,
+    down: Callable[[Tensor], Tensor] | None,
+    up: Callable[[Tensor], Tensor] | None,
+) -> tuple[Outputs, Saved]:
     dtype = call.compute_dtype
-    x = _without_gaps(_to(call.x, dtype))
-    z = F.linear(x, _to(call.down_weight, dtype), _to(call.down_bias, dtype))
+    if down is None:
+        x = _without_gaps(_to(call.x, dtype))
+        z = F.linear(x, _to(call.down_weight, dtype), _to(call.down_bias, dtype))
+    else:
+        z = _to(down(call.x), dtype)
     a = ACTIVATIONS[call.activation].value(z)
-    y = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
+    if up is None:
+        y = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
+    else:
+        y = _to(up(a), dtype)
     if call.scaling is not None:
         y = y * call.scaling
     elif call.scale != 1.0:
@@ -46,36 +66,34 @@ def _forward(call: AdapterCall) -> tuple[Tensor, Tensor]:
         y = y + residual
     if call.skip is not None:
         y = y + call.skip
-    return y, z
+    return Outputs(y), Saved(z)
 
 
-def backward(
-    call: AdapterCall, z: Tensor, grad_output: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, down_weight, up_weight, down_bias, up_bias, scaling), equations (5) to (12).
+def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -> Gradients:
+    """The gradients in `needs`, equations (5) to (12).
 
     Args:
-        z: [T, R], the pre-activation that forward computed.
-        grad_output: [..., H], any strides, the dtype of y.
-        needs: which of the six gradients to compute; the others are None.
+        saved: z [T, R], the pre-activation that forward computed.
+        upstream: the gradient of y [..., H], any strides, in the dtype of y.
 
-    The gradients of residual and skip are grad_output itself and are left to the caller.
+    The gradients of residual and skip are that of y itself.
     """
+    assert saved.z is not None
     with _without_autocast(call.x):
-        gradients = _backward(call, z, grad_output.reshape(-1, call.hidden_size), needs)
-    inputs = (*call[:5], call.scaling)
-    return tuple(
+        gradients = _backward(call, saved.z, upstream.y.reshape(-1, call.hidden_size), needs)
+    shaped = [
         None
         if gradient is None or tensor is None
         else gradient.to(tensor.dtype).reshape(tensor.shape)
-        for gradient, tensor in zip(gradients, inputs, strict=True)
+        for gradient, tensor in zip(gradients, tensor_values(call), strict=True)
+    ]
+    return Gradients(*shaped)._replace(
+        residual=upstream.y if needs.residual else None,
+        skip=upstream.y if needs.skip else None,
     )
 
 
-def _backward(
-    call: AdapterCall, z: Tensor, dy: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    need_x, need_down, need_up, need_down_bias, need_up_bias, need_scaling = needs
+def _backward(call: AdapterCall, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
     dtype, activation = call.compute_dtype, ACTIVATIONS[call.activation]
     # For elementwise products and long sums, which half precision would lose and kernels do not.
     wide = torch.promote_types(dtype, torch.float32)
@@ -83,28 +101,28 @@ def _backward(
     dx = d_down = d_up = d_down_bias = d_up_bias = d_scaling = None
 
     du = (dy * (call.scale if call.scaling is None else call.scaling)).to(dtype)  # [T, H]  (5)
-    if need_up or need_scaling:
+    if needs.up_weight or needs.scaling:
         a = activation.value(z)  # [T, R], recomputed rather than saved
-    if need_up:
+    if needs.up_weight:
         d_up = du.T @ a  # [H, R]                                                           (6)
-    if need_up_bias:
+    if needs.up_bias:
         d_up_bias = du.sum(0)  # [H]                                                        (7)
-    if need_scaling:
+    if needs.scaling:
         u = F.linear(a, call.up_weight.to(dtype), _to(call.up_bias, dtype))
         d_scaling = (dy.to(wide) * u.to(wide)).sum(0)  # [H]                                (8)
         if call.scaling is not None and call.scaling.numel() == 1:
             d_scaling = d_scaling.sum(0, keepdim=True)
-    if need_x or need_down or need_down_bias:
+    if needs.dz:
         da = du @ call.up_weight.to(dtype)
         dz = (da.to(wide) * activation.derivative(z.to(wide))).to(dtype)  # [T, R]          (9)
-    if need_down:
+    if needs.down_weight:
         d_down = dz.T @ x.to(dtype)  # [R, H]                                               (10)
-    if need_down_bias:
+    if needs.down_bias:
         d_down_bias = dz.sum(0)  # [R]                                                      (11)
-    if need_x:
+    if needs.x:
         dx = dz @ call.down_weight.to(dtype)  # [T, H]                                      (12)
         dx = dx + dy if call.add_input else dx
-    return dx, d_down, d_up, d_down_bias, d_up_bias, d_scaling
+    return Gradients(dx, d_down, d_up, d_down_bias, d_up_bias, scaling=d_scaling)
 
 
 def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
@@ -119,7 +137,7 @@ def _without_gaps(x: Tensor) -> Tensor:
     what is there by zero: NaN or Inf in a gap makes the row NaN, in plain torch too
     (https://github.com/uxlfoundation/oneDNN/issues/5717).
     """
-    return x.contiguous() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
+    return x.contiguous() if x.dtype.itemsize == 2 and x.is_cpu else x
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

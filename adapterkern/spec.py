@@ -1,20 +1,23 @@
-"""What one adapter call is: `AdapterCall`, tensors and options; `AdapterSpec`, all that is static.
+"""One adapter call: `AdapterCall` holds its tensors and options, `AdapterSpec` all that is static.
 
-Validation happens here once, before any pointer is taken, and reports all problems of a call.
+`AdapterCall` owns its layout. Its fields that are annotated with Tensor are its tensors, in this
+order everywhere: in the registered op, in autograd, in `Needs` and `Gradients`. All others are its
+options. A tensor or an option that no backend knows by its feature is refused by all of them.
 """
 
+import operator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LAYOUTS = (torch.strided, torch.jagged)  # the second of NestedTensor, which brings its own linear
+from adapterkern import _torch
+from adapterkern.activations import canonical_name
+from adapterkern.validation import name_of, validate
 
-# What a registered op would answer with a wrong or no derivative, or would not understand: such a
-# call runs as plain PyTorch operations under plain autograd.
+# A registered op would give a wrong or no derivative for these, or would not understand them: such
+# calls run as plain PyTorch operations under plain autograd.
 PLAIN_FEATURES = frozenset({"dropout", "forward_ad", "functorch", "tensor_subclass"})
 
 
@@ -22,7 +25,7 @@ class AdapterCall(NamedTuple):
     """y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up).
 
     The residual is `x` itself (add_input), another tensor (residual), or nothing. The scaling is
-    the tensor `scaling` where given, else the float `scale`.
+    the tensor `scaling` where given, else the float `scale`. `make_call` makes one.
     """
 
     x: Tensor  # [..., H]
@@ -48,6 +51,10 @@ class AdapterCall(NamedTuple):
         return self.down_weight.shape[0]
 
     @property
+    def num_tokens(self) -> int:
+        return self.x.numel() // self.hidden_size
+
+    @property
     def output_dtype(self) -> torch.dtype:
         """The dtype that the eager composition promotes to."""
         dtype = self.compute_dtype
@@ -58,46 +65,153 @@ class AdapterCall(NamedTuple):
         return dtype
 
     def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by name, in the order of `TENSOR_NAMES`."""
         return {name: getattr(self, name) for name in TENSOR_NAMES}
 
+    def options(self) -> dict[str, Any]:
+        """The fields that are not tensors, by name."""
+        return {name: getattr(self, name) for name in OPTION_NAMES}
+
+    def for_backward(self) -> "AdapterCall":
+        """The call as its backward reads it: not the values of what is added to the sum."""
+        if self.residual is None and self.skip is None:
+            return self
+        return self._replace(residual=None, skip=None)
+
+    def key(self) -> tuple:
+        """All that validation and choice read, so that a second call like it costs one lookup.
+
+        The number of tokens and the value of the scaling vary from call to call and are left out.
+        """
+        x, residual, skip = self.x, self.residual, self.skip
+        shape = x.shape
+        return (
+            shape[-1], _kind(x), self.scale == 1.0, _keyed_options(self),
+            residual is not None and (residual.shape == shape, _kind(residual)),
+            skip is not None and (skip.shape == shape, _kind(skip)),
+            _torch.forward_ad_is_active(), _torch.functorch_is_active(),
+            *[t is not None and _signature(t) for t in _other_tensors(self)],
+        )  # fmt: skip
+
     def spec(self) -> "AdapterSpec":
-        """The static part of this call, validated (see `validate`)."""
-        validate(self)
+        """The static part of this call, validated (see `validation.validate`)."""
+        tensors = self.tensors()
+        validate(tensors, self.compute_dtype, self.dropout)
+        bottleneck_size, hidden_size = self.down_weight.shape
         return AdapterSpec(
+            operation="bottleneck_adapter",
             device=self.x.device,
-            hidden_size=self.hidden_size,
-            bottleneck_size=self.bottleneck_size,
+            hidden_size=hidden_size,
+            bottleneck_size=bottleneck_size,
             activation=self.activation,
             compute_dtype=self.compute_dtype,
-            dtypes=tuple((n, t.dtype) for n, t in self.tensors().items() if t is not None),
+            dtypes=tuple((n, t.dtype) for n, t in tensors.items() if t is not None),
             features=self.features(),
         )
 
     def features(self) -> frozenset[str]:
-        """What this call needs beyond `act(x W_down^T) W_up^T`; a backend declares what it has."""
+        """The names of all that this call needs beyond `act(x W_down^T) W_up^T`.
+
+        An optional tensor that is given, and an option that differs from its default, is a feature
+        by its own name unless `_FEATURE_OF` has another, so that a new field cannot be overlooked.
+        """
+        given = {name: t for name, t in self.tensors().items() if t is not None}
+        changed = [n for n, value in _DEFAULTS.items() if getattr(self, n) != value]
         wanted = {
-            "bias": self.down_bias is not None or self.up_bias is not None,
             "input_residual": self.add_input,
-            "external_residual": self.residual is not None,
-            "skip": self.skip is not None,
             "scaling": self.scaling is not None or self.scale != 1.0,
-            "learned_scaling": self.scaling is not None,
-            "mixed_dtypes": any(t is not None and t.dtype != self.compute_dtype for t in self[:8]),
-            "dropout": self.dropout > 0,
-            "forward_ad": forward_ad._current_level >= 0,
-            "functorch": torch._C._are_functorch_transforms_active(),
-            "tensor_subclass": any(_is_foreign(t) for t in self[:8] if t is not None),
+            "mixed_dtypes": any(t.dtype != self.compute_dtype for t in given.values()),
+            "forward_ad": _torch.forward_ad_is_active(),
+            "functorch": _torch.functorch_is_active(),
+            "tensor_subclass": any(_torch.is_subclass(t) for t in given.values()),
         }
-        return frozenset(name for name, present in wanted.items() if present)
+        present = [name for name, is_present in wanted.items() if is_present]
+        optional = [name for name in given if name not in REQUIRED]
+        return frozenset(present + [_FEATURE_OF.get(name, name) for name in optional + changed])
 
 
-TENSOR_NAMES = AdapterCall._fields[:8]
+_hints = get_type_hints(AdapterCall)
+TENSOR_NAMES = tuple(n for n, hint in _hints.items() if hint in (Tensor, Tensor | None))
+OPTION_NAMES = tuple(name for name in _hints if name not in TENSOR_NAMES)
+_DEFAULTS = dict(AdapterCall._field_defaults)
+REQUIRED = tuple(name for name, hint in _hints.items() if hint is Tensor)
+ADDED = ("residual", "skip")  # to the sum: of the shape of x, and no gradient needs their values
+assert AdapterCall._fields == TENSOR_NAMES + OPTION_NAMES, "the tensors of a call come first"
+_FEATURE_OF = {
+    "down_bias": "bias",
+    "up_bias": "bias",
+    "residual": "external_residual",
+    "scaling": "learned_scaling",
+}
+
+# The fields of a call as plain tuples: at every call, where a dict would take three times as long.
+tensor_values = operator.attrgetter(*TENSOR_NAMES)
+option_values = operator.attrgetter(*OPTION_NAMES)
+_other_tensors = operator.attrgetter(*(n for n in TENSOR_NAMES if n not in ("x", *ADDED)))
+_keyed_options = operator.attrgetter(*(n for n in OPTION_NAMES if n != "scale"))
+_signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
+_kind = operator.attrgetter("dtype", "device", "layout", "__class__")
+
+
+class Outputs(NamedTuple):
+    """The outputs of a call; upstream of a backward, the gradient of each."""
+
+    y: Tensor  # [..., H], contiguous, in `AdapterCall.output_dtype`
+
+
+class Saved(NamedTuple):
+    """The tensors that a forward keeps for its backward; None where it was not asked to."""
+
+    z: Tensor | None  # [T, R], the pre-activation, in `AdapterCall.compute_dtype`
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; the tensors of `AdapterCall`."""
+
+    x: bool = False
+    down_weight: bool = False
+    up_weight: bool = False
+    down_bias: bool = False
+    up_bias: bool = False
+    residual: bool = False
+    skip: bool = False
+    scaling: bool = False
+
+    @property
+    def dz(self) -> bool:
+        """Whether the gradient of the pre-activation is needed on the way."""
+        return self.x or self.down_weight or self.down_bias
+
+    @property
+    def parameters(self) -> bool:
+        """Whether a gradient is a sum over the tokens."""
+        return self.down_weight or self.up_weight or self.down_bias or self.up_bias or self.scaling
+
+
+class Gradients(NamedTuple):
+    """Gradients of one call, each in its tensor's shape and dtype; None where not asked for.
+
+    Those of residual and skip are in the dtype of y: a backward does not see these two tensors.
+    """
+
+    x: Tensor | None = None
+    down_weight: Tensor | None = None
+    up_weight: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    residual: Tensor | None = None
+    skip: Tensor | None = None
+    scaling: Tensor | None = None
+
+
+assert Needs._fields == Gradients._fields == TENSOR_NAMES, "a gradient for every tensor"
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """The static, hashable part of a call: all that decides which backend runs it."""
 
+    operation: str
     device: torch.device
     hidden_size: int
     bottleneck_size: int
@@ -114,210 +228,59 @@ class AdapterSpec:
         )
 
 
-ORDINARY = (Tensor, nn.Parameter)
-
-
-def _is_foreign(tensor: Tensor) -> bool:
-    """Whether this is a subclass with semantics of its own: DTensor, NestedTensor.
-
-    The subclasses with which torch traces are ordinary.
-    """
-    if type(tensor) in ORDINARY:
-        return False
-    from torch._subclasses import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    tracing = isinstance(tensor, FakeTensor | FunctionalTensor)
-    return not tracing and (
-        type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
-    )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """As in "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def validate(call: AdapterCall) -> None:
-    """Check layouts, shapes, dtypes and devices of a call.
+def make_call(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    residual: str | Tensor | None = "input",
+    skip: Tensor | None = None,
+    activation: str = "gelu",
+    scaling: float | Tensor = 1.0,
+    dropout: float = 0.0,
+) -> AdapterCall:
+    """Make an `AdapterCall` of the arguments of `adapterkern.bottleneck_adapter`.
 
     Raises:
-        TypeError: something that must be a tensor or a number is not.
-        ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message lists
-            every problem and the likely cure.
+        TypeError: x is no tensor, or scaling neither a number nor a tensor.
+        ValueError: unknown activation, or a residual that is a string other than "input".
     """
-    for name, tensor in call.tensors().items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    problems = (
-        _layout_problems(call)
-        + _shape_problems(call)
-        + _dtype_problems(call)
-        + _device_problems(call)
-        + dropout_problems(call.dropout)
-    )
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def dropout_problems(dropout: float) -> list[str]:
-    """What is wrong with a probability of dropout.
-
-    Raises:
-        TypeError: it is no number.
-    """
-    if not isinstance(dropout, float | int):
-        raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}.")
-    if 0.0 <= dropout < 1.0:
-        return []
-    return [
-        f"dropout must be in [0, 1), got {dropout}.\n"
-        "  hint: it is a probability: 0.1 drops one element in ten, 0 none."
-    ]
-
-
-def _layout_problems(call: AdapterCall) -> list[str]:
-    return [
-        f"{name} must be a dense (strided) tensor, got {str(tensor.layout).removeprefix('torch.')}."
-        f"\n  hint: use {name}.to_dense()."
-        for name, tensor in call.tensors().items()
-        if tensor is not None and tensor.layout not in LAYOUTS
-    ]
-
-
-def _shape_problems(call: AdapterCall) -> list[str]:
-    x, down, up = call.x, call.down_weight, call.up_weight
-    if x.dim() == 0:
-        return ["x must have shape [..., H], got a 0-dimensional tensor."]
-    if down.dim() != 2 or up.dim() != 2:
-        return [
-            "down_weight must have shape [R, H] and up_weight [H, R], "
-            f"got {list(down.shape)} and {list(up.shape)}."
-        ]
-    hidden, bottleneck = x.shape[-1], down.shape[0]
-    problems = []
-    if bottleneck == 0 or hidden == 0:
-        problems.append(
-            f"hidden_size and bottleneck_size must be at least 1, got x {list(x.shape)} and "
-            f"down_weight {list(down.shape)}.\n"
-            "  hint: an adapter of size 0 is no adapter; leave it out."
-        )
-    if down.shape[1] != hidden:
-        problem = (
-            f"down_weight must have shape [R, H] = [R, {hidden}] to match x {list(x.shape)}, "
-            f"got {list(down.shape)}."
-        )
-        if down.shape[0] == hidden:
-            problem += _transpose_hint("down_weight")
-            bottleneck = down.shape[1]
-        elif up.shape[0] == down.shape[1]:
-            problem += (
-                f"\n  hint: both weights are for hidden_size {up.shape[0]}; is x the one meant?"
-            )
-        problems.append(problem)
-    if tuple(up.shape) != (hidden, bottleneck):
-        problem = (
-            f"up_weight must have shape [H, R] = [{hidden}, {bottleneck}] to match x "
-            f"{list(x.shape)} and down_weight {list(down.shape)}, got {list(up.shape)}."
-        )
-        if tuple(up.shape) == (bottleneck, hidden):
-            problem += _transpose_hint("up_weight")
-        problems.append(problem)
-    return problems + _vector_problems(call, hidden, bottleneck)
-
-
-def _vector_problems(call: AdapterCall, hidden: int, bottleneck: int) -> list[str]:
-    problems = []
-    biases = (("down_bias", call.down_bias, bottleneck), ("up_bias", call.up_bias, hidden))
-    for name, bias, size in biases:
-        if bias is not None and tuple(bias.shape) != (size,):
-            problems.append(
-                f"{name} must have shape [{size}], got {list(bias.shape)}."
-                + (f"\n  hint: use {name}.reshape({size})." if bias.numel() == size else "")
-            )
-    for name, tensor in (("residual", call.residual), ("skip", call.skip)):
-        if tensor is not None and tensor.shape != call.x.shape:
-            problems.append(
-                f"{name} must have the shape of x, {list(call.x.shape)}, got {list(tensor.shape)}."
-                + _shape_hint(name, tensor, call.x)
-            )
-    scaling = call.scaling
-    if scaling is not None and tuple(scaling.shape) not in ((1,), (hidden,)):
-        problems.append(
-            f"scaling must be a float or a tensor of shape [1] or [{hidden}], "
-            f"got {list(scaling.shape)}."
-            + (
-                f"\n  hint: use scaling.reshape({scaling.numel()})."
-                if scaling.numel() in (1, hidden)
-                else ""
-            )
-        )
-    return problems
-
-
-def _shape_hint(name: str, tensor: Tensor, x: Tensor) -> str:
-    if tensor.numel() == x.numel():
-        return f"\n  hint: use {name}.reshape(x.shape)."
-    given, wanted = tensor.shape[::-1], x.shape[::-1]
-    if len(given) <= len(wanted) and all(a in (1, b) for a, b in zip(given, wanted, strict=False)):
-        return f"\n  hint: nothing is broadcast; use {name}.expand_as(x)."
-    return ""
-
-
-def _transpose_hint(name: str) -> str:
-    return (
-        f"\n  hint: {name} uses nn.Linear layout (out_features, in_features); "
-        "this looks like its transpose."
+    add_input = residual is x
+    if isinstance(residual, str):
+        if residual != "input":
+            raise ValueError(f'residual must be "input", a tensor or None, got {residual!r}.')
+        add_input = True
+    learned = scaling if isinstance(scaling, Tensor) else None
+    if learned is None and not isinstance(scaling, (float, int)):
+        kind = type(scaling).__name__
+        raise TypeError(f"scaling must be a float or a tensor of shape [1] or [H], got a {kind}.")
+    return AdapterCall(
+        x,
+        down_weight,
+        up_weight,
+        down_bias,
+        up_bias,
+        None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
+        skip,
+        learned,
+        1.0 if learned is not None else float(scaling),
+        add_input,
+        canonical_name(activation),
+        _compute_dtype(x),
+        dropout,
     )
 
 
-def _dtype_problems(call: AdapterCall) -> list[str]:
-    allowed = ", ".join(map(name_of, FLOAT_DTYPES))
-    problems = [
-        f"{name} must be a floating-point tensor ({allowed}), got {name_of(tensor.dtype)}."
-        + ("" if tensor.is_complex() else f"\n  hint: convert it, as in {name}.float().")
-        for name, tensor in call.tensors().items()
-        if tensor is not None and tensor.dtype not in FLOAT_DTYPES
-    ]
-    if problems:
-        return problems
-    compute = call.compute_dtype
-    for name in ("down_weight", "up_weight", "down_bias", "up_bias"):
-        parameter = getattr(call, name)
-        if parameter is not None and not _is_convertible(parameter.dtype, call):
-            problems.append(
-                f"{name} is {name_of(parameter.dtype)} but the computation runs in "
-                f"{name_of(compute)}.\n  hint: convert one side, e.g. "
-                f"adapter.to(torch.{name_of(call.x.dtype)}), or use torch.autocast."
-            )
-    for name in ("residual", "skip", "scaling"):
-        tensor = getattr(call, name)
-        if tensor is not None and (tensor.dtype == torch.float64) != (compute == torch.float64):
-            problems.append(
-                f"{name} is {name_of(tensor.dtype)} but the computation runs in "
-                f"{name_of(compute)}; float64 does not mix with other types.\n"
-                "  hint: convert one side."
-            )
-    return problems
-
-
-def _is_convertible(dtype: torch.dtype, call: AdapterCall) -> bool:
-    """Whether a parameter of this dtype takes part: in the compute dtype, or as its float32 master.
-
-    Under autocast any of the three smaller types is converted, as eager does.
-    """
-    if dtype == call.compute_dtype:
-        return True
-    autocast = call.compute_dtype != call.x.dtype
-    return torch.float64 not in (dtype, call.compute_dtype) and (autocast or dtype == torch.float32)
-
-
-def _device_problems(call: AdapterCall) -> list[str]:
-    devices = {name: t.device for name, t in call.tensors().items() if t is not None}
-    if len(set(devices.values())) == 1:
-        return []
-    listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
-    return [
-        f"all tensors must be on one device, got {listing}.\n"
-        f"  hint: adapter.to({str(call.x.device)!r})."
-    ]
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
+    if not torch.compiler.is_compiling() and not _torch.may_autocast():
+        return x.dtype
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        # Autocast leaves float64 alone; integers are refused by validation, in their own name.
+        castable = x.is_floating_point() and x.dtype != torch.float64
+        return torch.get_autocast_dtype(device) if castable else x.dtype
+    return x.dtype

@@ -8,11 +8,18 @@ import torch
 
 from adapterkern import dispatch
 from adapterkern.backends import _loaded
-from adapterkern.backends.base import Backend
+from adapterkern.backends.base import FIRST_FEATURES
 from adapterkern.backends.reference.backend import ReferenceBackend
+from adapterkern.backends.triton import tuned
 from adapterkern.testing import lost_device
 
 DEVICE_LOST = 86  # exit code of a worker of pytest-xdist whose device is gone
+
+
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, with what they start
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +54,14 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_searches_of_this_user():
+    """What `adapterkern tune` has left in the user's cache folder decides nothing in a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuned, "FOLDERS", tuned.FOLDERS[1:])
+        yield
+
+
 @pytest.fixture
 def clean_dispatch(monkeypatch):
     """Nothing decided and nothing logged yet."""
@@ -57,9 +72,9 @@ def clean_dispatch(monkeypatch):
 @pytest.fixture
 def recompiled():
     """torch.compile starts from nothing, before and after."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class SpyBackend(ReferenceBackend):
@@ -67,25 +82,21 @@ class SpyBackend(ReferenceBackend):
 
     name = "triton"
     devices = frozenset({"cpu", "meta"})
-    features = frozenset(
-        {"bias", "input_residual", "external_residual", "skip", "scaling", "learned_scaling"}
-        | {"mixed_dtypes"}
-    )
-    unsupported_reasons = Backend.unsupported_reasons
+    features = FIRST_FEATURES
 
     def __init__(self):
-        self.forwards = []  # save_z of each
+        self.forwards = []  # `save` of each
         self.backwards = []  # Needs of each
 
-    def forward(self, call, save_z):
-        self.forwards.append(save_z)
+    def forward(self, call, save):
+        self.forwards.append(save)
         with torch.no_grad():
-            return super().forward(call, save_z)
+            return super().forward(call, save)
 
-    def backward(self, call, z, grad_output, needs):
+    def backward(self, call, saved, upstream, needs):
         self.backwards.append(needs)
         with torch.no_grad():
-            return super().backward(call, z, grad_output, needs)
+            return super().backward(call, saved, upstream, needs)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """The import direction of the package, its public names, and the limits of its files."""
 
 import ast
+import graphlib
+import inspect
+import operator
 import re
 import subprocess
 import sys
@@ -17,7 +20,8 @@ SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "_buildinfo.py"})  # th
 # A room imports from rooms further up in this list, and within itself.
 ROOMS = (
     "_env errors",
-    "activations",
+    "_torch",
+    "activations validation",
     "spec",
     "reference",
     "backends",
@@ -30,7 +34,7 @@ ROOMS = (
     "__main__",
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
-BEHIND_KERNELS = {"backends.base", "spec", "activations", "_env"}
+BEHIND_KERNELS = {"backends.base", "spec", "validation", "activations", "_env"}
 
 # Third parties, and the only places that import them.
 CONFINED = {
@@ -97,6 +101,22 @@ def test_imports_point_down(path):
             assert RANK[other] < RANK[room], f"{module} imports adapterkern.{name}"
 
 
+def modules_named_by(path):
+    """The modules of the package that a file imports, or names in a string for a later import."""
+    strings = {
+        node.value.partition(":")[0].removeprefix("adapterkern.")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("adapterkern.")
+    }
+    registry = path == PACKAGE / "backends/__init__.py"  # the one that names who imports it
+    return (strings & MODULES if not registry else set()) | (set(own_imports_of(path)) & MODULES)
+
+
+def test_no_modules_import_each_other():
+    graph = {module_of(path): modules_named_by(path) for path in SOURCES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
 def test_every_room_is_known():
     assert {module.split(".")[0] for module in MODULES} <= {*RANK, ""}
 
@@ -111,8 +131,8 @@ def test_kernel_backends_stand_alone(kernels):
 
 def test_the_registry_imports_no_backend():
     """It names them; they load at first use."""
-    assert set(own_imports_of(PACKAGE / "backends/__init__.py")) == {"backends.base"}
-    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"spec"}
+    assert set(own_imports_of(PACKAGE / "backends/__init__.py")) == {"backends.base", "_torch"}
+    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"spec", "validation"}
 
 
 def test_testing_is_for_check_and_tests():
@@ -125,6 +145,39 @@ def test_third_parties_are_confined(package):
     for path in SOURCES:
         if any(is_within(name, package) for name in imports_of(path)):
             assert name_of(path).startswith(CONFINED[package]), f"{name_of(path)} imports {package}"
+
+
+# Beside the door itself: what only torch's private names can measure.
+PRIVATE_TORCH = ("_torch.py", "bench/timing.py", "bench/providers.py")
+
+
+def private_names_of(path):
+    """What a file names of torch that begins with an underscore, in code or in a string."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = " ".join(re.findall(r"torch\.[\w.]+", node.value))
+        else:
+            continue
+        if re.match(r"(torch|nn|F|forward_ad|functional)\.", name) and re.search(
+            r"\._[A-Za-z]", name
+        ):
+            yield name
+    for name in imports_of(path):
+        if is_within(name, "torch") and "._" in name:
+            yield name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_private_names_of_torch_go_through_one_door(path):
+    private = set(private_names_of(path))
+    assert not private or name_of(path) in PRIVATE_TORCH
+
+
+def test_the_door_is_known_by_what_goes_through_it():
+    assert "torch._C" in set(private_names_of(PACKAGE / "_torch.py"))
+    assert "torch._functorch.config" in set(private_names_of(PACKAGE / "bench/providers.py"))
 
 
 def test_importing_the_package_loads_no_optional_part():
@@ -152,20 +205,42 @@ def test_importing_the_package_loads_no_optional_part():
     assert not {"adapters", "transformers", "peft", "matplotlib", "numpy.testing"} & set(loaded)
 
 
+# How people call the package: a new argument comes last and has a default.
+SIGNATURES = {
+    "BottleneckAdapter": "(hidden_size, bottleneck_size=None, *, reduction_factor=16, "
+    "activation='gelu', bias=True, scaling=1.0, dropout=0.0, init='identity', backend='auto', "
+    "device=None, dtype=None)",
+    "BottleneckAdapter.as_call": "(self, x, residual='input', skip=None)",
+    "BottleneckAdapter.forward": "(self, x, residual='input', skip=None)",
+    "BottleneckAdapter.reset_parameters": "(self)",
+    "BottleneckAdapter.unfused_reason": "(self)",
+    "Explanation": "(call, backend, reasons)",
+    "backends": "()",
+    "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
+    "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",
+    "explain": "(adapter, x=None, **options)",
+    "use_backend": "(name)",
+    "warmup": "(module, *args, **kwargs)",
+}
+ERRORS = {
+    "BackendUnsupportedError": RuntimeError,
+    "FallbackWarning": UserWarning,
+    "UnsupportedAdapterError": RuntimeError,
+}
+
+
 def test_public_names_are_frozen():
-    assert adapterkern.__all__ == [
-        "BackendUnsupportedError",
-        "BottleneckAdapter",
-        "Explanation",
-        "FallbackWarning",
-        "UnsupportedAdapterError",
-        "backends",
-        "bottleneck_adapter",
-        "explain",
-        "use_backend",
-        "warmup",
-    ]
+    assert set(adapterkern.__all__) == {name.split(".")[0] for name in SIGNATURES} | set(ERRORS)
     assert re.fullmatch(r"\d+\.\d+\.\d+", adapterkern.__version__)
+    for name, base in ERRORS.items():
+        assert issubclass(getattr(adapterkern, name), base)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signatures_are_frozen(name):
+    signature = inspect.signature(operator.attrgetter(name)(adapterkern))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
 def is_environ(node):

@@ -158,7 +158,7 @@ def test_backend_declines_with_the_one_reason_and_refuses_to_run(imports):
     assert backend.unavailable_reason() == "the CUDA extension holds no adapter kernels yet"
     assert backend.unsupported_reasons(spec=None) == [backend.unavailable_reason()]
     with pytest.raises(BackendUnsupportedError, match="holds no adapter kernels yet"):
-        backend.forward(call=None, save_z=False)
+        backend.forward(call=None, save=False)
 
 
 @pytest.mark.gpu

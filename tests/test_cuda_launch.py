@@ -4,16 +4,17 @@ import struct
 
 import pytest
 import torch
+from allocations import Allocations
 
-from adapterkern.backends import get
-from adapterkern.backends.base import Needs
+from adapterkern.backends import _loaded, get
 from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
 
 HIDDEN, BOTTLENECK = 256, 48
-ALL = Needs(True, True, True, True, True, True)
+ALL = Needs(*[True] * 5, scaling=True)
 
 
 class Recorder:
@@ -38,11 +39,8 @@ def unpack(kind, packed: bytes):
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    recorder, cuda = Recorder(), get("cuda")
-    monkeypatch.setattr(cuda, "_unavailable", None)
-    monkeypatch.setattr(cuda, "_kernels", recorder)
-    monkeypatch.setattr(cuda_backend, "_device", lambda device: Device(num_sms=132))
-    monkeypatch.setattr(cuda_backend, "_queue", lambda device: (3, 77))
+    recorder = Recorder()
+    monkeypatch.setitem(_loaded, "cuda", CudaBackend(recorder, Device(num_sms=132)))
     return recorder
 
 
@@ -66,9 +64,10 @@ def make_call(tokens, dtype=torch.bfloat16, channel=True, **changes) -> AdapterC
 
 def test_forward_passes_every_tensor_by_its_name(recorder):
     call = make_call(128 * 132)
-    y, z = get("cuda").forward(call, save_z=True)
+    outputs, saved = get("cuda").forward(call, save=True)
+    y, z = outputs.y, saved.z
     ((params, device, stream),) = recorder.launches
-    assert (device, stream) == (3, 77)
+    assert (device, stream) == (0, 0)  # the queue of CPU tensors
     for name in ("x", "down_weight", "up_weight", "down_bias", "up_bias", "skip", "scaling"):
         assert getattr(params, name) == view(getattr(call, name)), name
     assert (params.y, params.z, params.residual, params.partial) == (
@@ -87,18 +86,19 @@ def test_float32_products_follow_the_precision_that_torch_allows(
 ):
     monkeypatch.setattr(cuda_backend, "allow_tf32", lambda: allowed)
     call = make_call(300, dtype=torch.float32)
-    y, z = get("cuda").forward(call, save_z=True)
-    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    outputs, saved = get("cuda").forward(call, save=True)
+    y, z = outputs.y, saved.z
+    get("cuda").backward(call, saved, Outputs(torch.zeros_like(y)), ALL)
     assert [launch[0].compute_dtype for launch in recorder.launches] == [code, code]
     assert y.dtype == z.dtype == torch.float32
 
 
 def test_clusters_need_no_work_space(recorder, monkeypatch):
     device = Device(num_sms=132, cluster_memory=227 * 1024)
-    monkeypatch.setattr(cuda_backend, "_device", lambda _: device)
+    monkeypatch.setitem(_loaded, "cuda", CudaBackend(recorder, device))
     call = make_call(16384)
-    y, z = get("cuda").forward(call, save_z=True)
-    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    outputs, saved = get("cuda").forward(call, save=True)
+    get("cuda").backward(call, saved, Outputs(torch.zeros_like(outputs.y)), ALL)
     for params, *_ in recorder.launches:
         assert (params.num_splits, params.features_per_split) == (2, HIDDEN // 2)
         assert (params.num_clusters, params.cluster_tokens) == (66, 64)
@@ -106,7 +106,7 @@ def test_clusters_need_no_work_space(recorder, monkeypatch):
 
 
 def test_few_tokens_get_work_space_for_partial_sums(recorder):
-    get("cuda").forward(make_call(5), save_z=False)
+    get("cuda").forward(make_call(5), save=False)
     ((params, *_),) = recorder.launches
     assert (params.num_splits, params.features_per_split) == (1, 256)
     assert params.partial[0] != 0
@@ -117,7 +117,7 @@ def test_few_tokens_get_work_space_for_partial_sums(recorder):
 def test_backward_passes_every_gradient_by_its_name(recorder):
     call = make_call(128 * 132, channel=False)
     z, dy = torch.zeros(128 * 132, BOTTLENECK, dtype=torch.bfloat16), torch.zeros_like(call.x)
-    gradients = get("cuda").backward(call, z, dy, ALL)
+    gradients = get("cuda").backward(call, Saved(z), Outputs(dy), ALL)
     ((params, *_),) = recorder.launches
     assert (params.dy, params.z) == (view(dy), view(z))
     assert params.dx == view(gradients.x)
@@ -138,33 +138,30 @@ def test_backward_passes_every_gradient_by_its_name(recorder):
 @pytest.mark.parametrize(
     ("needs", "given"),
     [
-        (Needs(True, False, False, False, False, False), {"dx"}),
-        (Needs(False, True, False, False, False, False), {"dz", "sum_down", "d_down_weight"}),
-        (
-            Needs(False, False, False, True, False, False),
-            {"dz", "sum_down_bias", "d_down_bias"},
-        ),
-        (Needs(False, False, True, False, False, False), {"sum_up", "d_up_weight"}),
-        (Needs(False, False, False, False, False, True), {"sum_up", "sum_up_bias", "d_scaling"}),
+        (Needs(x=True), {"dx"}),
+        (Needs(down_weight=True), {"dz", "sum_down", "d_down_weight"}),
+        (Needs(down_bias=True), {"dz", "sum_down_bias", "d_down_bias"}),
+        (Needs(up_weight=True), {"sum_up", "d_up_weight"}),
+        (Needs(scaling=True), {"sum_up", "sum_up_bias", "d_scaling"}),
     ],
     ids=["frozen-adapter", "down-weight", "down-bias", "up-weight", "scaling"],
 )
 def test_backward_gives_room_only_for_what_is_asked_for(recorder, needs, given):
     call = make_call(128 * 132)
     z, dy = torch.zeros(128 * 132, BOTTLENECK, dtype=torch.bfloat16), torch.zeros_like(call.x)
-    gradients = get("cuda").backward(call, z, dy, needs)
+    gradients = get("cuda").backward(call, Saved(z), Outputs(dy), needs)
     ((params, *_),) = recorder.launches
     inputs = {"x", "dy", "z", "down_weight", "up_weight", "up_bias", "scaling"}
     views = {n for n in params._fields if isinstance(getattr(params, n), tuple)}
     assert {n for n in views - inputs if getattr(params, n)[0] != 0} == given
     assert [g is not None for g in gradients] == list(needs)
-    assert (params.token_splits == 0) == (not any(needs[1:]))
+    assert (params.token_splits == 0) == (not needs.parameters)
 
 
 def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once(recorder):
     wide = torch.zeros(2, 300, 2 * HIDDEN, dtype=torch.bfloat16)
     transposed = torch.zeros(HIDDEN, 300, dtype=torch.bfloat16).T
-    get("cuda").forward(make_call(300, x=wide[0, :, :HIDDEN], skip=transposed), save_z=False)
+    get("cuda").forward(make_call(300, x=wide[0, :, :HIDDEN], skip=transposed), save=False)
     ((params, *_),) = recorder.launches
     assert params.x == (wide.data_ptr(), 2, 2 * HIDDEN)
     assert params.skip[0] != transposed.data_ptr()
@@ -175,35 +172,27 @@ def test_gradients_of_strided_inputs_are_contiguous(recorder):
     x = torch.zeros(HIDDEN, 300, dtype=torch.bfloat16).T
     call = make_call(300, x=x)
     z = torch.zeros(300, BOTTLENECK, dtype=torch.bfloat16)
-    dx = get("cuda").backward(call, z, torch.zeros(300, HIDDEN), ALL).x
+    dx = get("cuda").backward(call, Saved(z), Outputs(torch.zeros(300, HIDDEN)), ALL).x
     assert dx.is_contiguous()
     assert recorder.launches[0][0].dx == (dx.data_ptr(), 2, HIDDEN)
 
 
 def test_no_tokens_launch_nothing_and_give_zero_gradients(recorder):
     call = make_call(0)
-    y, z = get("cuda").forward(call, save_z=True)
-    gradients = get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    outputs, saved = get("cuda").forward(call, save=True)
+    gradients = get("cuda").backward(call, saved, Outputs(torch.zeros_like(outputs.y)), ALL)
     assert recorder.launches == []
-    assert y.shape == (0, HIDDEN)
-    assert all(not g.any() for g in gradients)
+    assert outputs.y.shape == (0, HIDDEN)
+    assert not any(g.any() for g in gradients if g is not None)
     assert gradients.scaling.shape == (HIDDEN,)
 
 
-def test_partial_sums_are_the_only_scratch_memory(recorder, monkeypatch):
+def test_partial_sums_are_the_only_scratch_memory(recorder):
     """Beside outputs, z and dz, nothing as long as the tokens."""
-    allocated = []
-    empty = torch.empty
-
-    def counted(*args, **kwargs):
-        allocated.append(empty(*args, **kwargs))
-        return allocated[-1]
-
-    monkeypatch.setattr(torch, "empty", counted)
-    monkeypatch.setattr(torch, "empty_like", lambda t, **_: counted(t.shape, dtype=t.dtype))
     call = make_call(128 * 132)
-    y, z = get("cuda").forward(call, save_z=True)
-    get("cuda").backward(call, z, torch.zeros_like(y), ALL)
+    with Allocations() as allocated:
+        outputs, saved = get("cuda").forward(call, save=True)
+        get("cuda").backward(call, saved, Outputs(outputs.y), ALL)
     long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(long) == 2  # y and dx
     assert len(allocated) == 2 + 2 + 4 + 1 + 1  # and z, dz, 4 gradients, their sums, d(scaling)

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ import adapterkern as ak
 from adapterkern import _env, dispatch
 from adapterkern.backends import NAMES, get
 from adapterkern.backends.base import Backend
-from adapterkern.functional import make_call
-from adapterkern.spec import AdapterCall, AdapterSpec
+from adapterkern.spec import AdapterSpec, make_call
 
 REFERENCE_ONLY = ("dropout", "forward_ad", "functorch", "tensor_subclass")
 
@@ -25,7 +25,8 @@ def call(**options):
 
 def spec_on(device, **changes):
     fields = {
-        "device": torch.device(device), "hidden_size": 10, "bottleneck_size": 4,
+        "operation": "bottleneck_adapter", "device": torch.device(device),
+        "hidden_size": 10, "bottleneck_size": 4,
         "activation": "gelu", "compute_dtype": torch.float32,
         "dtypes": (("x", torch.float32),), "features": frozenset({"bias", "input_residual"}),
     }  # fmt: skip
@@ -294,6 +295,58 @@ def test_explain_takes_a_call_and_a_callable(spy):
         ak.explain(torch.nn.Identity(), x)
 
 
+class OtherCall(NamedTuple):
+    """A second kind of call: four methods are all that it has in common with an adapter's."""
+
+    x: torch.Tensor
+    index: torch.Tensor
+    rank: int = 4
+
+    def tensors(self):
+        return {"x": self.x, "index": self.index}
+
+    def options(self):
+        return {"rank": self.rank}
+
+    def key(self):
+        return self.x.dim(), self.x.shape[-1], self.x.dtype, self.rank
+
+    def spec(self):
+        if self.x.dim() != 2:
+            raise ValueError(f"x must have shape [T, H], got {list(self.x.shape)}.")
+        return spec_on(
+            "cpu", operation="grouped", hidden_size=self.x.shape[1], features=frozenset()
+        )
+
+
+def other_call():
+    return OtherCall(torch.zeros(3, 10), torch.zeros(3, dtype=torch.int32))
+
+
+def test_a_second_kind_of_call_is_refused_by_every_backend_that_does_not_declare_it(clean_dispatch):
+    with pytest.raises(ak.BackendUnsupportedError) as caught:
+        dispatch.select(other_call())
+    reason = "operation grouped is not implemented (has: bottleneck_adapter)"
+    assert f"reference: {reason}" in str(caught.value)
+    for name in NAMES:
+        with pytest.raises(ak.BackendUnsupportedError):
+            dispatch.select(other_call(), name)
+        reasons = Backend.unsupported_reasons(get(name), other_call().spec())
+        assert reason in reasons
+    assert ak.explain(other_call()).backend == "none: no backend can run it"
+    assert not dispatch._decisions
+
+
+def test_a_second_kind_of_call_is_chosen_and_remembered_like_the_first(spy):
+    spy.operations = frozenset({"bottleneck_adapter", "grouped"})
+    first = dispatch.select(other_call())
+    assert first.backend == "triton"
+    assert dispatch.select(other_call()) is first
+    assert len(dispatch._decisions) == 1
+    with pytest.raises(ValueError, match=r"x must have shape \[T, H\]"):
+        dispatch.select(other_call()._replace(x=torch.zeros(10)))
+
+
 def test_explain_refuses_what_the_call_would_refuse():
     with pytest.raises(ValueError, match=r"down_weight must have shape \[R, H\] = \[R, 11\]"):
         ak.explain(ak.BottleneckAdapter(10, 4), torch.zeros(3, 11))
@@ -301,9 +354,6 @@ def test_explain_refuses_what_the_call_would_refuse():
 
 def test_make_call_keeps_what_it_is_given():
     arguments = tensors((3,), residual=True)
-    call = make_call(
-        *(arguments[name] for name in AdapterCall._fields[:6]),
-        None, "swish", 2, 0.0,
-    )  # fmt: skip
+    call = make_call(**arguments, activation="swish", scaling=2)
     assert (call.activation, call.scale, call.add_input) == ("silu", 2.0, False)
     assert call.residual is arguments["residual"]

@@ -1,6 +1,7 @@
 """adapterkern._env: the documented variables, and their page."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def test_in_force_lists_what_is_set(monkeypatch):
     assert _env.in_force()["ADAPTERKERN_STRICT"] == "1"
     monkeypatch.delenv("ADAPTERKERN_STRICT")
     assert "ADAPTERKERN_STRICT" not in _env.in_force()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("/big/disk", "/big/disk"), ("", "/home/me/.cache"), ("here", "/home/me/.cache")],
+)
+def test_the_cache_folder_is_the_users_own(monkeypatch, value, wanted):
+    """A relative path is ignored, as the XDG specification asks."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    read = runpy.run_path(_env.__file__, run_name="read_anew")
+    assert read["CACHE"] == Path(wanted, "adapterkern")
 
 
 @pytest.mark.parametrize(

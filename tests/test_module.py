@@ -122,7 +122,7 @@ def test_device_and_dtype_reach_every_parameter():
         ((0, 4), {}, "at least 1, got 0 and 4."),
         ((12,), {"reduction_factor": 0}, "reduction_factor must be positive, got 0."),
         ((12,), {"init": "zero"}, "known inits are identity, houlsby, bert"),
-        ((12,), {"activation": "mish"}, "known activations are gelu"),
+        ((12,), {"activation": "prelu"}, "known activations are gelu"),
         ((12,), {"backend": "cublas"}, "known backends are auto, triton, cuda, reference"),
         (
             (12,),
@@ -242,10 +242,59 @@ def test_hooks_on_a_projection_fire(spy, caplog, register, name):
     assert not spy.forwards
     torch.testing.assert_close(y, expected_of(adapter, x, skip=x), **CLOSE)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert f"{name} has hooks, which run only where it is called" in caplog.text
+    assert f"{name} has hooks and must be called to be itself" in caplog.text
     handle.remove()
     adapter(x)
     assert spy.forwards == [True]
+
+
+@pytest.mark.parametrize("name", ["down_proj", "up_proj"])
+def test_a_forward_set_on_a_projection_is_called(spy, caplog, name):
+    """Activation patching and accelerate set it on the instance."""
+    adapter, x = adapter_of(), torch.randn(3, 12)
+    projection = getattr(adapter, name)
+    inner = projection.forward
+    projection.forward = lambda inputs: 2 * inner(inputs)
+    found = adapter(x)
+    assert f"{name} has a forward of its own and must be called to be itself" in caplog.text
+    expected = x + adapter.up_proj(nn.functional.gelu(adapter.down_proj(x)))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert not spy.forwards
+    del projection.forward
+    torch.testing.assert_close(adapter(x), expected_of(adapter, x), **CLOSE)
+    assert spy.forwards == [True]
+
+
+def test_a_hook_on_all_modules_sees_the_projections(spy):
+    adapter, x, seen = adapter_of(), torch.randn(3, 12), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        found = adapter(x)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected_of(adapter, x), **CLOSE)
+    assert seen == [adapter.down_proj, adapter.up_proj, adapter]
+
+
+@pytest.mark.parametrize("scaling", [0.5, "channel"])
+def test_an_adapter_runs_where_accelerate_keeps_its_weights_elsewhere(scaling):
+    """cpu_offload leaves meta tensors in the modules and loads the weights where one is called."""
+    accelerate = pytest.importorskip("accelerate")
+    adapter, x = adapter_of(scaling=scaling), torch.randn(3, 12)
+    model = nn.Sequential(nn.Linear(12, 12), adapter)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert adapter.down_proj.weight.is_meta
+        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wrapper_without_a_bias_is_called_and_shown():
+    adapter, x = adapter_of(), torch.randn(3, 12)
+    expected = adapter(x)
+    adapter.down_proj = nn.Sequential(adapter.down_proj)
+    torch.testing.assert_close(adapter(x), expected, **CLOSE)
+    assert "bias=False" in adapter.extra_repr()
 
 
 class LowRank(nn.Module):

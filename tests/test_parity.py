@@ -12,6 +12,7 @@ from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.parity import Case, Row, check_case, differing_bits, grid, metric, place, refusals
+from adapterkern.spec import Outputs
 from adapterkern.testing import nan_filled_memory
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -21,9 +22,9 @@ REFERENCE = get("reference")
 def spoil_forward(monkeypatch, change):
     forward = ReferenceBackend.forward
 
-    def spoilt(self, call, save_z):
-        y, z = forward(self, call, save_z)
-        return change(y), z
+    def spoilt(self, call, save):
+        outputs, saved = forward(self, call, save)
+        return Outputs(change(outputs.y)), saved
 
     monkeypatch.setattr(ReferenceBackend, "forward", spoilt)
 

@@ -10,6 +10,7 @@ from adapterkern import parity
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.parity import Case, check_case
+from adapterkern.spec import Outputs
 
 HALVES = (torch.float16, torch.bfloat16)
 NONFINITE = Case(activation="tanh", nonfinite=True)
@@ -22,9 +23,9 @@ def missed(case) -> set[str]:
 def spoil(monkeypatch, change):
     forward = ReferenceBackend.forward
 
-    def spoilt(self, call, save_z):
-        y, z = forward(self, call, save_z)
-        return change(y), z
+    def spoilt(self, call, save):
+        outputs, saved = forward(self, call, save)
+        return Outputs(change(outputs.y)), saved
 
     monkeypatch.setattr(ReferenceBackend, "forward", spoilt)
 

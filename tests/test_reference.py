@@ -8,9 +8,8 @@ from eager import ACTIVATIONS, eager_adapter, gradients, tensors
 
 import adapterkern as ak
 from adapterkern import reference
-from adapterkern.backends.base import Gradients
-from adapterkern.functional import make_call
 from adapterkern.parity import Case, check_case
+from adapterkern.spec import TENSOR_NAMES, Needs, Outputs, Saved, make_call
 from adapterkern.testing import nan_filled_memory
 
 OPTIONS = {
@@ -24,7 +23,7 @@ IN_FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def names(arguments):
-    return [name for name in Gradients._fields if name in arguments]
+    return [name for name in TENSOR_NAMES if name in arguments]
 
 
 def make(arguments, **options):
@@ -35,10 +34,11 @@ def make(arguments, **options):
 
 def hand_written(arguments, grad_output, needs, **options):
     call = make({name: t.detach() for name, t in arguments.items()}, **options)
-    _, z = reference.forward(call)
-    z = z.reshape(-1, call.bottleneck_size)
-    found = reference.backward(call, z, grad_output, tuple(n in needs for n in Gradients._fields))
-    return {name: g for name, g in zip(Gradients._fields, found, strict=True) if g is not None}
+    _, saved = reference.forward(call)
+    saved = Saved(saved.z.reshape(-1, call.bottleneck_size))
+    asked = Needs(**dict.fromkeys(needs, True))
+    found = reference.backward(call, saved, Outputs(grad_output), asked)
+    return {name: g for name, g in found._asdict().items() if g is not None}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -48,7 +48,7 @@ def test_backward_is_autograd_of_plain_modules(activation, options):
     grad_output = torch.randn(3, 5, 10, dtype=torch.float64)
     y, expected = gradients(eager_adapter, arguments, grad_output, activation=activation)
     call = make(arguments, activation=activation)
-    torch.testing.assert_close(reference.forward(call)[0], y, **IN_FLOAT64)
+    torch.testing.assert_close(reference.forward(call)[0].y, y, **IN_FLOAT64)
     found = hand_written(arguments, grad_output, names(arguments), activation=activation)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], **IN_FLOAT64, msg=name)
@@ -57,11 +57,13 @@ def test_backward_is_autograd_of_plain_modules(activation, options):
 
 def test_a_call_is_computed_in_its_own_dtype_whatever_autocast_says():
     call = make({name: t.detach().float() for name, t in tensors().items()})
-    dy, needs = torch.randn(3, 5, 10), (True, True, True, True, True, False)
+    dy = torch.randn(3, 5, 10)
 
     def results():
-        y, z = reference.forward(call)
-        return y, z, *reference.backward(call, z.reshape(-1, z.shape[-1]), dy, needs)[:5]
+        (y,), (z,) = reference.forward(call)
+        saved, needs = Saved(z.reshape(-1, z.shape[-1])), Needs(True, True, True, True, True)
+        gradients = reference.backward(call, saved, Outputs(dy), needs)
+        return y, z, *(g for g in gradients if g is not None)
 
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):  # not so where the call was made

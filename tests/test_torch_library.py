@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import Allocations
 from eager import eager_adapter, gradients, tensors
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -9,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adapterkern as ak
 from adapterkern import ops
-from adapterkern.ops import _CALL_SIZE
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import Needs, make_call
 
 FORWARD = torch.ops.adapterkern.forward.default
 BACKWARD = torch.ops.adapterkern.backward.default
@@ -25,11 +25,13 @@ def op_arguments(
             if name in given:
                 given[name] = given[name].detach().transpose(0, 1).requires_grad_()
         given["up_weight"] = given["up_weight"].detach().T.contiguous().T.requires_grad_()
-    call = AdapterCall(
-        *(given.get(name) for name in AdapterCall._fields[:8]),
-        1.0 if learned else 0.5, add_input, "gelu", dtype,
-    )  # fmt: skip
-    return call[:_CALL_SIZE]
+    options = {"scaling": 0.5, "residual": "input" if add_input else None}
+    return make_call(**options | given)
+
+
+def detached(call):
+    given = {name: t.detach() for name, t in call.tensors().items() if t is not None}
+    return call._replace(**given)
 
 
 OP_CASES = {
@@ -41,31 +43,31 @@ OP_CASES = {
 }
 
 
-@pytest.mark.parametrize("save_z", [True, False])
+@pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
-def test_forward_op_passes_opcheck(options, save_z):
+def test_forward_op_passes_opcheck(options, save):
     """Schema, autograd registration, fake outputs, and AOTAutograd's tracing of gradients."""
-    torch.library.opcheck(FORWARD, (*op_arguments(**options), "reference", save_z))
+    torch.library.opcheck(FORWARD, ("reference", save, *op_arguments(**options)))
 
 
-@pytest.mark.parametrize("needs", [(True,) * 6, (True,) + (False,) * 5, (False, True, True) * 2])
+@pytest.mark.parametrize("needs", [Needs(*[True] * 8), Needs(x=True), Needs(True, skip=True)])
 @pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
 def test_backward_op_passes_opcheck(options, needs):
-    call = [t.detach() if isinstance(t, torch.Tensor) else t for t in op_arguments(**options)]
-    y, z = FORWARD(*call, "reference", True)
-    grad_output = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1)
-    needs = [need and t is not None for need, t in zip(needs, (*call[:5], call[7]), strict=True)]
-    torch.library.opcheck(BACKWARD, (*call, "reference", z, grad_output, needs))
+    call = detached(op_arguments(**options))
+    y, z = FORWARD("reference", True, *call)
+    grad_y = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1)
+    needs = [need and t is not None for need, t in zip(needs, call.tensors().values(), strict=True)]
+    torch.library.opcheck(BACKWARD, ("reference", needs, *call, z, grad_y))
 
 
 def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
     """The op's own autograd kernel: a graph replays the op, not the function around it."""
     given = op_arguments(residual=True, add_input=False)
-    y, z = FORWARD(*given, "triton", True)
-    wanted = [t for t in given[:8] if t is not None]
-    found = torch.autograd.grad(y.sum(), wanted)
-    call = AdapterCall(*given)
-    eager = eager_adapter(*call[:5], residual=call.residual, scaling=call.scale)
+    y, z = FORWARD("triton", True, *given)
+    wanted = {name: t for name, t in given.tensors().items() if t is not None}
+    found = torch.autograd.grad(y.sum(), list(wanted.values()))
+    eager = eager_adapter(**wanted, scaling=given.scale)
+    wanted = list(wanted.values())
     expected = torch.autograd.grad(eager.sum(), wanted)
     for gradient, want in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
@@ -78,15 +80,16 @@ def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
 def test_ops_have_a_kernel_for_devices_beside_cpu_and_cuda(device):
     """What such a device's tensors reach; here they are the CPU's."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-    call = [t.detach() if isinstance(t, torch.Tensor) else t for t in op_arguments()]
-    y, z = FORWARD.redispatch(keys, *call, "reference", True)
-    eager = eager_adapter(*call[:5], scaling=0.5)
-    torch.testing.assert_close(y, eager, rtol=1e-5, atol=1e-5)
-    needs = [False, True, False, False, False, False]
-    found = BACKWARD.redispatch(keys, *call, "reference", z, torch.ones_like(y), needs)
-    down_weight = call[1].clone().requires_grad_()
-    eager_adapter(call[0], down_weight, *call[2:5], scaling=0.5).sum().backward()
-    torch.testing.assert_close(found[0], down_weight.grad, rtol=1e-5, atol=1e-5)
+    call = detached(op_arguments())
+    y, z = FORWARD.redispatch(keys, "reference", True, *call)
+    given = {name: t.clone() for name, t in call.tensors().items() if t is not None}
+    given["down_weight"].requires_grad_()
+    eager = eager_adapter(**given, scaling=0.5)
+    torch.testing.assert_close(y, eager.detach(), rtol=1e-5, atol=1e-5)
+    needs = Needs(down_weight=True)
+    found = BACKWARD.redispatch(keys, "reference", needs, *call, z, torch.ones_like(y))
+    eager.sum().backward()
+    torch.testing.assert_close(found[0], given["down_weight"].grad, rtol=1e-5, atol=1e-5)
 
 
 def test_ops_appear_by_name_in_the_profiler():
@@ -109,7 +112,7 @@ def test_only_watched_calls_take_the_op_s_way_through_the_dispatcher(spy, monkey
     with torch.set_grad_enabled(grad):
         expected = adapter(x)
         assert not taken
-        with FlopCounterMode(display=False):
+        with Allocations():
             torch.testing.assert_close(adapter(x), expected)
         with torch.profiler.profile():
             adapter(x)
@@ -135,6 +138,16 @@ def test_flop_counter_counts_the_products_that_run(frozen, products):
     with FlopCounterMode(display=False) as counter:
         ak.bottleneck_adapter(**given).sum().backward()
     assert counter.get_total_flops() == products * 2 * 15 * 10 * 4
+
+
+def test_flop_counter_sees_the_projections_of_a_module():
+    """It hooks every module of the process, and hooks run only where a module is called."""
+    adapter, x = ak.BottleneckAdapter(10, 4), torch.randn(3, 5, 10, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        adapter(x).sum().backward()
+    counts = counter.get_flop_counts()
+    assert sum(counts["BottleneckAdapter.down_proj"].values()) == 3 * 2 * 15 * 10 * 4
+    assert counter.get_total_flops() == 6 * 2 * 15 * 10 * 4
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (0,), ()], ids=str)

@@ -4,18 +4,18 @@ arguments.
 
 import pytest
 import torch
+from allocations import Allocations
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fake_gpu import FakeGpu, fake_gpu, pointers
 
 from adapterkern.backends import get
-from adapterkern.backends.base import Needs
 from adapterkern.backends.triton.launch_config import Device
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import AdapterCall, Needs, Outputs
 
 HIDDEN, BOTTLENECK = 256, 48
-ALL = Needs(True, True, True, True, True, True)
+ALL = Needs(*[True] * 5, scaling=True)
 
 
 def make_call(tokens, dtype=torch.bfloat16, hidden=HIDDEN, channel=True, **changes):
@@ -40,9 +40,9 @@ def make_call(tokens, dtype=torch.bfloat16, hidden=HIDDEN, channel=True, **chang
 def run(gpu, call, needs=ALL):
     with fake_gpu(gpu):
         backend = get("triton")
-        y, z = backend.forward(call, save_z=True)
-        gradients = backend.backward(call, z, torch.zeros_like(y), needs)
-    return y, z, gradients, {launch.kernel: launch for launch in gpu.launches}
+        outputs, saved = backend.forward(call, save=True)
+        gradients = backend.backward(call, saved, Outputs(torch.zeros_like(outputs.y)), needs)
+    return outputs.y, saved.z, gradients, {launch.kernel: launch for launch in gpu.launches}
 
 
 def arguments_of(launches):
@@ -97,20 +97,20 @@ def test_few_tokens_launch_two_forward_kernels_over_slices_of_h():
 def test_output_without_backward_allocates_no_bottleneck():
     gpu = FakeGpu()
     with fake_gpu(gpu):
-        _, z = get("triton").forward(make_call(128 * 132), save_z=False)
-    assert z.numel() == 0
+        _, saved = get("triton").forward(make_call(128 * 132), save=False)
+    assert saved.z is None
     assert gpu.launches[0].arguments["z_ptr"] is None
 
 
 @pytest.mark.parametrize(
     ("needs", "kernels"),
     [
-        (Needs(True, False, False, False, False, False), ["bottleneck_bwd_dx_kernel"]),
+        (Needs(x=True), ["bottleneck_bwd_dx_kernel"]),
         (
-            Needs(False, False, True, False, True, False),
+            Needs(up_weight=True, up_bias=True),
             ["bottleneck_bwd_dw_kernel", "bottleneck_bwd_dw_sum_kernel"],
         ),
-        (Needs(False, False, False, False, False, False), []),
+        (Needs(), []),
     ],
     ids=["frozen-adapter-needs-dx-alone", "up-projection-needs-no-dz", "nothing"],
 )
@@ -162,7 +162,7 @@ def test_float32_beside_bfloat16_fits_the_smallest_shared_memory(hidden, bottlen
         **(external if "residual" in types else {}),
     )
     gpu = FakeGpu(capability=89, device=Device(num_sms=128, shared_memory=99 * 1024))
-    needs = Needs(True, True, True, False, False, call.scaling is not None)
+    needs = Needs(True, True, True, scaling=call.scaling is not None)
     y, _, _, launches = run(gpu, call, needs)
     assert y.dtype == (torch.bfloat16 if types.keys() == {"weights"} else torch.float32)
     assert len(launches) >= 3
@@ -179,20 +179,13 @@ def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once():
     assert forward.arguments["stride_skip_token"] == HIDDEN
 
 
-def test_partial_sums_are_the_only_scratch_memory(monkeypatch):
+def test_partial_sums_are_the_only_scratch_memory():
     """No transient [T, H] tensor: beside outputs and z, only the weight gradients' partial sums and
     dz.
     """
-    allocated = []
-    empty = torch.empty
-
-    def counted(*args, **kwargs):
-        allocated.append(empty(*args, **kwargs))
-        return allocated[-1]
-
-    monkeypatch.setattr(torch, "empty", counted)
     call = make_call(128 * 132)
-    run(FakeGpu(), call)
+    with Allocations() as allocated:
+        run(FakeGpu(), call)
     rows = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
-    assert len(rows) == 2  # y and dx
-    assert len(allocated) <= 2 + 1 + 4 + 4 + 1  # and z, 4 partial sums, 4 gradients, d(scaling)
+    assert len(rows) == 3  # y, dx, and dy, which `run` makes
+    assert len(allocated) == 3 + 2 + 4 + 4 + 1  # and z, dz, 4 partial sums, 4 gradients, d(scaling)

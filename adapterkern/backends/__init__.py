@@ -4,6 +4,7 @@ import importlib
 
 import torch
 
+from adapterkern import _torch
 from adapterkern.backends.base import Backend
 
 # Triton before CUDA until both are measured on a GPU.
@@ -31,6 +32,7 @@ def get(name: str) -> Backend:
     return _loaded[name]
 
 
+@_torch.constant_under_compile  # it cannot trace an import, and need not
 def _load(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in _PATHS:
@@ -41,8 +43,3 @@ def _load(names: tuple[str, ...]) -> None:
         if name not in _loaded:
             module, attribute = _PATHS[name].split(":")
             _loaded[name] = getattr(importlib.import_module(module), attribute)()
-
-
-# torch.compile cannot trace an import, and need not: it runs _load and takes the result as given.
-# torch.compiler.assume_constant_result does the same, but imports all of torch._dynamo (1 s).
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]

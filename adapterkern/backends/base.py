@@ -1,49 +1,44 @@
 """The contract of a backend: what it declares, what it computes, and how it says no."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from adapterkern.spec import AdapterCall, AdapterSpec, name_of
+from adapterkern.spec import (
+    AdapterCall,
+    AdapterSpec,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+    tensor_values,
+)
+from adapterkern.validation import name_of
+
+# All backends have these; a backend adds the name of a later feature once its kernels have it.
+FIRST_FEATURES = frozenset(
+    {"bias", "input_residual", "external_residual", "skip", "scaling", "learned_scaling"}
+    | {"mixed_dtypes"}
+)
 
 
 class BackendUnsupportedError(RuntimeError):
     """A named backend cannot run a call, or ADAPTERKERN_STRICT=1 forbids a fallback."""
 
 
-class Needs(NamedTuple):
-    """Which gradients are asked for; the fields of `Gradients`."""
-
-    x: bool
-    down_weight: bool
-    up_weight: bool
-    down_bias: bool
-    up_bias: bool
-    scaling: bool
-
-
-class Gradients(NamedTuple):
-    """Gradients of one call, each in its tensor's dtype and shape; None where not asked for."""
-
-    x: Tensor | None = None
-    down_weight: Tensor | None = None
-    up_weight: Tensor | None = None
-    down_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    scaling: Tensor | None = None
-
-
 class Backend(ABC):
     """One implementation of the operation. Subclasses declare capabilities as class attributes.
 
-    A capability that is not declared is a reason to decline, so a feature new to
-    `AdapterCall.features()` is safe in every backend from the first day.
+    A capability that is not declared is a reason to decline, so an operation that is new, or a
+    feature new to `AdapterCall.features()`, is safe in every backend from the first day.
     """
 
     name: ClassVar[str]
-    devices: ClassVar[frozenset[str]]
+    operations: ClassVar[frozenset[str]] = frozenset({"bottleneck_adapter"})
+    devices: ClassVar[frozenset[str] | None]  # by type; None: wherever PyTorch runs
     dtypes: ClassVar[frozenset[torch.dtype]]
     activations: ClassVar[frozenset[str]]
     features: ClassVar[frozenset[str]]
@@ -56,7 +51,11 @@ class Backend(ABC):
         """Every reason why this backend cannot run `spec`, empty if it can."""
         unavailable = self.unavailable_reason()
         reasons = [] if unavailable is None else [unavailable]
-        if spec.device.type not in self.devices:
+        if spec.operation not in self.operations:
+            reasons.append(
+                f"operation {spec.operation} is not implemented (has: {_listed(self.operations)})"
+            )
+        if self.devices is not None and spec.device.type not in self.devices:
             reasons.append(
                 f"device {spec.device.type} is not supported (has: {_listed(self.devices)})"
             )
@@ -82,16 +81,59 @@ class Backend(ABC):
         return []
 
     @abstractmethod
-    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
-        """(y, z): the output [..., H], contiguous, in `call.output_dtype`, and the pre-activation
-        [T, R] in `call.compute_dtype` (size 0 unless `save_z`).
-        """
+    def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+        """The outputs, and with `save` what the backward needs of them."""
 
     @abstractmethod
     def backward(
-        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+        self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        """The gradients in `needs`, from the saved pre-activation and the gradient of y."""
+        """The gradients in `needs`, from what forward saved and the gradients of its outputs.
+
+        `call` may lack residual and skip (`AdapterCall.for_backward`).
+        """
+
+
+def empty_outputs(call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+    """Room for what a forward writes, contiguous whatever the strides of the inputs are."""
+    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
+    if not save:
+        return Outputs(y), Saved(None)
+    shape = call.num_tokens, call.bottleneck_size
+    return Outputs(y), Saved(call.x.new_empty(shape, dtype=call.compute_dtype))
+
+
+def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
+    """Room for the gradients asked for, contiguous whatever the strides of the tensors are."""
+    return Gradients(
+        *[
+            t.new_empty(t.shape) if need and t is not None else None
+            for t, need in zip(tensor_values(call), needs, strict=True)
+        ]
+    )
+
+
+def zero_gradients(call: AdapterCall, upstream: Outputs, needs: Needs) -> Gradients:
+    """The gradients of a call without tokens."""
+    zeros = [None if t is None else t.zero_() for t in empty_gradients(call, needs)]
+    return Gradients(*zeros)._replace(**added_gradients(upstream, needs))
+
+
+def added_gradients(upstream: Outputs, needs: Needs) -> dict[str, Tensor | None]:
+    """The gradients of residual and skip: that of the sum that they are added to, itself."""
+    return {
+        "residual": upstream.y if needs.residual else None,
+        "skip": upstream.y if needs.skip else None,
+    }
+
+
+def scaling_gradient(call: AdapterCall, sums: Tensor | None) -> Tensor | None:
+    """The gradient of a learned scaling from `sums` [H], float32: over all features for [1]."""
+    if sums is None or call.scaling is None:
+        return None
+    if call.scaling.numel() == 1:
+        sums = sums.sum(0, keepdim=True)
+    return sums.to(call.scaling.dtype)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -110,14 +152,11 @@ def allow_tf32() -> bool:
     (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32`, or the newer
     `fp32_precision`).
     """
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)
-    if precision is None:  # torch < 2.9
-        return matmul.allow_tf32
+    precision = torch.backends.cuda.matmul.fp32_precision
     if precision == "none":
-        precision = getattr(torch.backends, "fp32_precision", "ieee")
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return precision == "tf32"
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

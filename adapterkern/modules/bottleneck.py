@@ -1,16 +1,18 @@
 """`BottleneckAdapter`: the operation with its parameters."""
 
 import numbers
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapterkern import dispatch
-from adapterkern.activations import ACTIVATIONS, canonical_name
+from adapterkern import _torch, dispatch, reference
+from adapterkern.activations import canonical_name
 from adapterkern.backends import NAMES
-from adapterkern.functional import make_call, run_call
-from adapterkern.spec import FLOAT_DTYPES, AdapterCall, dropout_problems, name_of, validate
+from adapterkern.functional import run_call
+from adapterkern.spec import AdapterCall, make_call
+from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
@@ -145,26 +147,35 @@ class BottleneckAdapter(nn.Module):
         self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
     ) -> Tensor:
         """y [..., H]; `residual` and `skip` as in `adapterkern.bottleneck_adapter`."""
-        unfused = self.unfused_reason()
-        if unfused is not None:
-            return self._forward_through_modules(x, residual, skip, unfused)
-        return run_call(self.as_call(x, residual, skip), self.backend)
+        down, up = self.down_proj, self.up_proj  # asked for once: nn.Module searches for them
+        if not (_is_linear(down) and _is_linear(up)) or _torch.beyond_its_class(down, up):
+            return self._forward_through_modules(x, residual, skip)
+        return run_call(self._fused_call(x, residual, skip, down, up), self.backend)
 
     def as_call(
         self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
     ) -> AdapterCall:
-        """What `forward` runs for these arguments, as `adapterkern.explain` takes it."""
-        down, up = self.down_proj, self.up_proj
+        """The call that `forward` makes of these arguments, as `adapterkern.explain` takes it."""
+        return self._fused_call(x, residual, skip, self.down_proj, self.up_proj)
+
+    def _fused_call(
+        self,
+        x: Tensor,
+        residual: str | Tensor | None,
+        skip: Tensor | None,
+        down: nn.Linear,
+        up: nn.Linear,
+    ) -> AdapterCall:
         dropout = self.dropout if self.training else 0.0
         return make_call(
-            *(x, down.weight, up.weight, down.bias, up.bias, residual, skip),
-            *(self.activation, self.scaling, dropout),
-        )
+            x, down.weight, up.weight, down.bias, up.bias, residual, skip,
+            self.activation, self.scaling, dropout,
+        )  # fmt: skip
 
     def _stand_in_call(
         self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None
     ) -> AdapterCall:
-        """As `as_call` where the weights cannot be read: others of the same shape stand in."""
+        """The call of `as_call` where weights cannot be read: others of the same shape stand in."""
         call = make_call(
             *(x, x, x, None, None, residual, skip, self.activation, self.scaling),
             self.dropout if self.training else 0.0,
@@ -183,52 +194,47 @@ class BottleneckAdapter(nn.Module):
     def unfused_reason(self) -> str | None:
         """Why a projection must be called, not read: wrapped, quantised, hooked. Else None."""
         for name, projection in (("down_proj", self.down_proj), ("up_proj", self.up_proj)):
-            if type(projection).forward is not nn.Linear.forward:
+            if not _is_linear(projection):
                 return f"{name} is a {type(projection).__name__}, which must be called to be itself"
-            if (
-                projection._forward_hooks
-                or projection._forward_pre_hooks
-                or projection._backward_hooks
-                or projection._backward_pre_hooks
-            ):
-                return f"{name} has hooks, which run only where it is called"
+            beyond = _torch.beyond_its_class(projection)
+            if beyond is not None:
+                return f"{name} has {beyond} and must be called to be itself"
         return None
 
     def _forward_through_modules(
-        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None, reason: str
+        self, x: Tensor, residual: str | Tensor | None, skip: Tensor | None
     ) -> Tensor:
-        """As `reference.forward`, with the projections called, each in the dtype of its weight."""
+        """The reference with the projections called, each in the dtype of its weight."""
         call = self._stand_in_call(x, residual, skip)
-        validate(call)
-        dispatch.report_unfused(
-            x.device, f"BottleneckAdapter({self.extra_repr()})", reason, self.backend
-        )
+        call.spec()  # validates it
+        described, reason = f"BottleneckAdapter({self.extra_repr()})", self.unfused_reason()
+        dispatch.report_unfused(x.device, described, str(reason), self.backend)
 
         def project(projection: nn.Module, inputs: Tensor) -> Tensor:
             inputs = inputs.to(_weight_dtype(projection) or call.compute_dtype)
-            return projection(inputs).to(call.compute_dtype)
+            return projection(inputs)
 
-        a = ACTIVATIONS[call.activation].value(project(self.down_proj, x))
-        y = project(self.up_proj, a) * (call.scale if call.scaling is None else call.scaling)
-        if call.dropout > 0:
-            y = nn.functional.dropout(y, call.dropout)
-        added = x if call.add_input else call.residual
-        if added is not None:
-            y = y + added
-        return y if call.skip is None else y + call.skip
+        down, up = (partial(project, projection) for projection in (self.down_proj, self.up_proj))
+        return reference.forward(call, down, up)[0].y
 
     def extra_repr(self) -> str:
         scaling: float | str | nn.Parameter = self.scaling
         if isinstance(scaling, nn.Parameter):
             scaling = "learned" if scaling.numel() == 1 else "channel"
+        bias = getattr(self.down_proj, "bias", None) is not None
         return (
             f"hidden_size={self.hidden_size}, bottleneck_size={self.bottleneck_size}, "
-            f"activation={self.activation}, bias={self.down_proj.bias is not None}, "
+            f"activation={self.activation}, bias={bias}, "
             f"scaling={scaling}, dropout={self.dropout}, init={self.init}, backend={self.backend}"
         )
 
 
+def _is_linear(projection: nn.Module) -> bool:
+    """Whether the weights of a projection tell what its class computes."""
+    return type(projection).forward is nn.Linear.forward
+
+
 def _weight_dtype(projection: nn.Module) -> torch.dtype | None:
-    """Of its weight; None where that is packed, or none of a number's own types."""
+    """The dtype of its weight; None where that is packed or no floating-point one."""
     dtype = getattr(getattr(projection, "weight", None), "dtype", None)
     return dtype if dtype in FLOAT_DTYPES else None

@@ -1,4 +1,4 @@
-"""Compile and load what the first calls of a module would."""
+"""Compiles and loads the kernels that the first calls of a module need."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def warmup(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Compile and load every kernel that the first calls of `module` on such inputs would.
+    """Compile and load every kernel that the first calls of `module` on such inputs need.
 
-    Runs the module on copies of its inputs with gradients recorded, then the backward of all that
-    requires a gradient, then the module once more without recording. A first call inside the
-    capture of a CUDA graph fails, because a capture allows no module to be loaded; after this it is
-    a later call. So is the first batch of a service:
+    It runs the module on copies of its inputs with gradients recorded, then the backward of all
+    that requires a gradient, then the module once more without recording. A first call inside the
+    capture of a CUDA graph fails, because a capture allows no kernel to be loaded; after a warmup
+    it is not the first one. Nor is the first batch of a service:
 
-        ak.warmup(adapter, x)  # x: a buffer that is there to stay
+        ak.warmup(adapter, x)  # x: a buffer that every replay reads
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = adapter(x)
@@ -25,14 +25,14 @@ def warmup(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     Kernels depend on dtypes, on whether sizes and strides are multiples of 16, on the number of
     tokens, and on which tensors require gradients: give inputs like those to come. No `.grad`, no
     buffer, no input, no state of torch's random generators and no train/eval mode changes. An
-    argument that is neither a tensor nor a list, tuple or dict of them is passed as it is; of a
-    key-value cache that the model writes into, pass one that may be written.
+    argument that is neither a tensor nor a list, tuple or dict of them is passed unchanged; if the
+    model writes into a key-value cache, pass one that may be overwritten.
 
     Args:
-        module: a `BottleneckAdapter`, or any model that contains some. Of a model under
-            DistributedDataParallel warm up `model.module`: the wrapper takes every recorded forward
-            for one whose backward is to follow.
-        args, kwargs: what `module` is called with, as in `ak.warmup(adapter, x, skip=block_in)`.
+        module: a `BottleneckAdapter`, or any model that contains some. Under
+            DistributedDataParallel warm up `model.module`: the wrapper expects a backward after
+            every recorded forward.
+        args, kwargs: the arguments of `module`, as in `ak.warmup(adapter, x, skip=block_in)`.
 
     Raises:
         TypeError: `module` is no nn.Module.
@@ -65,7 +65,7 @@ def _run(module: nn.Module, args: Any, kwargs: Any) -> None:
         outputs = [t for t in _tensors(module(*args, **kwargs)) if t.requires_grad]
         leaves = [*module.parameters(), *_tensors((args, kwargs))]
         wanted = list(dict.fromkeys(leaf for leaf in leaves if leaf.requires_grad))
-        if outputs:  # autograd.grad, not backward: no .grad and no hook of a parameter
+        if outputs:  # autograd.grad sets no .grad and calls no hook of a parameter
             gradients = [torch.ones_like(t, memory_format=torch.contiguous_format) for t in outputs]
             torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
-    """The same with leaves in place of its tensors; one that comes twice does so again."""
+    """Copy `value` with leaves in place of its tensors; a tensor in two places is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in copies:
             copies[id(value)] = _copy(value)

@@ -68,7 +68,7 @@ def test_config_file_does_not_depend_on_set_order(tmp_path):
         ),
         ({"bottleneck_size": 0}, "bottleneck_size must be at least 1"),
         ({"reduction_factor": 0}, "reduction_factor must be positive, got 0"),
-        ({"activation": "mish"}, "mish"),
+        ({"activation": "prelu"}, "prelu"),
         ({"bias": "none"}, "True or False, got 'none'"),
         ({"scaling": "loud"}, "scaling must be"),
         ({"dropout": 1.5}, "dropout"),

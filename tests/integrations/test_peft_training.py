@@ -215,14 +215,14 @@ def test_compiled_model_equals_the_eager_one(tiny, batch):
     expected = gradients(model)
     model.zero_grad()
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     base = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
     compiled = base(input_ids=ids, use_cache=False).logits
     compiled.square().mean().backward()
     torch.testing.assert_close(compiled, logits)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name])
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_fused_path_runs(tiny, batch, caplog, clean_dispatch):

@@ -1,20 +1,23 @@
 """Capabilities, allocation and launch of the CUDA kernels."""
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkern.backends.base import (
+    FIRST_FEATURES,
     Backend,
     BackendUnsupportedError,
-    Gradients,
-    Needs,
+    added_gradients,
     allow_tf32,
+    empty_gradients,
+    empty_outputs,
     packed,
     rows,
+    scaling_gradient,
+    zero_gradients,
 )
 from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.launch_config import (
@@ -35,7 +38,7 @@ from adapterkern.backends.cuda.params import (
     ForwardParams,
     view,
 )
-from adapterkern.spec import AdapterCall, AdapterSpec
+from adapterkern.spec import AdapterCall, AdapterSpec, Gradients, Needs, Outputs, Saved
 
 
 class CudaBackend(Backend):
@@ -45,22 +48,17 @@ class CudaBackend(Backend):
     devices = frozenset({"cuda"})
     dtypes = frozenset(DTYPES)
     activations = frozenset(ACTIVATIONS)
-    features = frozenset(
-        {
-            "bias",
-            "input_residual",
-            "external_residual",
-            "skip",
-            "scaling",
-            "learned_scaling",
-            "mixed_dtypes",
-        }
-    )
+    features = FIRST_FEATURES
 
-    def __init__(self) -> None:
-        # Asked once, here: the answer stays, and torch.compile must not trace an import.
-        self._unavailable = extension.unavailable_reason()
-        self._kernels = extension.load().module
+    def __init__(self, kernels: Any = None, device: Device | None = None) -> None:
+        """Run the extension, or CPU tensors on `kernels` in its place, planned for `device`."""
+        self._kernels, self._planned_device = kernels, device
+        self._unavailable = None
+        if kernels is not None:
+            self.devices = frozenset({"cpu"})  # type: ignore[misc]
+        else:  # asked once, here: the answer stays, and torch.compile must not trace an import
+            self._unavailable = extension.unavailable_reason()
+            self._kernels = extension.load().module
 
     def unavailable_reason(self) -> str | None:
         return self._unavailable
@@ -85,9 +83,13 @@ class CudaBackend(Backend):
                 )
         return reasons
 
-    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         kernels = self._loaded_kernels()
-        # What is made here stays bound to a name until the launch: addresses keep nothing alive.
+        outputs, saved = empty_outputs(call, save)
+        device, num_tokens = call.x.device, call.num_tokens
+        if num_tokens == 0:
+            return outputs, saved
+        # Copies made here stay bound to a name until the launch: addresses keep nothing alive.
         inputs = {
             "x": rows(call.x),
             "down_weight": rows(call.down_weight),
@@ -98,53 +100,53 @@ class CudaBackend(Backend):
             "skip": None if call.skip is None else rows(call.skip),
             "scaling": packed(call.scaling),
         }
-        device, num_tokens = call.x.device, call.x.numel() // call.hidden_size
-        y = torch.empty(call.x.shape, dtype=call.output_dtype, device=device)
-        z = torch.empty(
-            (num_tokens, call.bottleneck_size) if save_z else 0,
-            dtype=call.compute_dtype,
-            device=device,
-        )
-        if num_tokens == 0:
-            return y, z
-        plan = token_plan(_problem(call, num_tokens), _device(device))
-        room = {"y": y, "z": z if save_z else None, "partial": _partial(plan, call, num_tokens)}
+        plan = token_plan(_problem(call, num_tokens), self._device(device))
+        room = {"y": outputs.y, "z": saved.z, "partial": _partial(plan, call, num_tokens)}
         params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
         kernels.forward(params.pack(), *_queue(device))
-        return y, z
+        return outputs, saved
 
     def backward(
-        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+        self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         kernels = self._loaded_kernels()
+        device, num_tokens, z = call.x.device, call.num_tokens, saved.z
+        if num_tokens == 0:
+            return zero_gradients(call, upstream, needs)
+        assert z is not None
         inputs = {
             "x": rows(call.x),
-            "dy": rows(grad_output),
+            "dy": rows(upstream.y),
             "z": z,
             "down_weight": rows(call.down_weight),
             "up_weight": rows(call.up_weight),
             "up_bias": packed(call.up_bias),
             "scaling": packed(call.scaling),
         }
-        device, num_tokens = call.x.device, call.x.numel() // call.hidden_size
-        out = _gradients(call, needs)
-        if num_tokens == 0:
-            for tensor in filter(torch.is_tensor, out.values()):
-                tensor.zero_()
-            return _returned(call, out)
+        out, d_scaling = empty_gradients(call, needs._replace(scaling=False)), None
+        if needs.scaling:
+            d_scaling = call.x.new_empty(call.hidden_size, dtype=torch.float32)
+        written = {
+            "dx": out.x,
+            "d_down_weight": out.down_weight,
+            "d_up_weight": out.up_weight,
+            "d_down_bias": out.down_bias,
+            "d_up_bias": out.up_bias,
+            "d_scaling": d_scaling,
+        }
         problem = _problem(call, num_tokens)
         plan, tokens = TokenPlan(Slices(0, 0)), Slices(0, 0)
         room: dict[str, Tensor | None] = {"dz": None, "partial": None}
         if needs.down_weight or needs.down_bias:
             room["dz"] = torch.empty_like(z)
-        if needs.x or room["dz"] is not None:
-            plan = token_plan(problem, _device(device))
+        if needs.dz:
+            plan = token_plan(problem, self._device(device))
             room["partial"] = _partial(plan, call, num_tokens)
-        if any(needs[1:]):
-            tokens = token_slices(problem, _device(device))
+        if needs.parameters:
+            tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
         params = BackwardParams(
-            **_views(inputs | out | room),
+            **_views(inputs | written | room),
             **sum_views,
             **_form(plan),
             token_splits=tokens.number,
@@ -153,9 +155,13 @@ class CudaBackend(Backend):
         )
         kernels.backward(params.pack(), *_queue(device))
         del sums  # kept until here
-        return _returned(call, out)
+        scaling = scaling_gradient(call, d_scaling)
+        return out._replace(scaling=scaling, **added_gradients(upstream, needs))
 
-    def _loaded_kernels(self) -> ModuleType:
+    def _device(self, device: torch.device) -> Device:
+        return self._planned_device or _gpu(device)
+
+    def _loaded_kernels(self) -> Any:
         if self._unavailable is not None or self._kernels is None:
             raise BackendUnsupportedError(f'backend "{self.name}": {self._unavailable}')
         return self._kernels
@@ -197,33 +203,6 @@ def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | No
     return torch.empty(shape, dtype=torch.float32, device=call.x.device)
 
 
-def _gradients(call: AdapterCall, needs: Needs) -> dict[str, Tensor | None]:
-    """Room for the gradients asked for, contiguous whatever the strides of the inputs are; that of
-    the scaling still [H] in float32."""
-    inputs = (call.x, call.down_weight, call.up_weight, call.down_bias, call.up_bias)
-    names = ("dx", "d_down_weight", "d_up_weight", "d_down_bias", "d_up_bias")
-    out = {
-        name: torch.empty_like(t, memory_format=torch.contiguous_format)
-        if need and t is not None
-        else None
-        for name, t, need in zip(names, inputs, needs[:5], strict=True)
-    }
-    out["d_scaling"] = None
-    if needs.scaling and call.scaling is not None:
-        out["d_scaling"] = torch.empty(call.hidden_size, dtype=torch.float32, device=call.x.device)
-    return out
-
-
-def _returned(call: AdapterCall, out: dict[str, Tensor | None]) -> Gradients:
-    d_scaling = out["d_scaling"]
-    if d_scaling is not None and call.scaling is not None:
-        if call.scaling.numel() == 1:
-            d_scaling = d_scaling.sum(0, keepdim=True)
-        d_scaling = d_scaling.to(call.scaling.dtype)
-    weights = out["d_down_weight"], out["d_up_weight"], out["d_down_bias"], out["d_up_bias"]
-    return Gradients(out["dx"], *weights, d_scaling)
-
-
 def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:
     """Work space in one piece: for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and
     dy [S, H].
@@ -258,7 +237,7 @@ def _problem(call: AdapterCall, num_tokens: int) -> Problem:
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def _gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     module, memory = extension.load().module, 0
     if module is not None and extension.runs_clusters(properties.major, properties.minor):
@@ -267,5 +246,7 @@ def _device(device: torch.device) -> Device:
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
-    """Where a launch goes: the index of the device, and its current stream."""
+    """The index of the device and its current stream, on which a launch is queued."""
+    if device.type == "cpu":
+        return 0, 0
     return device.index, torch.cuda.current_stream(device).cuda_stream

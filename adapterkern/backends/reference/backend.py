@@ -1,32 +1,37 @@
-"""Capabilities of the reference: everything."""
-
-from torch import Tensor
+"""Capabilities of the reference: every device and dtype, and every feature there is today."""
 
 from adapterkern import reference
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.backends.base import Backend, Gradients, Needs
-from adapterkern.spec import FLOAT_DTYPES, AdapterCall, AdapterSpec
+from adapterkern.backends.base import FIRST_FEATURES, Backend
+from adapterkern.spec import (
+    PLAIN_FEATURES,
+    AdapterCall,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+)
+from adapterkern.validation import FLOAT_DTYPES
 
 
 class ReferenceBackend(Backend):
     """`adapterkern.reference` behind the contract of a backend."""
 
     name = "reference"
+    devices = None  # all: it is plain PyTorch
     dtypes = frozenset(FLOAT_DTYPES)
     activations = frozenset(ACTIVATIONS)
+    features = FIRST_FEATURES | PLAIN_FEATURES
 
     def unavailable_reason(self) -> None:
         return None
 
-    def unsupported_reasons(self, spec: AdapterSpec) -> list[str]:
-        return []  # any device, any feature: it is plain PyTorch
-
-    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
-        y, z = reference.forward(call)
-        z = z.reshape(-1, call.bottleneck_size) if save_z else z.new_empty(0)
-        return y.contiguous(), z
+    def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+        outputs, saved = reference.forward(call)
+        z = saved.z.reshape(-1, call.bottleneck_size) if save and saved.z is not None else None
+        return Outputs(outputs.y.contiguous()), Saved(z)
 
     def backward(
-        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+        self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        return Gradients(*reference.backward(call, z, grad_output, tuple(needs)))
+        return reference.backward(call, saved, upstream, needs)

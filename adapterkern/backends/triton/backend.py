@@ -2,12 +2,24 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from adapterkern import _env
-from adapterkern.backends.base import Backend, Gradients, Needs, allow_tf32, packed, rows
+from adapterkern.backends.base import (
+    FIRST_FEATURES,
+    Backend,
+    added_gradients,
+    allow_tf32,
+    empty_gradients,
+    empty_outputs,
+    packed,
+    rows,
+    scaling_gradient,
+    zero_gradients,
+)
 from adapterkern.backends.triton.launch_config import (
     SUM,
     Device,
@@ -18,7 +30,7 @@ from adapterkern.backends.triton.launch_config import (
     cdiv,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
-from adapterkern.spec import AdapterCall, AdapterSpec
+from adapterkern.spec import AdapterCall, AdapterSpec, Gradients, Needs, Outputs, Saved
 
 try:
     import triton.language as tl
@@ -32,8 +44,8 @@ except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"
     VALUES = DERIVATIVES = {}
 
-# What CPU tensors are planned for. In Triton's interpreter: few SMs, so that small tests reach both
-# forms; within `compile_only`, the GPU that is compiled for.
+# The device that CPU tensors are planned for. Triton's interpreter gets few SMs, so that small
+# tests reach both forms; `compile_only` sets the GPU that it compiles for.
 cpu_device = Device(num_sms=4, shared_memory=227 * 1024)
 
 
@@ -44,17 +56,7 @@ class TritonBackend(Backend):
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
-    features = frozenset(
-        {
-            "bias",
-            "input_residual",
-            "external_residual",
-            "skip",
-            "scaling",
-            "learned_scaling",
-            "mixed_dtypes",
-        }
-    )
+    features = FIRST_FEATURES
 
     def unavailable_reason(self) -> str | None:
         if _IMPORT_ERROR is not None:
@@ -77,23 +79,19 @@ class TritonBackend(Backend):
             else [f"compute capability {major}.{minor} is below 8.0 (no bfloat16 tensor cores)"]
         )
 
-    def forward(self, call: AdapterCall, save_z: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+        outputs, saved = empty_outputs(call, save)
         x = rows(call.x)
-        num_tokens, bottleneck = x.shape[0], call.bottleneck_size
-        y = torch.empty(call.x.shape, dtype=call.output_dtype, device=x.device)
-        z = torch.empty(
-            (num_tokens, bottleneck) if save_z else 0, dtype=call.compute_dtype, device=x.device
-        )
-        if num_tokens == 0:
-            return y, z
+        if x.shape[0] == 0:
+            return outputs, saved
         device = _device(x.device)
         plan = token_plan(forward_problem(call, x, device), device)
         with _on(x.device):
             if isinstance(plan, RowBlock):
-                self._forward_row_block(call, x, y, z if save_z else None, plan.kernel)
+                self._forward_row_block(call, x, outputs.y, saved.z, plan.kernel)
             else:
-                self._forward_split(call, x, y, z if save_z else None, plan)
-        return y, z
+                self._forward_split(call, x, outputs.y, saved.z, plan)
+        return outputs, saved
 
     def _forward_row_block(
         self, call, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
@@ -138,27 +136,26 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def backward(
-        self, call: AdapterCall, z: Tensor, grad_output: Tensor, needs: Needs
+        self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        x, dy = rows(call.x), rows(grad_output)
-        num_tokens = x.shape[0]
-        if num_tokens == 0:
-            return _zeros(call, needs)
-        dx = torch.empty(call.x.shape, dtype=x.dtype, device=x.device) if needs.x else None
-        dz = None
-        if needs.down_weight or needs.down_bias:
-            dz = torch.empty_like(z)
+        x, dy, z = rows(call.x), rows(upstream.y), saved.z
+        if x.shape[0] == 0:
+            return zero_gradients(call, upstream, needs)
+        assert z is not None
+        out = empty_gradients(call, needs._replace(scaling=False))
+        dz = torch.empty_like(z) if needs.down_weight or needs.down_bias else None
         device = _device(x.device)
         with _on(x.device):
-            if dx is not None or dz is not None:
+            if needs.dz:
                 plan = token_plan(dx_problem(call, dy, device), device)
                 if isinstance(plan, RowBlock):
-                    self._dx_row_block(call, z, dy, dx, dz, plan.kernel)
+                    self._dx_row_block(call, z, dy, out.x, dz, plan.kernel)
                 else:
-                    self._dx_split(call, z, dy, dx, dz, plan)
-            if not any(needs[1:]):
-                return Gradients(dx)
-            return Gradients(dx, *self._weight_gradients(call, x, dy, z, dz, needs))
+                    self._dx_split(call, z, dy, out.x, dz, plan)
+            if needs.parameters:
+                sums = self._weight_gradients(call, x, dy, z, dz, out, needs)
+                out = out._replace(scaling=scaling_gradient(call, sums))
+        return out._replace(**added_gradients(upstream, needs))
 
     def _dx_row_block(
         self,
@@ -208,27 +205,31 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def _weight_gradients(
-        self, call, x: Tensor, dy: Tensor, z: Tensor, dz: Tensor | None, needs: Needs
-    ) -> tuple:
-        """(d_down, d_up, d_down_bias, d_up_bias, d_scaling), None where not asked for."""
+        self,
+        call: AdapterCall,
+        x: Tensor,
+        dy: Tensor,
+        z: Tensor,
+        dz: Tensor | None,
+        gradients: Gradients,
+        needs: Needs,
+    ) -> Tensor | None:
+        """Write those of the weights and biases; return the sums over tokens for the scaling."""
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         parameters = (call.down_weight, call.up_weight, call.down_bias, call.up_bias)
-        out = [
-            torch.empty(p.shape, dtype=p.dtype, device=p.device) if need else None
-            for p, need in zip(parameters, needs[1:5], strict=True)
-        ]
+        out = (gradients.down_weight, gradients.up_weight, gradients.down_bias, gradients.up_bias)
         device = _device(x.device)
         plan = weight_gradient_plan(weights_problem(call, x, dy, device), device)
         config = plan.kernel
         partial = plan.num_splits > 1 or needs.scaling
-        sums = out
+        sums: Sequence[Tensor | None] = out
         if partial:
             # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
             wanted = (needs.down_weight, needs.up_weight or needs.scaling, needs.down_bias,
                       needs.up_bias or (needs.scaling and call.up_bias is not None))  # fmt: skip
             sums = [
-                torch.empty((plan.num_splits, *p.shape), dtype=torch.float32, device=p.device)
-                if want
+                p.new_empty((plan.num_splits, *p.shape), dtype=torch.float32)
+                if want and p is not None
                 else None
                 for p, want in zip(parameters, wanted, strict=True)
             ]
@@ -240,10 +241,8 @@ class TritonBackend(Backend):
             **_tiles(call, config),
         )  # fmt: skip
         if not partial:
-            return (*out, None)
-        d_scaling = (
-            torch.empty(hidden, dtype=torch.float32, device=x.device) if needs.scaling else None
-        )
+            return None
+        d_scaling = x.new_empty(hidden, dtype=torch.float32) if needs.scaling else None
         units = bottleneck if needs.scaling else SUM.block_r
         bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
             *sums, packed(call.up_weight), packed(call.up_bias),
@@ -252,21 +251,7 @@ class TritonBackend(Backend):
             **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
             num_warps=SUM.num_warps, num_stages=SUM.num_stages,
         )  # fmt: skip
-        if d_scaling is not None:
-            if call.scaling.numel() == 1:
-                d_scaling = d_scaling.sum(0, keepdim=True)
-            d_scaling = d_scaling.to(call.scaling.dtype)
-        return (*out, d_scaling)
-
-
-def _zeros(call: AdapterCall, needs: Needs) -> Gradients:
-    tensors = (call.x, call.down_weight, call.up_weight, call.down_bias, call.up_bias, call.scaling)
-    return Gradients(
-        *(
-            t.new_zeros(t.shape) if t is not None and need else None
-            for t, need in zip(tensors, needs, strict=True)
-        )
-    )
+        return d_scaling
 
 
 def _optional_rows(tensor: Tensor | None) -> Tensor | None:
@@ -278,17 +263,17 @@ def _stride(tensor: Tensor | None) -> int:
 
 
 def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:
-    """What the launch of y depends on; x [T, H]."""
+    """The problem that the launch of y is planned for; x [T, H]."""
     return _problem(call, device, x, call.down_weight, call.up_weight)
 
 
 def dx_problem(call: AdapterCall, dy: Tensor, device: Device) -> Problem:
-    """What the launch of dz and dx depends on; dy [T, H]."""
+    """The problem that the launch of dz and dx is planned for; dy [T, H]."""
     return _problem(call, device, dy, call.down_weight, call.up_weight)
 
 
 def weights_problem(call: AdapterCall, x: Tensor, dy: Tensor, device: Device) -> Problem:
-    """What the launch of the weight gradients depends on; x and dy [T, H]."""
+    """The problem that the weight gradients' launch is planned for; x and dy [T, H]."""
     return _problem(call, device, x, dy)
 
 

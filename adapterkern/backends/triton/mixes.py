@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkern.backends.base import Needs
+from adapterkern.backends.base import Needs, empty_outputs
 from adapterkern.backends.triton import backend, tuned
 from adapterkern.backends.triton.launch_config import Device, Problem
 from adapterkern.backends.triton.tuned import Entry
-from adapterkern.spec import AdapterCall, name_of
+from adapterkern.spec import AdapterCall, make_call
+from adapterkern.validation import name_of
 
 
 class Mix(NamedTuple):
@@ -47,18 +48,19 @@ class Mix(NamedTuple):
         def empty(dtype: torch.dtype | None, *shape: int) -> Tensor | None:
             return None if dtype is None else torch.empty(shape, dtype=dtype, device=device)
 
-        biases = self.weights if self.bias else None
-        return AdapterCall(
+        biases, scaling = self.weights if self.bias else None, empty(self.scaling, hidden)
+        call = make_call(
             empty(self.x, tokens, hidden),  # type: ignore[arg-type]
             empty(self.weights, bottleneck, hidden),  # type: ignore[arg-type]
             empty(self.weights, hidden, bottleneck),  # type: ignore[arg-type]
             empty(biases, bottleneck),
             empty(biases, hidden),
+            "input" if self.added is None else empty(self.added, tokens, hidden),
             empty(self.added, tokens, hidden),
-            empty(self.added, tokens, hidden),
-            empty(self.scaling, hidden),
-            *(1.0, self.added is None, self.activation, self.products),
+            activation=self.activation,
+            scaling=1.0 if scaling is None else scaling,
         )
+        return call._replace(compute_dtype=self.products)
 
 
 def uniform(dtype: torch.dtype, activation: str = "gelu") -> Mix:
@@ -144,10 +146,8 @@ def compile_entry(
     if mix.odd:
         tokens, hidden, bottleneck = tokens + 1, hidden + 3, max(1, bottleneck - 1)
     call = mix.call(tokens, hidden, bottleneck)
-    z = call.x.new_empty((tokens, bottleneck), dtype=mix.products)
-    dy = torch.empty_like(call.x, dtype=call.output_dtype)
-    scaled = mix.scaling is not None
-    needs = Needs(True, True, True, mix.bias, mix.bias, scaled)
+    upstream, saved = empty_outputs(call, save=True)
+    needs = Needs(True, True, True, mix.bias, mix.bias, scaling=mix.scaling is not None)
     parts = _parts(entry.kind, mix, entry.problem, device)
     kernels = backend.TritonBackend()
     with (
@@ -160,5 +160,5 @@ def compile_entry(
         if timed:
             kernels.forward(call, False)
         if "backward" in parts or timed:
-            kernels.backward(call, z, dy, needs)
+            kernels.backward(call, saved, upstream, needs)
     return launches

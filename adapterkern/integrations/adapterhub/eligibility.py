@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterkern.integrations.adapterhub.activations import activation_name
-from adapterkern.integrations.adapterhub.hooks import any_hooked
+from adapterkern import _torch
 from adapterkern.integrations.adapterhub.stock import ActivationFunction, Adapter, ParallelAdapter
+from adapterkern.integrations.foreign.activations import activation_name
 
 # down_weight, up_weight, down_bias, up_bias, activation, scaling. A plain tuple, as the cheapest
 # there is.
@@ -17,7 +17,7 @@ _NUMBERS = (type(None), float, int)
 
 
 def parts_of(adapter: Any) -> Parts | str:
-    """What a fused call needs of an adapter, or the code in `REASONS` of what forbids the call."""
+    """The parts of an adapter that a fused call needs, or the code in `REASONS` that forbids it."""
     kind = type(adapter)
     if kind is not Adapter and kind is not ParallelAdapter:
         return "sharded" if _is_sharding(kind) else "custom_class"
@@ -55,7 +55,7 @@ def parts_of(adapter: Any) -> Parts | str:
         if modules["DropPath"].training:
             return "stochastic_depth"
         called += (modules["DropPath"],)
-    if any_hooked(called):
+    if _torch.beyond_its_class(*called) is not None:
         return "hooks"
     down_weight, down_bias = _weight_and_bias(down)
     up_weight, up_bias = _weight_and_bias(up)

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkern import _torch
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.functional import compute_dtype, run_call
+from adapterkern.functional import run_call
 from adapterkern.integrations.adapterhub.eligibility import parts_of
-from adapterkern.integrations.adapterhub.hooks import any_hooked
-from adapterkern.integrations.adapterhub.inference import infer, reference_infers
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.adapterhub.stock import (
     AdapterSetup,
@@ -36,7 +35,7 @@ from adapterkern.integrations.adapterhub.stock import (
     ParallelAdapter,
     Stack,
 )
-from adapterkern.spec import AdapterCall
+from adapterkern.spec import make_call
 
 # Levels of a model: which of the library's methods stand aside.
 OFF, ADAPTER, LAYER = 0, 1, 2
@@ -45,8 +44,7 @@ FLAG = "_adapterkern_level"  # on a model's ModelAdaptersConfig: (token, level, 
 _stock_single = BottleneckLayer.compose_single
 _stock_fuse = BottleneckLayer.compose_fuse
 _stock_forward = BottleneckLayer.bottleneck_layer_forward
-# What the path of a single adapter takes the place of, beside compose_single: a subclass that has
-# its own keeps the library's path.
+# The path of a single adapter replaces these too: a subclass with its own keeps the library's path.
 _INLINED = {
     name: getattr(BottleneckLayer, name)
     for name in ("get_active_setup", "compose", "compose_stack", "pre_block")
@@ -58,7 +56,6 @@ token = uuid.uuid4().hex
 default = (OFF, False)  # level and strict of models without a flag
 warned: set[str] = set()
 _usual_classes: set[type] = set()
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 
 
 def level_of(config: Any) -> int:
@@ -111,7 +108,7 @@ def _scores_wanted() -> bool:
 
 
 def _is_usual(kind: type) -> bool:
-    # What eager calls remember, a compiled one must not read: it would be compiled anew for it.
+    # A compiled call must not read what eager calls remember: it would be compiled anew for it.
     compiling = torch.compiler.is_compiling()
     if not compiling and kind in _usual_classes:
         return True
@@ -158,7 +155,7 @@ def _normalised(layer_norm: Any, x: Any) -> Any:
     """LN(x); x where the block has no LN, None for None."""
     if x is None or not layer_norm:
         return x
-    if type(layer_norm) is nn.LayerNorm and not any_hooked((layer_norm,)):
+    if type(layer_norm) is nn.LayerNorm and _torch.beyond_its_class(layer_norm) is None:
         state = layer_norm.__dict__
         parameters = state["_parameters"]
         if "weight" in parameters:  # not so in a replica of nn.DataParallel
@@ -169,7 +166,7 @@ def _normalised(layer_norm: Any, x: Any) -> Any:
 
 def _is_traced() -> bool:
     """Whether plain operations are wanted: torch.jit.trace and its ONNX export, torch.export."""
-    return torch._C._get_tracing_state() is not None or _is_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _adapt(parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None) -> Tensor | None:
@@ -177,13 +174,8 @@ def _adapt(parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None) 
     down_weight, up_weight, down_bias, up_bias, activation, scaling = parts
     if x.dtype != down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
-    tensors = (x, down_weight, up_weight, down_bias, up_bias)
-    if reference_infers(x):
-        return infer(*tensors, activation, residual, skip, scaling)
-    residual, add_input = (None, True) if residual is x else (residual, False)
-    scale, learned = (1.0, scaling) if isinstance(scaling, Tensor) else (float(scaling), None)
-    options = scale, add_input, activation, compute_dtype(x)
-    return run_call(AdapterCall(*tensors, residual, skip, learned, *options))
+    tensors = (x, down_weight, up_weight, down_bias, up_bias, residual, skip)
+    return run_call(make_call(*tensors, activation, scaling))
 
 
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:

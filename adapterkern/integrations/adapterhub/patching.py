@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import re
-import sys
 import threading
 import uuid
 import warnings
@@ -14,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkern import _torch
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub import fast_path
+from adapterkern.integrations.adapterhub.coverage import Report, Row, shown_activation, sizes_of
 from adapterkern.integrations.adapterhub.eligibility import parts_of
 from adapterkern.integrations.adapterhub.fast_path import ADAPTER, FLAG, LAYER, OFF
 from adapterkern.integrations.adapterhub.reasons import REASONS
-from adapterkern.integrations.adapterhub.report import Report, Row, shown_activation, sizes_of
 from adapterkern.integrations.adapterhub.stock import (
     AdapterCompositionBlock,
     AdapterSetup,
@@ -293,8 +293,7 @@ def _warn(report: Report, stacklevel: int) -> None:
 
 def _warn_of_compiled_models(stacklevel: int) -> None:
     """The library's own graphs have no guard on the methods that `patch` replaces."""
-    dynamo = sys.modules.get("torch._dynamo.convert_frame")
-    if getattr(dynamo, "FRAME_COUNTER", 0) > 0 and "compiled" not in fast_path.warned:
+    if _torch.has_compiled() and "compiled" not in fast_path.warned:
         fast_path.warned.add("compiled")
         warnings.warn(
             "adapterkern: torch.compile ran before this patch, and a model that it compiled then "
