@@ -1,4 +1,4 @@
-"""What the integrations raise and warn with; backends have a `BackendUnsupportedError`."""
+"""The errors and warnings of the integrations; backends raise `BackendUnsupportedError`."""
 
 
 class UnsupportedAdapterError(RuntimeError):

@@ -19,7 +19,7 @@ WORKSPACE_MB = 20
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Every goal against a result; nothing measured on a CPU counts."""
+    """Judge every goal against a result; nothing measured on a CPU counts."""
     rows = [row for row in result.rows if row.ours] if result.on_gpu else []
     models = result.models if result.on_gpu else []
     calibration = result.header.get("calibration", {})
@@ -40,7 +40,7 @@ def verdicts(result: Result) -> list[Verdict]:
 
 
 def auto_rows(rows: Iterable[Row], order: Sequence[str] = NAMES) -> list[Row]:
-    """Of this package's rows that of the backend which "auto" runs, one a case.
+    """Return this package's row of the backend that "auto" runs, one a case.
 
     It is the first of `order` that can run the case, however fast, and though its result be wrong.
     """
@@ -94,7 +94,7 @@ def _speed(judge: Judge) -> list[Verdict]:
 
 
 def _block(models: Iterable[ModelRow]) -> list[Verdict]:
-    """What two adapters add to a transformer block of width 1024, in a graph."""
+    """Judge what two adapters add to a transformer block of width 1024, in a graph."""
     rows = {(r.model, r.mode, r.variant): r for r in models if r.execution == "graph"}
     name, found = "block-1024", []
     for mode, bound in (("forward", 5.0), ("step", 7.0)):
@@ -176,7 +176,7 @@ def _dtypes(judge: Judge) -> list[Verdict]:
 
 
 def _auto(rows: list[Row], auto: list[Row], calibration: dict[str, float]) -> Verdict:
-    """That no backend, and no plain layers, would have been faster; 3 % are noise."""
+    """Judge that no backend, and no plain layers, would have been faster; 3 % are noise."""
     fastest: dict[BenchCase, float] = {}
     for row in rows:
         if row.time is not None:

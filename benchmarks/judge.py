@@ -32,7 +32,7 @@ class Verdict:
 
     @property
     def state(self) -> str:
-        """In a word or two."""
+        """The outcome in a word or two."""
         if self.met is None and self.found != NOT_MEASURED:
             return "for information"
         return {True: "met", False: "missed", None: "not measured"}[self.met]
@@ -46,7 +46,7 @@ class Judge:
     calibration: dict[str, float]
 
     def of(self, mode: str, wanted: Callable[[BenchCase], bool]) -> "Judge":
-        """Only the rows of a mode, and of the cases that are wanted."""
+        """Keep only the rows of a mode, and of the cases that are wanted."""
         kept = [row for row in self.rows if row.case.mode == mode and wanted(row.case)]
         return Judge(kept, self.calibration)
 
@@ -59,7 +59,7 @@ class Judge:
         form: Callable[[float], str],
         later: str = "",
     ) -> Verdict:
-        """That the least value is at least `bound`; later: what it shall be in the end."""
+        """Judge that the least value is at least `bound`; later: what it shall be in the end."""
         promise = f"{promise} >= {form(bound)}{_later(later)}"
         known = self._known(value)
         if not known:
@@ -78,7 +78,7 @@ class Judge:
         later: str = "",
         absolute: bool = False,
     ) -> Verdict:
-        """That the greatest value is at most `bound`; absolute: a time of one device."""
+        """Judge that the greatest value is at most `bound`; absolute: a time of one device."""
         promise = f"{promise} <= {bound:g}{unit}{_later(later)}"
         known = self._known(value)
         if not known:
@@ -113,7 +113,7 @@ class Judge:
 
 
 def _machine(row: Row, calibration: dict[str, float]) -> Machine | None:
-    """What bounds a row's case, by the arithmetic that the row was measured with."""
+    """Return what bounds a row's case, by the arithmetic that the row was measured with."""
     machine = from_dict(calibration).machine(row.case.dtype)
     if machine is None or TF32 not in row.note:
         return machine
@@ -121,7 +121,7 @@ def _machine(row: Row, calibration: dict[str, float]) -> Machine | None:
 
 
 def _why(row: Row, machine: Machine | None) -> str:
-    """Of the case that decided: what bounds it, the kernels launched, the bytes."""
+    """Return what bounds the case that decided, its kernels launched, and its bytes."""
     case, facts = row.case, []
     if machine is not None:
         facts.append(f"{roofline.bound(case, machine)}-bound")
@@ -139,6 +139,6 @@ def _later(text: str) -> str:
 
 
 def over(found: float, bound: float, unit: str) -> str:
-    """The value found, and by how much it exceeds its bound where it does."""
+    """Return the value found, and by how much it exceeds its bound where it does."""
     text = f"{found:.2f}{unit}"
     return text if found <= bound else f"{text}, {found - bound:.2f} over"

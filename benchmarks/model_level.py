@@ -27,14 +27,14 @@ def measure_model(
     seconds: float,
     variants: Sequence[str] | None = None,
 ) -> list[ModelRow]:
-    """A row for each variant, all timed in turn; a variant that fails costs its own row alone.
+    """Time all variants in turn, a row for each; a variant that fails costs its own row alone.
 
     forward: evaluation without gradients. decode: the same for one token after a prompt of the
     whole sequence. step: forward, backward from a given gradient of the last hidden state down to
     the embedded input, and AdamW on the parameters that are trained; the plain model trains none,
     full fine-tuning all, the embedding included.
 
-    On a GPU by its events: a graph with the host ahead, eager models with the gaps in which the GPU
+    A GPU's events time it: a graph with the host ahead, eager models with the gaps in which the GPU
     waits for the host.
 
     Raises:
@@ -151,7 +151,7 @@ def _call(
 def _timed(
     subjects: dict[str, Subject], execution: str, timer: WallTimer | CudaTimer, seconds: float
 ) -> dict[str, Timing]:
-    """Microseconds of one call of each."""
+    """Return the microseconds of one call of each."""
     if not isinstance(timer, CudaTimer):
         return timer.measure("eager", subjects, seconds)
 
@@ -171,7 +171,7 @@ def _in_milliseconds(timing: Timing) -> Timing:
 
 
 def _overheads(rows: dict[str, ModelRow]) -> None:
-    """Per cent over the plain model, which is frozen and passes gradients on."""
+    """Fill in per cent over the plain model, which is frozen and passes gradients on."""
     plain = rows.get("plain")
     if plain is None or plain.milliseconds is None:
         return

@@ -29,8 +29,8 @@ class Spec:
     """One model, its batch, and where adapters of which width go.
 
     places: name suffixes of the linear layers that an adapter follows (the block has its own);
-    family: "block", or a model of transformers; vocabulary: rows of the embedding; preset: of
-    AdapterHub, in place of places and bottleneck_size.
+    family: "block", or a model of transformers; vocabulary: rows of the embedding; preset:
+    AdapterHub's, in place of places and bottleneck_size.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Spec:
     preset: str = ""
 
     def tiny(self) -> "Spec":
-        """The same with widths and a batch that a CPU runs in milliseconds."""
+        """Return the same with widths and a batch that a CPU runs in milliseconds."""
         return replace(
             self,
             hidden_size=32,
@@ -64,7 +64,7 @@ _BERT = ("attention.output.dense", r"[0-9]+.output.dense")
 
 
 def _gpt2(batch: int, sequence: int, bottleneck: int, *modes: str) -> Spec:
-    """GPT-2 medium with two adapters a layer, adapter(H) of the paper below."""
+    """Return GPT-2 medium with two adapters a layer, adapter(H) of the paper below."""
     sizes = (1024, 24, 16, batch, sequence, bottleneck)
     name, places = f"gpt2-medium-{batch}x{sequence}-H", ("c_proj",)
     return Spec(name, "gpt2", *sizes, places, modes or ("forward",), vocabulary=50257)
@@ -137,7 +137,7 @@ class Block(nn.Module):
 
 
 def variants(spec: Spec) -> tuple[str, ...]:
-    """The variants of a model: those with the block's residual folded in, and full fine-tuning."""
+    """Return a model's variants, with the block's residual folded in or full fine-tuning too."""
     if spec.preset:
         return PATCHED
     more = ("adapterkern-skip",) if spec.family == "block" else ("full",)
@@ -145,7 +145,7 @@ def variants(spec: Spec) -> tuple[str, ...]:
 
 
 def build(spec: Spec, variant: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on the device, random, with the variant's parameters alone to be trained.
+    """Return the model on the device, random, with the variant's parameters alone to be trained.
 
     Raises:
         MissingPackageError: the variant's package is not installed.
@@ -219,7 +219,7 @@ def _lora(model: nn.Module, places: tuple[str, ...], rank: int) -> nn.Module:
 
 
 def _pattern(places: tuple[str, ...]) -> str:
-    """A regular expression for whole module names that end in one of `places`."""
+    """Return a regular expression for whole module names that end in one of `places`."""
     return rf"(.*\.)?({'|'.join(place.replace('.', chr(92) + '.') for place in places)})"
 
 
@@ -244,7 +244,7 @@ def _with_adapterhub(model: nn.Module, spec: Spec) -> nn.Module:
 
 
 def patched(model: nn.Module, variant: str) -> contextlib.AbstractContextManager[Any]:
-    """The block within which a patched variant runs fused; one that cannot raises.
+    """Return the block within which a patched variant runs fused; one that cannot raises.
 
     The stock model beside it pays the look at a flag in each layer.
     """
@@ -302,10 +302,10 @@ def _import(name: str) -> Any:
 def embedder(
     spec: Spec, model: Any, device: torch.device, dtype: torch.dtype, tokens: int | None = None
 ) -> Callable[[], Tensor]:
-    """A function that embeds the model's token ids anew: [batch, tokens (the sequence), H].
+    """Return a function that embeds the model's token ids anew: [batch, tokens (the sequence), H].
 
-    What it gives carries a gradient where the embedding is trained, as in full fine-tuning. A block
-    has no embedding: random values.
+    Its result carries a gradient where the embedding is trained, as in full fine-tuning. A block
+    has no embedding and gets random values.
     """
     generator = torch.Generator(device).manual_seed(0)
     shape = spec.batch, tokens or spec.sequence
@@ -318,7 +318,7 @@ def embedder(
 
 
 def past_of(model: nn.Module, embedded: Tensor) -> Any:
-    """Keys and values of every layer for a prompt [B, S, H], the same for every decoded token."""
+    """Return all layers' keys and values of a prompt [B, S, H], the same for each decoded token."""
     cache = _import("transformers").DynamicCache
 
     class Past(cache):  # type: ignore[misc,valid-type]

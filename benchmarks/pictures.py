@@ -45,7 +45,7 @@ def draw(result: Result, path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _panels(result: Result) -> dict[str, list[Row]]:
-    """Rows by mode, of what was timed at two numbers of tokens at least: one makes no line."""
+    """Return rows by mode, if timed at two numbers of tokens at least: one makes no line."""
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in result.rows:
         if row.time is not None and row.provider != "no-adapter":
@@ -59,7 +59,7 @@ def _panels(result: Result) -> dict[str, list[Row]]:
 
 
 def _families(result: Result) -> dict[str, list[ModelRow]]:
-    """Timed rows of models by family: block, gpt2, bert, llama, and AdapterHub's presets."""
+    """Return models' timed rows by family: block, gpt2, bert, llama, and AdapterHub's presets."""
     by_name = {spec.name: spec for spec in SPECS}
     families: dict[str, list[ModelRow]] = {}
     for row in result.models:
@@ -72,7 +72,7 @@ def _families(result: Result) -> dict[str, list[ModelRow]]:
 
 
 def _draw_models(result: Result, rows: list[ModelRow], path: Path) -> None:
-    """Bars by model and execution: per cent over plain with a GPU, else milliseconds."""
+    """Draw bars by model and execution: per cent over plain with a GPU, else milliseconds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def _draw_bars(
     names: list[str],
     on_gpu: bool,
 ) -> None:
-    """One mode: a group of bars for each model and execution, a bar for each variant."""
+    """Draw one mode: a group of bars for each model and execution, a bar for each variant."""
     height = 0.84 / len(names)
     for place, name in enumerate(names):
         found = {(r.model, r.execution): r for r in rows if r.variant == name}

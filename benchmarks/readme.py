@@ -1,4 +1,4 @@
-"""What README and docs/benchmarks.md say of speed, generated from the best committed GPU result."""
+"""Writes what README and docs/benchmarks.md say of speed, from the best committed GPU result."""
 
 from collections import Counter
 from pathlib import Path
@@ -29,7 +29,7 @@ class MarkerError(ValueError):
 
 
 def best(folder: Path = RESULTS) -> Path | None:
-    """The folder of the GPU result that the pages show, None if there is none: a finished one
+    """Find the folder of the GPU result that the pages show, None if there is none: a finished one
     before others, an H200's before an H100's before another GPU's, the newest of these.
 
     Raises:
@@ -46,7 +46,7 @@ def best(folder: Path = RESULTS) -> Path | None:
 
 
 def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str]]:
-    """By page: the name in its markers, and what goes between them."""
+    """Return by page the name in its markers, and what goes between them."""
     if folder is None:
         return {
             "README.md": ("performance", NO_RESULT),
@@ -92,7 +92,7 @@ def _count_states(result: Result) -> str:
 
 
 def _telling(result: Result) -> list[Row]:
-    """A decode, a prompt and a batch on the backend that "auto" runs: what a reader looks for."""
+    """Pick a decode, a prompt and a batch on "auto"'s backend, which a reader looks for."""
     rows = goals.auto_rows(result.rows, result.header.get("backends", NAMES))
     kept = [
         row
@@ -110,12 +110,12 @@ def _place(row: Row) -> tuple[str, int, int, int]:
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The comments between which a section of this name goes."""
+    """Return the comments between which a section of this name goes."""
     return f"<!-- {name}: written by `python -m benchmarks readme` -->", f"<!-- end of {name} -->"
 
 
 def updated(folder: Path | None, root: Path = ROOT) -> dict[Path, str]:
-    """Every page with its section written anew.
+    """Return every page with its section written anew.
 
     Raises:
         MarkerError: the markers of a page are missing, or not in order.

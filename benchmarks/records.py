@@ -19,7 +19,7 @@ _KEPT = (EVENTS, SUMMARY, SAMPLES, JUNIT, TUNED)  # of each run beside the merge
 
 
 def read(path: Path) -> list[Entry]:
-    """The records of a file, whose last line may be half of one where the run was killed.
+    """Return the records of a file, whose last line may be half of one where the run was killed.
 
     Raises:
         ResultError: it cannot be read, has no header, or another schema.
@@ -47,8 +47,8 @@ def read(path: Path) -> list[Entry]:
 
 
 def result_of(entries: Sequence[Entry], origin: str) -> Result:
-    """The records as a result: of rows with one key the last that has a time. It is finished where
-    a report among the runs left nothing out.
+    """Return the records as a result: the last row of each key that has a time. It is finished
+    where a report among the runs left nothing out.
 
     Raises:
         ResultError: a record does not fit its class.
@@ -73,7 +73,7 @@ def result_of(entries: Sequence[Entry], origin: str) -> Result:
 
 
 def load(path: Path) -> Result:
-    """The result in a rows.jsonl.
+    """Return the result in a rows.jsonl.
 
     Raises:
         ResultError: the file cannot be read or is not of this schema.
@@ -82,8 +82,8 @@ def load(path: Path) -> Result:
 
 
 def _newest(rows: Iterable[Any]) -> list[Any]:
-    """One row a key: the last, but a row with a time is not given up for one without. Ratios that
-    only an earlier row of the case has stay: theirs too were taken in turn on this machine.
+    """Return one row a key: the last, but none with a time is given up for one without. Ratios
+    that only an earlier row of the case has stay: they too were taken in turn on this machine.
     """
     kept: dict[str, Any] = {}
     for row in rows:
@@ -99,8 +99,8 @@ def _newest(rows: Iterable[Any]) -> list[Any]:
 def merge(folders: Sequence[Path], into: Path) -> tuple[Path, int]:
     """Add runs to <into>/<gpu>/<date>-<commit>/; that folder, and how many runs it holds now.
 
-    rows.jsonl holds the records of all, those that were there first; of each run its events,
-    summary, clocks and tests come along under its stage's name.
+    rows.jsonl holds the records of all, those that were there first; each run's events, summary,
+    clocks and tests come along under its stage's name.
 
     Raises:
         ResultError: runs of different commits or GPUs, a run without a GPU, of a changed tree, or

@@ -10,7 +10,7 @@ BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt
 
 
 def summary(result: Result) -> str:
-    """The text of a report's Markdown file."""
+    """Return the text of a report's Markdown file."""
     parts = [
         f"# Benchmark report: {result.device}",
         "\n".join([*(f"- {line}" for line in table.first_lines(result)), *_facts(result)]),
@@ -37,13 +37,13 @@ def summary(result: Result) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A Markdown table; the first `text` columns to the left, numbers to the right."""
+    """Return a Markdown table; the first `text` columns to the left, numbers to the right."""
     rule = ["---" if index < text else "---:" for index in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def adapters(rows: Sequence[Row], on_gpu: bool, baselines: Sequence[str] = BASELINES) -> str:
-    """Our times by case, and with a GPU the time of each baseline over ours."""
+    """Tabulate our times by case, and with a GPU the time of each baseline over ours."""
     ours = [row for row in rows if row.ours and row.time is not None]
     if not ours:
         return "No adapter was timed."
@@ -99,7 +99,7 @@ def _facts(result: Result) -> list[str]:
 
 
 def goals_table(result: Result) -> str:
-    """Every goal, whether it is met, what was found and why; promises alone before any run."""
+    """Tabulate every goal, if it is met, what was found and why; only promises before any run."""
     found = goals.verdicts(result)
     if all(verdict.met is None for verdict in found):
         promises: dict[str, list[str]] = {}
@@ -141,7 +141,7 @@ def _models(rows: Sequence[ModelRow], on_gpu: bool) -> str:
 
 
 def _against_full(rows: Sequence[ModelRow]) -> str:
-    """Steps that train adapters beside those that train everything, in the same run."""
+    """Compare steps that train adapters with those that train everything, in the same run."""
     steps = [row for row in rows if row.mode == "step" and row.milliseconds is not None]
     whole = {(row.model, row.execution): row for row in steps if row.variant == "full"}
     body = []
@@ -164,7 +164,7 @@ def _against_full(rows: Sequence[ModelRow]) -> str:
 
 
 def _patched(rows: Sequence[ModelRow], on_gpu: bool) -> str:
-    """AdapterHub's models as they are and with our one line: times, and with a GPU ratios."""
+    """Tabulate AdapterHub's models as they are and with our one line: times, and GPU ratios."""
     by_case: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         if row.milliseconds is not None:

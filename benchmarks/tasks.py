@@ -1,4 +1,4 @@
-"""What the measuring worker can be asked: each request gives records of what it measured."""
+"""The requests that the measuring worker serves: each gives records of what it measured."""
 
 import contextlib
 import json
@@ -33,8 +33,8 @@ Records = Iterator[tuple[str, dict[str, Any]]]
 
 @dataclass
 class Bench:
-    """What tasks share. seconds: of sampling, for each kind of timing; tiny: sizes of a few units,
-    which show that it works and measure nothing.
+    """The state that tasks share. seconds: time to sample each kind of timing; tiny: take sizes of
+    a few units, which show that it works and measure nothing.
     """
 
     timer: WallTimer | CudaTimer
@@ -44,7 +44,7 @@ class Bench:
 
     @classmethod
     def here(cls, tiny: bool = False) -> "Bench":
-        """On this machine's GPU; on the CPU where there is none, or with `tiny`."""
+        """Use this machine's GPU; the CPU where there is none, or with `tiny`."""
         on_gpu = torch.cuda.is_available() and not tiny
         timer = timer_for(torch.device("cuda" if on_gpu else "cpu"))
         return cls(timer, fused_backends(on_gpu), 0.01 if tiny else 0.25, tiny)
@@ -55,14 +55,14 @@ class Bench:
 
 
 def fused_backends(on_gpu: bool) -> list[str]:
-    """The kernels that can run here in the order in which "auto" asks them, else the reference."""
+    """Name the kernels that can run here, in the order of "auto", else the reference."""
     able = [name for name in NAMES if get(name).unavailable_reason() is None]
     fused = [name for name in able if name != "reference"]
     return fused if on_gpu and fused else ["reference"]
 
 
 def run(bench: Bench, request: dict[str, Any]) -> Records:
-    """The records of a request.
+    """Return the records of a request.
 
     Raises:
         LostDeviceError: the GPU answers nothing any more in this process.
@@ -108,7 +108,7 @@ def _adapter(bench: Bench, request: dict[str, Any]) -> Records:
 
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
-    """float32 products may use TF32, torch's and the kernels', which follow the same setting."""
+    """Let float32 products use TF32, torch's and the kernels', which follow the same setting."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -118,7 +118,7 @@ def _tf32() -> Iterator[None]:
 
 
 def _with_tf32_rate(measured: Calibration, timer: CudaTimer) -> Calibration:
-    """The calibration with float32's rate as it is now."""
+    """Return the calibration with float32's rate as it is now."""
     with timer.session():
         rate = calibration.matrix_rate(timer, 0.2, calibration.FLOAT32_SIZE, torch.float32)
     return replace(measured, matrix_rate_fp32=rate)
@@ -147,7 +147,7 @@ def _model(bench: Bench, request: dict[str, Any]) -> Records:
 
 
 def _rows(rows: Sequence[Row | ModelRow]) -> Records:
-    """The records of rows.
+    """Return the records of rows.
 
     Raises:
         RuntimeError: after them, where no implementation that can run has a time.
@@ -177,7 +177,7 @@ def _calibrate(bench: Bench, _request: dict[str, Any]) -> Records:
 
 
 def _calibrate_again(bench: Bench, request: dict[str, Any]) -> Records:
-    """The copy and the product once more, which tell a steady run."""
+    """Measure the copy and the product once more, which tell a steady run."""
     timer, measured = bench.timer, from_dict(request["calibration"])
     if not isinstance(timer, CudaTimer):
         return
@@ -188,7 +188,7 @@ def _calibrate_again(bench: Bench, request: dict[str, Any]) -> Records:
 
 
 def _host(bench: Bench, _request: dict[str, Any]) -> Records:
-    """The host-overhead suite in a process of its own; its numbers in microseconds."""
+    """Run the host-overhead suite in a process of its own; its numbers are in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "host.json")
         command = [sys.executable, "-m", "pytest", "benchmarks/test_host_overhead.py", "-q"]

@@ -1,8 +1,8 @@
-"""What an active AdapterHub layer costs the host, stock and patched, for one token of 32 features.
+"""Times an active AdapterHub layer on the host, stock and patched, for one token of 32 features.
 
 `bare` runs the same PyTorch operations with no module, check or choice around them; `free kernel`
 is the patched layer over a backend that has its results ready, which leaves what a GPU waits for.
-The tables of docs/adapterhub.md are the medians, in ranges over the presets. No assertion on time:
+The tables of docs/adapterhub.md are the medians, in ranges over the presets. It asserts no time:
 
     pytest benchmarks/test_adapterhub_host_time.py --benchmark-columns=median
 """
@@ -48,7 +48,7 @@ MODELS = {
 
 
 def bare_operations(adapter, h, inp, norm) -> dict[str, Callable[[], torch.Tensor]]:
-    """Of each preset the fewest PyTorch operations that a layer needs."""
+    """Return the fewest PyTorch operations that a layer needs, by preset."""
     linear, scaling = torch._C._nn.linear, adapter.scaling
     down, up = ((m.weight, m.bias) for m in (adapter.adapter_down[0], adapter.adapter_up))
     norm_options = norm and (norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -1,6 +1,6 @@
-"""What a call costs the host beside its arithmetic: the tensors are so small that nothing else
-counts. No assertion on time: run it with --benchmark-json to keep numbers, or --benchmark-disable
-to see that every path runs.
+"""Times what a call costs the host beside its arithmetic: the tensors are so small that nothing
+else counts. It asserts no time: run it with --benchmark-json to keep numbers, or
+--benchmark-disable to see that every path runs.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""On a GPU: every provider and kind of timing, models in a graph, calibration; ten seconds."""
+"""Runs on a GPU every provider and kind of timing, models in a graph, calibration; in 10 s."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the package's own calibration leaves out, because it takes Triton: L2 reads and a launch."""
+"""Measures what the package's calibration leaves out, as it takes Triton: L2 reads and a launch."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ _BLOCK = 4096  # elements a load
 
 
 def measure(timer: CudaTimer, seconds: float) -> Calibration:
-    """The whole calibration of this GPU; the two Triton numbers are None where Triton fails."""
+    """Measure this GPU's whole calibration; the two Triton numbers are None where Triton fails."""
     base = calibration.measure(timer, seconds)
     try:
         more = {"l2_bandwidth": l2_bandwidth(timer, seconds / 4), "triton_launch": _launch(timer)}
@@ -28,7 +28,7 @@ def measure(timer: CudaTimer, seconds: float) -> Calibration:
 
 
 def l2_bandwidth(timer: CudaTimer, seconds: float) -> float:
-    """Bytes per second that all SMs together read from L2, past their L1 caches."""
+    """Measure the bytes per second that all SMs together read from L2, past their L1 caches."""
     read_kernel, _ = _kernels()
     elements = L2_BYTES // 4
     source = random_bits(L2_BYTES, timer.device).view(torch.float32)
@@ -48,7 +48,7 @@ def l2_bandwidth(timer: CudaTimer, seconds: float) -> float:
 
 
 def _launch(timer: CudaTimer) -> float:
-    """Host seconds of one Triton launch with ten arguments, about an adapter's."""
+    """Measure the host seconds of one Triton launch with ten arguments, about an adapter's."""
     _, empty_kernel = _kernels()
     one = torch.zeros(1, device=timer.device)
     launch = timer.host_us(Subject([lambda: empty_kernel[(1,)](*[one] * 7, 1, 2, 3)]))

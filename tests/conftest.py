@@ -1,4 +1,4 @@
-"""What all tests share: a fixed seed, a clean dispatcher, and the device where there is one."""
+"""All tests share a fixed seed, a clean dispatcher, and the device where there is one."""
 
 import os
 import sys
@@ -64,7 +64,7 @@ def _no_searches_of_this_user():
 
 @pytest.fixture
 def clean_dispatch(monkeypatch):
-    """Nothing decided and nothing logged yet."""
+    """Begin with nothing decided and nothing logged."""
     monkeypatch.setattr(dispatch, "_decisions", {})
     monkeypatch.setattr(dispatch, "_logged", set())
 
@@ -78,15 +78,15 @@ def recompiled():
 
 
 class SpyBackend(ReferenceBackend):
-    """To autograd and dispatch a kernel backend: it computes out of their sight, and remembers."""
+    """Poses to autograd and dispatch as a kernel backend: it hides its maths, and remembers."""
 
     name = "triton"
     devices = frozenset({"cpu", "meta"})
     features = FIRST_FEATURES
 
     def __init__(self):
-        self.forwards = []  # `save` of each
-        self.backwards = []  # Needs of each
+        self.forwards = []  # each one's `save`
+        self.backwards = []  # each one's Needs
 
     def forward(self, call, save):
         self.forwards.append(save)

@@ -1,4 +1,4 @@
-"""What each of two gloo processes does for test_distributed.py; rank 0 writes the results."""
+"""Runs in each of two gloo processes for test_distributed.py; rank 0 writes the results."""
 
 import copy
 import os
@@ -53,7 +53,7 @@ def full(tensor):
 
 
 def train(model, rank):
-    """Weights and first gradients after a few steps; `rank` None: one process, whole batch."""
+    """Return weights and first gradients after a few steps; `rank` None: all in one process."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     first = None
@@ -116,7 +116,7 @@ def fsdp_bf16(rank):
 
 
 def dtensor(rank):
-    """x split over its tokens, parameters replicated: not what a kernel could take."""
+    """Split x over its tokens and replicate the parameters: no kernel could take these."""
     mesh = init_device_mesh("cpu", (2,))
     adapter = model_of()[1]
     x = torch.randn(BATCH, HIDDEN, generator=torch.Generator().manual_seed(3))

@@ -51,6 +51,6 @@ def fake_gpu(gpu: FakeGpu):
 
 
 def pointers(launch: Launch) -> dict[str, torch.Tensor]:
-    """The tensors among a launch's arguments."""
+    """Return the tensors among a launch's arguments."""
     given = launch.arguments.items()
     return {name: value for name, value in given if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""What one call makes the host do, counted: the same in every run, as no time is."""
+"""Counts what one call makes the host do: the same in every run, as no time is."""
 
 import contextlib
 import sys

@@ -50,7 +50,7 @@ def script(path: Path, body: str) -> Path:
 
 
 def run_build(tmp_path: Path, monkeypatch, **environ: str) -> Path:
-    """Run build_ext with these build variables alone; the folder of the built package."""
+    """Run build_ext with these build variables alone; return the built package's folder."""
     for name in BUILD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -229,7 +229,7 @@ def test_build_with_a_broken_nvcc_goes_on_without_and_records_the_error(tmp_path
 
 
 def with_one_width(root: Path) -> Path:
-    """`root` with a csrc/ whose kernels have one of the five widths of R, a tenth of the work.
+    """Give `root` a csrc/ whose kernels have one of the five widths of R, a tenth of the work.
 
     An install that builds the extension has compiled the others.
     """

@@ -25,7 +25,7 @@ RELU = IDS.index("fp32-relu-T37-H70-R20")
 
 
 def events(capsys):
-    """What was printed, but for the begin of each case, which must come right before its end."""
+    """Return the printed events but each case's begin, which must come right before its end."""
     every = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for begin, end in itertools.pairwise(every):
         assert (begin["event"] == "begin") == (end["event"] == "case")
@@ -81,7 +81,7 @@ def test_check_prints_a_line_as_each_case_ends(capsys):
 
 
 def test_check_streams_its_lines():
-    """Into a pipe: the first lines are there while the second case still runs."""
+    """A pipe has the first lines while the second case still runs."""
     slow = (
         "import sys\n"
         "from adapterkern.cli.check import worker\n"
@@ -160,8 +160,8 @@ def test_check_counts_a_backend_that_raises_as_a_miss(raises_in_relu, capsys):
 
 
 def test_check_stops_a_backend_at_a_lost_device(raises_in_relu, monkeypatch, capsys):
-    """What raised is one thing, that the device no longer answers another: the next cases would
-    all fail."""
+    """A case that raised is one thing, a device that no longer answers another: the next cases
+    would all fail."""
     answers = iter([None] * RELU + ["cuda:0 is lost: CUDA error: illegal access"] * NUM_CASES)
     monkeypatch.setattr(testing, "lost_device", lambda device: next(answers))
     assert main([*QUICK, "--json"]) == 1
@@ -196,7 +196,7 @@ def test_check_runs_each_backend_in_a_process_of_its_own(monkeypatch, capsys):
     *both, end = map(json.loads, out.splitlines())
     both = [event for event in both if event["event"] != "begin"]
     assert started == ["triton", "reference"]
-    assert "oh" in err  # what is no event goes by
+    assert "oh" in err  # a line that is no event goes by
     died = both[2]
     assert (died["backend"], died["status"], died["case"]) == ("triton", "lost", IDS[1])
     assert died["note"].startswith("the process ended by signal SIGABRT during this case")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,7 +93,7 @@ HEALTHY = {
 
 
 def machine(**changes: dict) -> dict:
-    """HEALTHY with some entries of some sections replaced."""
+    """Return HEALTHY with some entries of some sections replaced."""
     report = copy.deepcopy(HEALTHY)
     for section, values in changes.items():
         report[section] |= values
@@ -262,7 +263,7 @@ def test_a_healthy_machine_has_no_problems():
     [
         pytest.param(
             machine(versions={"torch": "2.5.1"}),
-            "torch 2.5.1 is older than 2.6: pip install 'torch>=2.6'",
+            "torch 2.5.1 is older than 2.9.1: pip install 'torch>=2.9.1'",
             id="old-torch",
         ),
         pytest.param(
@@ -422,3 +423,9 @@ def test_probe_compiler_reports_the_compiler_that_triton_would_take(tmp_path, mo
     assert (found["compiler"], found["version"]) == (str(compiler), "mycc 1.2")
     monkeypatch.setenv("CC", str(tmp_path / "absent"))
     assert probes.probe_compiler()["found"] is False
+
+
+def test_the_lowest_versions_are_those_that_the_package_asks_for():
+    required = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for name, lowest in problems.LOWEST.items():
+        assert f'"{name}>={lowest}' in required

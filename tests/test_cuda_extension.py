@@ -13,7 +13,7 @@ from adapterkern.backends.cuda.backend import CudaBackend
 
 @pytest.fixture
 def imports(monkeypatch):
-    """What `import_module` gives for the extension and its build record: a module or an error."""
+    """Set what `import_module` gives for the extension and its build record: module or error."""
     answers = {}
     real = importlib.import_module
 

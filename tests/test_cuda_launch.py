@@ -1,4 +1,4 @@
-"""What the CUDA backend hands to its extension: addresses, strides, work space; no copy of x."""
+"""The CUDA backend hands its extension addresses, strides and work space, but no copy of x."""
 
 import struct
 
@@ -188,7 +188,7 @@ def test_no_tokens_launch_nothing_and_give_zero_gradients(recorder):
 
 
 def test_partial_sums_are_the_only_scratch_memory(recorder):
-    """Beside outputs, z and dz, nothing as long as the tokens."""
+    """Nothing beside outputs, z and dz is as long as the tokens."""
     call = make_call(128 * 132)
     with Allocations() as allocated:
         outputs, saved = get("cuda").forward(call, save=True)

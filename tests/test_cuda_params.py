@@ -14,7 +14,7 @@ HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "params.h").read_text()
 
 
 def fields_of(struct_name: str) -> list[tuple[str, str]]:
-    """(name, type) of every field of a struct of csrc/params.h, in order."""
+    """Return (name, type) of every field of a struct of csrc/params.h, in order."""
     body = re.search(rf"struct {struct_name} {{(.*?)\n}};", HEADER, re.DOTALL)[1]
     code = re.sub(r"//.*", "", body)
     declarations = re.findall(r"(View|int64_t|double)\s+([^;]+);", code)
@@ -35,7 +35,7 @@ def test_params_have_the_fields_of_the_header_in_its_order(kind):
 
 @pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
 def test_pack_puts_every_field_into_its_place(kind):
-    """Each 8 bytes wide: three of a view, then integers, and the scale as the one double."""
+    """Each is 8 bytes wide: three of a view, then integers, and the scale as the one double."""
     numbers, given = iter(range(1, 1000)), {}
     for name, field in fields_of(kind.__name__):
         view = tuple(next(numbers) for _ in range(3)) if field == "View" else None

@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels use of a GPU, read from the installed extension."""
+"""The compiled CUDA kernels' use of a GPU, read from the installed extension."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ KB, MB = 1024, 1024 * 1024
 # all that is as long as the tokens.
 STACKS = {("sm_80", "bottleneck_bwd_dw_sum_kernel"): 24}
 LARGEST_BINARY = 20 * MB
-# Without dynamic shared memory, which csrc/row_block.cuh keeps within 99 KB.
+# This leaves out dynamic shared memory, which csrc/row_block.cuh keeps within 99 KB.
 MOST_STATIC_SHARED = 0
 
 
@@ -35,7 +35,7 @@ def cuobjdump(*options: str) -> str:
 
 @cache
 def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """Architecture to kernel (mangled) to REG, STACK, SHARED."""
+    """Map architecture to kernel (mangled) to REG, STACK, SHARED."""
     found: dict = defaultdict(dict)
     arch = ""
     for line in cuobjdump("--dump-resource-usage").splitlines():
@@ -50,7 +50,7 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 @cache
 def tensor_instructions(arch: str) -> dict[str, int]:
-    """Kernel (mangled) to its number of HMMA instructions."""
+    """Map kernel (mangled) to its number of HMMA instructions."""
     counts: dict = {}
     for line in cuobjdump("--dump-sass", "--gpu-architecture", arch).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
@@ -86,7 +86,7 @@ def test_registers_do_not_spill():
 
 
 def test_shared_memory_is_all_dynamic():
-    """So that the launch, which knows the device's limit, decides over it."""
+    """The launch, which knows the device's limit, can then decide over it."""
     needs_extension()
     for arch in archs():
         # Compute capability 9.0 reserves 1 KB a block for the system.

@@ -22,7 +22,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What tests/distributed_worker.py found. Its processes meet at a file: no port to be taken."""
+    """Run tests/distributed_worker.py, whose processes meet at a file: no port can be taken."""
     folder = tmp_path_factory.mktemp("gloo")
     worker = Path(__file__).with_name("distributed_worker.py")
     processes = [

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: streams, graphs, memory, large offsets, several devices."""
+"""Only a CUDA device can show these: streams, graphs, memory, large offsets, several devices."""
 
 import pytest
 import torch

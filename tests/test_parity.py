@@ -85,7 +85,7 @@ def test_check_case_misses_a_relative_error_of_1e_6_in_float32(monkeypatch):
 
 
 def test_check_case_passes_an_error_of_half_a_rounding(monkeypatch):
-    """In float32, 3e-8 relative: within what two right implementations differ by."""
+    """An error of 3e-8 in float32 is within what two right implementations differ by."""
     spoil_forward(monkeypatch, lambda y: (y.double() * (1 + 3e-8)).float())
     assert missed(Case()) == set()
 
@@ -126,7 +126,7 @@ def test_check_case_of_no_tokens_wants_exact_zeros(monkeypatch):
 
 
 def test_check_case_judges_a_single_number_over_several_draws(monkeypatch):
-    """The gradient of one learned scaling: 16 draws, and an error of 1 % of its size is a miss."""
+    """One learned scaling's gradient takes 16 draws; an error of 1 % of its size is a miss."""
     case = Case(shape=(3,), scaling="learned")
     assert case.draws == 16
     assert Case().draws == 1
@@ -161,7 +161,7 @@ def test_metric_is_the_relative_root_mean_square():
 
 @pytest.mark.parametrize("half", HALVES)
 def test_oracle_rounds_what_enters_the_products_and_nothing_else(half):
-    """Under autocast the residual is added as it is; against the same sum in numpy's float64."""
+    """Under autocast the residual is added as it is, as the same sum in numpy's float64 shows."""
     case = Case(autocast=half, activation="relu", scaling="channel")
     tensors = case.draw("cpu", seed=1)
     call = case.make_call(tensors)
@@ -206,7 +206,7 @@ def test_oracle_and_eager_draw_from_contiguous_copies(monkeypatch, half, layout)
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("hidden", [70, 129, 264])
 def test_reference_reads_no_gap_between_rows(half, hidden):
-    """Where plain torch does (oneDNN on a CPU with AMX), a NaN beside x would reach y."""
+    """Plain torch may read it (oneDNN on a CPU with AMX), and a NaN beside x would reach y."""
     case = Case(half, hidden_size=hidden, layout="rows", grad_layout="rows")
     assert missed(case) == set()
 

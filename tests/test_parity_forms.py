@@ -31,7 +31,7 @@ CLASSES = {
     "fp16": Case(torch.float16),
     "bf16": Case(torch.bfloat16),
 }
-# On either side of what the planners divide by and compare with.
+# These lie on either side of what the planners divide by and compare with.
 TOKENS = (
     *(1, 16, 17, 64, 100, 128, 300, 512, 1024, 1500, 2048, 3000, 4097, 8192),
     *(10000, 12000, 14500, 65536),
@@ -41,8 +41,8 @@ BOTTLENECKS = (1, 8, 16, 17, 32, 33, 64, 65, 72, 128, 129, 256, 257, 1024)
 
 
 def problems(case: Case) -> dict:
-    """What the backends' launches of `case` depend on, as the backends make it; per Triton device
-    those of y, of dx and of the weights."""
+    """Return what the backends' launches of `case` depend on, as the backends make it; per Triton
+    device those of y, of dx and of the weights."""
     few = (2,) * len(case.shape)
     small = replace(case, shape=few, hidden_size=8, bottleneck_size=8, nonfinite=False)
     tensors = small.draw("cpu", seed=0)
@@ -62,8 +62,8 @@ def problems(case: Case) -> dict:
 
 
 def triton_launches(templates, sizes, device) -> Iterator[tuple]:
-    """The kernels of one call: direction or weights, form, tile, sums in parts; and for each
-    whether the sizes divide evenly into its tile."""
+    """Yield the kernels of one call: direction or weights, form, tile, sums in parts; and for
+    each whether the sizes divide evenly into its tile."""
     forward, dx, weights = (template._replace(**sizes) for template in templates)
     hidden, bottleneck = sizes["hidden_size"], sizes["bottleneck_size"]
     plan = triton.token_plan(forward, device)
@@ -86,8 +86,8 @@ def triton_launches(templates, sizes, device) -> Iterator[tuple]:
 
 
 def cuda_launches(template, sizes, device) -> Iterator[tuple]:
-    """The form of dz, dx and y with its width, and that of the weight gradients; and for each
-    whether rows are whole vectors."""
+    """Yield the form of dz, dx and y with its width, and that of the weight gradients; and for
+    each whether rows are whole vectors."""
     bottleneck = sizes["bottleneck_size"]
     if bottleneck > cuda.MAX_BOTTLENECK_SIZE:
         return
@@ -106,7 +106,7 @@ def cuda_launches(template, sizes, device) -> Iterator[tuple]:
 
 
 def launches(templates: dict, sizes: dict) -> Iterator[tuple]:
-    """("triton" or "cuda", launch, device) of every device."""
+    """Yield ("triton" or "cuda", launch, device) of every device."""
     for device in TRITON_DEVICES:
         for launch in triton_launches(templates["triton"][device], sizes, device):
             yield "triton", launch, device
@@ -124,7 +124,7 @@ def sizes_of(case: Case) -> dict:
 
 
 def all_launches() -> dict[tuple, set]:
-    """Every launch that a planner gives, per class of arithmetic, with the devices it is for.
+    """Return every launch that a planner gives, per class of arithmetic, with its devices.
 
     Half precisions take the same plans, so each is asked once for both."""
     templates = {name: problems(case) for name, case in CLASSES.items()}
@@ -154,7 +154,7 @@ def reached_by(cases: list[Case]) -> dict[tuple, set]:
 
 
 def missing(cases: list[Case]) -> list[str]:
-    """The launches that none of the cases makes, each with the devices."""
+    """Return the launches that none of the cases makes, each with the devices."""
     reached = reached_by(cases)
     found = []
     for key, devices in all_launches().items():
@@ -175,7 +175,7 @@ def test_default_grid_reaches_every_launch_on_every_device(cases):
 
 
 def test_form_without_a_case_is_named(cases, monkeypatch):
-    """Clusters of sixteen, as a planner might come to give them."""
+    """A planner might come to give clusters of sixteen."""
     monkeypatch.setattr(cuda, "CLUSTER_SIZES", (2, 4, 8, 16))
     cuda.token_plan.cache_clear()
     try:

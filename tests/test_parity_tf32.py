@@ -30,7 +30,7 @@ def test_tf32_operands_lose_the_bits_that_tf32_has_not():
 @pytest.mark.parametrize("shape", [(37,), (5, 7)])
 @pytest.mark.parametrize("bias", ["both", "none"])
 def test_tf32_reaches_every_product_and_nothing_else(shape, bias):
-    """y and all gradients against products in numpy of operands that are cut off."""
+    """y and all gradients equal numpy's products of operands that are cut off."""
     case = Case(shape=shape, activation="identity", bias=bias, residual="none", tf32=True)
     wide = {name: tensor.double() for name, tensor in case.draw("cpu", seed=0).items()}
     dy = torch.randn(*shape, 70, dtype=torch.float64)

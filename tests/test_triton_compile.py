@@ -87,9 +87,7 @@ def test_registers_do_not_spill(compiled, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c}")
 def test_products_run_on_tensor_cores(compiled, capability):
-    """All but the IEEE float32 ones, the partial sums, and variants whose products are all left
-    out.
-    """
+    """The IEEE float32 ones, partial sums, and variants without any product are exempt."""
     without = [
         job
         for job, outcome in outcomes_of(compiled, capability).items()
@@ -103,7 +101,7 @@ def test_products_run_on_tensor_cores(compiled, capability):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_capabilities_that_share_a_compilation_get_the_same_code(compiled, dtype):
-    """Every kernel's PTX but for its header, and its registers, stack and shared memory."""
+    """Every kernel's PTX agrees but for its header, and so do registers, stack, shared memory."""
 
     def code(kernel) -> str:
         return re.sub(r"(?m)^(//|\.version|\.target).*$", "", kernel.asm["ptx"])

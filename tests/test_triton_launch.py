@@ -123,7 +123,7 @@ def test_backward_launches_only_what_is_asked_for(needs, kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("tokens", [3, 128 * 132], ids=["split", "row-block"])
 def test_launches_compile_in_every_dtype_and_scaling(dtype, tokens):
-    """Mixed dtypes as autocast gives them, a learned scalar, an external residual."""
+    """The dtypes mix as under autocast, with a learned scalar and an external residual."""
     residual = torch.zeros(tokens, HIDDEN)
     call = make_call(tokens, dtype, channel=False, add_input=False, residual=residual)
     y, _, gradients, launches = run(FakeGpu(), call)
@@ -180,8 +180,8 @@ def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once():
 
 
 def test_partial_sums_are_the_only_scratch_memory():
-    """No transient [T, H] tensor: beside outputs and z, only the weight gradients' partial sums and
-    dz.
+    """No [T, H] tensor is transient: beside outputs and z there are only dz and the weight
+    gradients' partial sums.
     """
     call = make_call(128 * 132)
     with Allocations() as allocated:

@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def first_calls(module, *args, **kwargs):
-    """Forward without gradients, forward and backward with them; how many binaries each took."""
+    """Run forward without gradients, forward and backward with them; return each's binaries."""
     with torch.no_grad():
         module(*args, **kwargs)
     module(*args, **kwargs).sum().backward()

@@ -82,7 +82,7 @@ class Job:
 
 
 def jobs(capabilities=tuple(DEVICES), dtypes=tuple(UNIFORM)) -> list[Job]:
-    """Every distinct kernel launch over the grid, without those that only differ in sizes."""
+    """Return every distinct kernel launch over the grid; those that differ in sizes are one."""
     return [job for pair in itertools.product(capabilities, dtypes) for job in jobs_of(*pair)]
 
 
@@ -96,7 +96,7 @@ def jobs_of(capability: int, dtype: str) -> tuple[Job, ...]:
 
 
 def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device):
-    """(kernel, config) of one forward and backward, as the backend plans them."""
+    """Yield (kernel, config) of one forward and backward, as the backend plans them."""
 
     def empty(kind: str, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=TORCH_TYPES[kind], device="meta")
@@ -124,8 +124,8 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
 
 
 def largest_jobs(capabilities=tuple(DEVICES)) -> list[Job]:
-    """What `jobs` leaves out, each kernel with its largest tiles: the mixes of types, and a float
-    for a scaling, which lets the kernels that scale dy stage more than a learned one.
+    """Return what `jobs` leaves out, each kernel with its largest tiles: the mixes of types, and a
+    float for a scaling, which lets the kernels that scale dy stage more than a learned one.
     """
     found = []
     for capability in capabilities:
@@ -148,7 +148,7 @@ def largest_jobs(capabilities=tuple(DEVICES)) -> list[Job]:
 
 
 def largest(capability: int, dtype: str) -> dict[str, LaunchConfig]:
-    """Of each kernel the configuration with the most elements in its tiles in flight."""
+    """Return each kernel's configuration with the most elements in its tiles in flight."""
 
     def staged(config: LaunchConfig) -> int:
         return (config.block_t + config.block_r) * config.block_h * config.num_stages
@@ -164,8 +164,8 @@ def arguments_of(kernel: str) -> list[str]:
 
 
 def option_jobs(capability: int = 90) -> list[Job]:
-    """Each kernel once for every option that changes what is compiled: a missing tensor, another
-    scaling, masks.
+    """Return each kernel once for every option that changes what is compiled: a missing tensor,
+    another scaling, masks.
     """
     none = {
         "bottleneck_fwd_kernel": (
@@ -205,12 +205,12 @@ def option_jobs(capability: int = 90) -> list[Job]:
 
 
 def compile_job(job: Job) -> dict:
-    """{shared, registers, stack, tensor_instructions} of one kernel."""
+    """Return {shared, registers, stack, tensor_instructions} of one kernel."""
     return resources(compiled_kernel(job))
 
 
 def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
-    """One kernel with all of its options on, but for those that the job replaces."""
+    """Compile one kernel with all of its options on, but for those that the job replaces."""
     kernel = getattr(forward, job.kernel, None) or getattr(backward, job.kernel)
     mix = DTYPES[job.dtype]
     constants = {
@@ -275,7 +275,7 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
 
 
 def resources(compiled) -> dict:
-    # In the PTX: its matrix instructions map one to one, and disassembling is slow.
+    # The PTX is searched: its matrix instructions map one to one, and disassembling is slow.
     tensor = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     return {
         "shared": compiled.metadata.shared,
@@ -285,7 +285,7 @@ def resources(compiled) -> dict:
 
 
 def compile_or_explain(job: Job) -> dict:
-    """The outcome of `compile_job`, or {error} in the compiler's own words."""
+    """Return the outcome of `compile_job`, or {error} in the compiler's own words."""
     try:
         outcome = compile_job(job)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a provider builds: one implementation over a case's own tensors."""
+"""The product of a provider: one implementation over a case's own tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ class Built:
     """One implementation, ready to be called.
 
     forward: x [T, H] to y [T, H]; parameters: its leaf tensors, by the name of the parameter whose
-    values each holds; activation: of the formula that it computes; checked: whether it computes an
-    adapter, so that the parity gate applies; alone: in place of the case's mode, for the limits.
+    values each holds; activation: the one in its formula; checked: whether it computes an adapter,
+    so that the parity gate applies; alone: the call that a limit makes in place of the case's mode.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ def share(linear: nn.Linear, inputs: Inputs, projection: str) -> None:
 
 
 def parameters_of(down: nn.Linear, up: nn.Linear) -> dict[str, Tensor]:
-    """The parameters of two linear layers under their names here."""
+    """Return the parameters of two linear layers under their names here."""
     named = {"down_weight": down.weight, "up_weight": up.weight}
     named |= {"down_bias": down.bias} if down.bias is not None else {}
     return named | ({"up_bias": up.bias} if up.bias is not None else {})

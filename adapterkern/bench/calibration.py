@@ -1,4 +1,4 @@
-"""What this GPU can do, measured in the same run: the roofline's numbers, in place of constants."""
+"""Measures in the same run what this GPU can do: the roofline's numbers, in place of constants."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from adapterkern.bench.timing import CudaTimer, Subject, random_bits
 COPY_BYTES = 2 * 2**30  # read plus written; far beyond L2
 MATRIX_SIZE = 8192
 FLOAT32_SIZE = 4096  # an eighth of the work, which CUDA cores do at a tenth of the rate
-KERNELS_IN_GRAPH = 512  # of the smallest kernel, beside which the graph's own launch is nothing
+KERNELS_IN_GRAPH = 512  # so many of the smallest kernel make the graph's own launch negligible
 STEADY = 0.03  # clocks that moved further than this between two measurements spoil a run
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """SI units. None: not measured, as on a CPU or where only a part is wanted.
+    """Rates and times in SI units; None if not measured, as on a CPU or if not wanted.
 
     copy_bandwidth: bytes read plus written per second; matrix_rate: FLOP/s in bfloat16;
     matrix_rate_fp32: in float32 as torch computes it here (TF32 or IEEE);
@@ -42,7 +42,7 @@ class Calibration:
     peak_bandwidth: float | None = None
 
     def machine(self, dtype: str) -> Machine | None:
-        """The roofline's machine for a case's dtype; None where the copy was not measured.
+        """Return the roofline's machine for a case's dtype; None where the copy was not measured.
 
         Products of a dtype whose rate was not measured bound nothing.
         """
@@ -54,7 +54,7 @@ class Calibration:
 
     @property
     def moves(self) -> dict[str, float]:
-        """How far the copy and the product moved during the run, relative, by name; those that
+        """By what fraction the copy and the product moved during the run, by name, as far as they
         were measured twice.
         """
         pairs = {
@@ -75,19 +75,19 @@ class Calibration:
         return True if len(self.moves) == 2 else None
 
     def as_dict(self) -> dict[str, float]:
-        """What was measured, for a result's header."""
+        """Return the measured values, for a result's header."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
 def from_dict(values: dict[str, float]) -> Calibration:
-    """The calibration of a result's header; names that this version does not know are left out."""
+    """Read a result's header; names that this version does not know are left out."""
     known = {field.name for field in dataclasses.fields(Calibration)}
     return Calibration(**{name: value for name, value in values.items() if name in known})
 
 
 def measure(timer: CudaTimer, seconds: float = 1.0) -> Calibration:
-    """Copy bandwidth, matrix rates, near-empty kernel in a graph and eager launch on this GPU."""
+    """Measure copy, matrix rates, near-empty kernel in a graph and launches on this GPU."""
     part = seconds / 4
     return Calibration(
         copy_bandwidth=copy_bandwidth(timer, part),
@@ -100,7 +100,7 @@ def measure(timer: CudaTimer, seconds: float = 1.0) -> Calibration:
 
 
 def measure_after(timer: CudaTimer, measured: Calibration, seconds: float = 0.3) -> Calibration:
-    """`measured` with its copy and its product measured again, when a run is over."""
+    """Return `measured` with its copy and its product measured again, when a run is over."""
     return dataclasses.replace(
         measured,
         copy_bandwidth_after=copy_bandwidth(timer, seconds / 2),
@@ -109,7 +109,7 @@ def measure_after(timer: CudaTimer, measured: Calibration, seconds: float = 0.3)
 
 
 def copy_bandwidth(timer: CudaTimer, seconds: float) -> float:
-    """Bytes read plus written per second by a device-to-device copy."""
+    """Measure the bytes read plus written per second by a device-to-device copy."""
     source = random_bits(COPY_BYTES // 2, timer.device)
     target = torch.empty_like(source)
     return COPY_BYTES / _seconds(timer, "cold", lambda: target.copy_(source), seconds)
@@ -121,20 +121,20 @@ def matrix_rate(
     size: int = MATRIX_SIZE,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """FLOP/s of a square product; in float32 by the arithmetic that torch is set to."""
+    """Measure the FLOP/s of a square product; torch's setting decides float32's arithmetic."""
     a = torch.randn(size, size, device=timer.device, dtype=dtype)
     b, c = torch.randn_like(a), torch.empty_like(a)
     return 2 * size**3 / _seconds(timer, "cold", lambda: torch.mm(a, b, out=c), seconds)
 
 
 def graph_kernel(timer: CudaTimer, seconds: float) -> float:
-    """Seconds of a near-empty kernel among others in a CUDA graph."""
+    """Measure the seconds of a near-empty kernel among others in a CUDA graph."""
     one = torch.zeros(1, device=timer.device)
     return _seconds(timer, "graph", lambda: one.add_(1), seconds, KERNELS_IN_GRAPH)
 
 
 def eager_launch(timer: CudaTimer) -> float:
-    """Host seconds of one eager elementwise call."""
+    """Measure the host seconds of one eager elementwise call."""
     one = torch.zeros(1, device=timer.device)
     launch = timer.host_us(Subject([lambda: one.add_(1)]))
     assert launch is not None  # a GPU's timer always has one

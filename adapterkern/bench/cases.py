@@ -1,4 +1,4 @@
-"""What is timed: one `BenchCase` a row of work, the presets, and the grids made of them."""
+"""The cases that are timed: a `BenchCase` is one row of work, and presets span grids of them."""
 
 import itertools
 from collections.abc import Iterable
@@ -64,7 +64,7 @@ class BenchCase:
         return self.torch_dtype.itemsize
 
     def draw(self, device: torch.device | str, seed: int = 0) -> "Inputs":
-        """Random inputs on `device`, the same for every provider; z, u and x are of order 1."""
+        """Draw random inputs on `device`, the same for all providers; z, u and x are of order 1."""
         generator = torch.Generator(device).manual_seed(seed)
         tokens, hidden, bottleneck = self.tokens, self.hidden_size, self.bottleneck_size
 
@@ -106,7 +106,7 @@ PRESETS = {
     "llama-70b": Preset(8192, (128, 512)),
 }
 
-# A decode batch, a micro-batch or prompt, and a full training batch; on a CPU what takes seconds.
+# A decode batch, a micro-batch or prompt, and a full training batch; the CPU's take seconds.
 TOKENS = {"cuda": (16, 2048, 16384), "cpu": (16, 128, 512)}
 SHAPES = ((768, 48), (1024, 64), (4096, 64))
 QUICK_TOKENS = {"cuda": (128, 16384), "cpu": (128,)}
@@ -115,7 +115,7 @@ DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 
 
 def preset_shapes(names: Iterable[str]) -> list[tuple[int, int]]:
-    """(hidden size, bottleneck size) of the presets, each once.
+    """Return (hidden size, bottleneck size) of the presets, each once.
 
     Raises:
         ValueError: an unknown name; the message lists the names that are known.
@@ -137,7 +137,7 @@ def grid(
     dtypes: Iterable[str] = ("bf16",),
     activations: Iterable[str] = ("gelu",),
 ) -> list[BenchCase]:
-    """Every combination, the largest number of tokens last."""
+    """Return every combination, the largest number of tokens last."""
     combinations = itertools.product(shapes, dtypes, activations, modes, sorted(tokens))
     return [
         BenchCase(hidden, bottleneck, count, dtype, canonical_name(activation), mode)

@@ -31,13 +31,13 @@ class Comparison:
 
 
 def noise_band(before: Timing, after: Timing) -> float:
-    """Half the distance from the 20th to the 80th percentile, relative, of both files together."""
+    """Return half the relative distance from the 20th to the 80th percentile of both files."""
     spread = sum((timing.p80 - timing.p20) / (2 * timing.p50) for timing in (before, after))
     return max(LEAST_BAND, spread)
 
 
 def different_devices(before: Result, after: Result) -> str | None:
-    """Both names where the files are of different devices, else None; CPUs differ by model too."""
+    """Return both names if the devices of the files differ, as CPUs do by model, else None."""
     if before.device != after.device:
         return f"{before.device} and {after.device}"
     models = before.header.get("cpu"), after.header.get("cpu")
@@ -47,7 +47,7 @@ def different_devices(before: Result, after: Result) -> str | None:
 
 
 def compare(before: Result, after: Result, force: bool = False) -> list[Comparison]:
-    """Every row that both files have a time for, in the order of `after`.
+    """Return every row that both files have a time for, in the order of `after`.
 
     Raises:
         ResultError: the files are of different devices (unless forced) or have no row in common.
@@ -83,7 +83,7 @@ def compare(before: Result, after: Result, force: bool = False) -> list[Comparis
 
 
 def render(comparisons: list[Comparison], before: str, after: str) -> str:
-    """The comparison as a table, and the count of each verdict."""
+    """Render the comparison as a table, and the count of each verdict."""
     table = [["row", "timing", f"{before} us", f"{after} us", "ratio", "noise", "verdict"]]
     for entry in comparisons:
         numbers = (f"{entry.before:.1f}", f"{entry.after:.1f}", f"{entry.ratio:.3f}")

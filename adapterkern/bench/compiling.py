@@ -1,6 +1,6 @@
 """Launch configurations compiled in parallel, in processes that do not touch the GPU.
 
-The kernels lie in Triton's cache on disk then, from which the process that times them loads. A
+The kernels then lie in Triton's cache on disk, where the process that times them finds them. A
 compiler that crashes or hangs on one configuration costs that configuration alone.
 """
 
@@ -25,7 +25,7 @@ _END = 2  # behind all work
 
 @dataclass(frozen=True)
 class Work:
-    """One entry to compile for one mix; timed: as `compile_entry` has it; may_spill: whether
+    """One entry to compile for one mix; timed: see `compile_entry`; may_spill: whether
     registers that spill to memory are no problem.
     """
 
@@ -36,12 +36,12 @@ class Work:
 
 
 def problem_of(work: Work, capability: int, device: Device) -> str | None:
-    """Why this GPU cannot run the work, in the compiler's words; None if it can."""
+    """Return why this GPU cannot run the work, in the compiler's words; None if it can."""
     from adapterkern.backends.triton import compile_only
 
     try:
         launches = compile_entry(work.entry, work.mix, capability, device, work.timed)
-    except Exception as error:  # whatever the compiler says of tiles that it was not made for
+    except Exception as error:  # the compiler raises anything on tiles it was not made for
         return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     for launch in () if work.may_spill else launches:
         stack = compile_only.resources(launch.cubin).stack
@@ -51,7 +51,7 @@ def problem_of(work: Work, capability: int, device: Device) -> str | None:
 
 
 def _serve(connection: Connection, capability: int, device: Device) -> None:
-    """A compiler's process, until the other end is closed."""
+    """Serve as a compiler's process until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     try:
         while True:
@@ -73,7 +73,7 @@ class _Compiler:
         theirs.close()  # so that the end of the process shows here
 
     def ask(self, work: Work, seconds: float) -> str | None:
-        """As `problem_of`.
+        """Return what `problem_of` returns in that process.
 
         Raises:
             RuntimeError: there is no answer; the process is of no more use.
@@ -95,10 +95,10 @@ class _Compiler:
 
 
 class Compilers:
-    """A pool of processes that compile for one GPU; each result is as `problem_of` has it.
+    """A pool of processes that compile for one GPU; each result is `problem_of`'s.
 
-    Not multiprocessing's own pool, which waits for ever where a process died, nor an executor,
-    which gives up all work then. Used as a context manager; leaving it ends the processes at once.
+    multiprocessing's own pool waits for ever where a process died, and an executor gives up all
+    work then. This is a context manager; leaving it ends the processes at once.
     """
 
     def __init__(self, jobs: int, capability: int, device: Device, seconds: float = SECONDS):
@@ -131,7 +131,7 @@ class Compilers:
             thread.join()
 
     def _run(self) -> None:
-        """One thread: a process at a time, and the work that it is given."""
+        """Run one thread, which has one process at a time do the work."""
         compiler: _Compiler | None = None
         while True:
             _, _, work, future = self._queue.get()
@@ -143,7 +143,7 @@ class Compilers:
             if compiler is None:
                 compiler = _Compiler(*self._target)
                 self._running.add(compiler)
-                if self._closed.is_set():  # since it was started: `__exit__` has not seen it
+                if self._closed.is_set():  # `__exit__` has not seen the new process
                     compiler.process.kill()
             try:
                 future.set_result(compiler.ask(work, self._seconds))

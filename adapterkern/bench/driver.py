@@ -12,7 +12,7 @@ MEMORY_BUS_WIDTH = 37  # CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, bits
 
 
 def graph_nodes(graph: int) -> int:
-    """The number of nodes of a `cudaGraph_t`, given as its address.
+    """Return the number of nodes of a `cudaGraph_t`, given as its address.
 
     Raises:
         OSError: there is no driver here.
@@ -24,7 +24,7 @@ def graph_nodes(graph: int) -> int:
 
 
 def device_attribute(index: int, attribute: int) -> int:
-    """A CUdevice_attribute of the device that torch, too, knows by this index.
+    """Return a CUdevice_attribute of the device that torch, too, knows by this index.
 
     Raises:
         OSError: there is no driver here.

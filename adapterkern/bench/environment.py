@@ -19,7 +19,7 @@ PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "peft", "adapters"),
     "nvmath-python",
 )
-ROOT = Path(__file__).parents[2]  # of the source tree, where there is one
+ROOT = Path(__file__).parents[2]  # the source tree's, where there is one
 SOURCES = ("adapterkern", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 _GPU_FIELDS = {
     "sm_mhz": "clocks.sm",
@@ -30,7 +30,7 @@ _GPU_FIELDS = {
 
 
 def header(device: torch.device, command: str) -> dict[str, Any]:
-    """All that identifies a run; `clocks_after` and the calibration are added as they are known."""
+    """Return all that identifies a run; `clocks_after` and the calibration are added later."""
     commit, dirty = git_state(ROOT)
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -53,14 +53,14 @@ def header(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name as its driver gives it; "cpu" and its kind without one."""
+    """Return the GPU's name as its driver gives it; "cpu" and its kind without one."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()})"
 
 
 def cpu_model() -> str | None:
-    """The processor's name as Linux gives it, None where it does not."""
+    """Return the processor's name as Linux gives it, None where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -70,13 +70,13 @@ def cpu_model() -> str | None:
 
 
 def folder_name(device: str) -> str:
-    """A device's name as a folder: nvidia-h200."""
+    """Return a device's name as a folder: nvidia-h200."""
     words = "".join(letter if letter.isalnum() else " " for letter in device.lower()).split()
     return "-".join(words)
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions, None where absent; a package that fails to import still shows."""
+    """Return installed versions, None if absent; a package that fails to import still shows."""
     found: dict[str, str | None] = {
         "adapterkern": __version__,
         "python": platform.python_version(),
@@ -90,7 +90,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the sources differ from it); (None, None) outside a git work tree."""
+    """Return (commit, whether the sources differ from it), Nones outside a git work tree."""
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     if commit is None:
         return None, None
@@ -100,7 +100,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def clocks(device: torch.device) -> dict[str, float] | None:
-    """Clocks in MHz, power in W and temperature in degrees Celsius of a GPU, from nvidia-smi."""
+    """Read clocks in MHz, power in W and temperature in degrees Celsius from nvidia-smi."""
     if device.type != "cuda":
         return None
     values = _query_gpu(device, ",".join(_GPU_FIELDS.values()))
@@ -116,8 +116,8 @@ def clocks(device: torch.device) -> dict[str, float] | None:
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
-    """Bytes per second that a GPU's memory can transfer, two a clock and data line; None where its
-    driver does not tell, and on a CPU.
+    """Return the bytes per second that a GPU's memory can transfer, at two bits a clock and data
+    line; None where its driver does not tell, and on a CPU.
     """
     if device.type != "cuda":
         return None
@@ -131,7 +131,7 @@ def peak_bandwidth(device: torch.device) -> float | None:
 
 
 def command_line(name: str) -> str:
-    """How the running command was called, under its public name."""
+    """Return how the running command was called, under its public name."""
     return " ".join([name, *sys.argv[1:]])
 
 
@@ -153,7 +153,7 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _query_gpu(device: torch.device, fields: str) -> list[str] | None:
-    # By UUID: CUDA_VISIBLE_DEVICES renumbers the devices, nvidia-smi does not.
+    # The UUID is used because CUDA_VISIBLE_DEVICES renumbers the devices, but not nvidia-smi's.
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = [] if uuid is None else [f"--id=GPU-{uuid}"]
     text = _output(["nvidia-smi", *which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
@@ -161,7 +161,7 @@ def _query_gpu(device: torch.device, fields: str) -> list[str] | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints, None if it is missing or fails."""
+    """Return what a command prints, None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -11,7 +11,7 @@ from adapterkern.bench.cases import BenchCase, Inputs
 
 
 def _import(module: str, package: str) -> Any:
-    """A module of another package.
+    """Import a module of another package.
 
     Raises:
         UnavailableError: it is missing or does not import, with the reason.
@@ -48,7 +48,7 @@ def lora(case: BenchCase, inputs: Inputs) -> Built:
     config = peft.LoraConfig(
         r=case.bottleneck_size, lora_alpha=case.bottleneck_size, lora_dropout=0.0
     )
-    # The widths on a device without memory: the layer's own product is not run.
+    # It carries the widths on a device without memory: its own product is not run.
     base = nn.Linear(case.hidden_size, case.hidden_size, bias=False, device="meta")
     layer = layers.Linear(
         base, "bench", config=config, r=case.bottleneck_size, lora_alpha=case.bottleneck_size
@@ -77,7 +77,7 @@ _CUBLASLT_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
 
 def cublaslt(case: BenchCase, inputs: Inputs) -> Built:
-    """The best chain of cuBLASLt products: activation, biases and residuals in their epilogues.
+    """Build the best chain of cuBLASLt products: epilogues have activation, biases and residuals.
 
     Everything is computed transposed, because a bias epilogue runs along the columns.
     """
@@ -111,7 +111,7 @@ class _CublasLt:
     def forward(
         self, x: Tensor, p: dict[str, Tensor], save: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(y, z for the backward or None, a), each [T, ...]."""
+        """Return (y, z for the backward or None, a), each [T, ...]."""
         epilog = "GELU_AUX_BIAS" if save else "GELU_BIAS"
         bias = {"bias": p["down_bias"].detach()}
         out = self._run(f"down {save}", p["down_weight"].detach(), x.detach().T, epilog, bias)
@@ -123,7 +123,7 @@ class _CublasLt:
     def backward(
         self, x: Tensor, dy: Tensor, z: Tensor, a: Tensor, p: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        """(dx, d_down_weight, d_up_weight, d_down_bias, d_up_bias)."""
+        """Return (dx, d_down_weight, d_up_weight, d_down_bias, d_up_bias)."""
         dz, extra = self._run(
             "dz", p["up_weight"].detach().T, dy.T, "DGELU_BGRAD", {"gelu_aux": z}
         )  # [R, T]
@@ -143,7 +143,7 @@ class _CublasLt:
         epilog_inputs: dict[str, Tensor] | None,
         summand: Tensor | None = None,
     ) -> Any:
-        """a @ b (+ summand), through the epilog."""
+        """Compute a @ b (+ summand), through the epilog."""
         scale = {"beta": 1.0} if summand is not None else {}
         plan = self._plans.get(place)
         if plan is None:

@@ -44,12 +44,12 @@ class Gate:
     def judge(
         self, outputs: dict[str, Tensor], activation: str, parameters: tuple[str, ...]
     ) -> Verdict:
-        """The verdict on the worst of `outputs`.
+        """Return the verdict on the worst of `outputs`.
 
         Args:
             outputs: y, and in a mode with gradients dx and d_<parameter> for each parameter.
-            activation, parameters: of the provider's formula, which may be another than the case
-                asks for, and need not have biases; their values are the case's in any event.
+            activation, parameters: those of the provider's formula, which may differ from the
+                case's and lack biases; their values are the case's in any event.
         """
         oracle, yardsticks = self._truth(activation, parameters)
         missing = sorted(oracle.keys() - outputs.keys())
@@ -62,7 +62,7 @@ class Gate:
         return max(verdicts, key=lambda verdict: parity.share(verdict.error, verdict.tolerance))
 
     def _truth(self, activation: str, parameters: tuple[str, ...]) -> tuple[Tensors, list[Tensors]]:
-        """The oracle, and those whose errors bound what is allowed: eager first."""
+        """Return the oracle, and the results whose errors bound what is allowed, eager first."""
         key = activation, parameters
         if key not in self._truths:
             tensors = {name: self.inputs.parameters[name] for name in parameters}

@@ -23,19 +23,19 @@ from adapterkern.bench.timing import CALLS_IN_EAGER, CudaTimer, Subject, WallTim
 
 # Up to here a call is shorter than its launch: its time in a graph is what a captured model pays.
 FEW_TOKENS = 4096
-# Tolerances that other weights may take: the gate has judged the rounding before, and weights that
-# did not arrive are wrong by half.
+# Exchanged weights may err by so many tolerances: the gate has judged the rounding before, and
+# weights that did not arrive are wrong by half.
 EXCHANGE_SLACK = 4
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured. seconds: of sampling, for each kind of timing of each case."""
+    """The extent of a run. seconds: time to sample each kind of timing of each case."""
 
     seconds: float = 0.5
     details: bool = True  # memory, saved bytes, kernels, host time
-    hot: bool = False  # also with the input just written, on a GPU
+    hot: bool = False  # on a GPU, time also with the input just written
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Entry:
 
 
 class _Run:
-    """One case on its way: what is shared by everything that is done to its providers."""
+    """One case on its way: the state that all work on its providers shares."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class _Run:
         self.rows = [entry.row for entry in self.entries]
 
     def measure(self) -> None:
-        """Everything up to what follows from the times.
+        """Do everything up to what follows from the times.
 
         Raises:
             LostDeviceError: nothing more can be measured; the rows stand.
@@ -104,7 +104,7 @@ class _Run:
     def _attempt(self, entry: _Entry, what: str, work: Callable[[_Entry], Any]) -> None:
         """Do a part of the work on one provider, whose failure must not end the run.
 
-        what: is missing then and said in the row's note; "": everything, and the status says so.
+        what: the part that the row's note then calls missing; "": all of it, as the status says.
         """
         try:
             work(entry)
@@ -157,8 +157,8 @@ class _Run:
         entry.row.kernels = memory.kernels_launched(call, self.timer)
 
     def _time(self, kind: str, sets: list[Inputs]) -> None:
-        """Time all providers in one way. What this costs one of them is said in its row, whose
-        status follows it until another way gives a time.
+        """Time all providers in one way. The row of one that fails says so, and its status does
+        until another way gives a time.
         """
         rows = {row.provider: row for row in self.rows}
         subjects: dict[str, Subject] = {}
@@ -206,13 +206,13 @@ class _Run:
         calls = [prepared_call(built, case, chosen.x, chosen.dy) for chosen in sets[:most]]
         if kind != "hot":
             return Subject(calls)
-        # `.data`: rewriting the same values is no change that a saved tensor has to know of.
+        # `.data` hides the write: the same values are no change that a saved tensor has to know of.
         written = (self.inputs.dy if case.mode == "backward" else self.inputs.x).data
         source = written.clone()
         return Subject(calls, lambda: written.copy_(source))
 
     def _check_exchange(self, built: Built) -> None:
-        """That a provider computes with whatever weights its leaves are given.
+        """Check that a provider computes with whatever weights its leaves are given.
 
         Raises:
             FixedWeightsError: it does not, so each call of a graph would find its weights in L2.
@@ -236,7 +236,7 @@ def measure_case(
     settings: Settings | None = None,
     progress: Callable[[str], Any] = lambda _text: None,
 ) -> list[Row]:
-    """One row a provider, in the given order. A provider that fails costs its own row alone.
+    """Measure a row for each provider, in the given order; one that fails costs only its row.
 
     On a GPU all are judged by the copy of the same case, so `limit` is added where it is missing.
 
@@ -268,14 +268,14 @@ def measure_case(
 
 
 def headline(case: BenchCase, device: torch.device) -> str:
-    """The kind of timing that a case's ratios are of."""
+    """Return the kind of timing that a case's ratios are of."""
     if device.type != "cuda":
         return "eager"
     return "graph" if case.tokens <= FEW_TOKENS else "cold"
 
 
 def kinds(case: BenchCase, timer: WallTimer | CudaTimer, hot: bool = False) -> list[str]:
-    """The kinds of timing that say something about a case, with `hot` where it is asked for."""
+    """Return the kinds of timing that say something about a case, with `hot` if asked for."""
     left_out = set() if hot else {"hot"}
     if isinstance(timer, CudaTimer) and case.tokens > MOST_TOKENS_EAGER:
         left_out.add("eager")
@@ -283,7 +283,7 @@ def kinds(case: BenchCase, timer: WallTimer | CudaTimer, hot: bool = False) -> l
 
 
 def outputs_of(built: Built, case: BenchCase, inputs: Inputs) -> dict[str, Tensor]:
-    """What the parity gate judges: y, and in a mode with gradients dx and d_<parameter>."""
+    """Return what the gate judges: y, and in a mode with gradients dx and d_<parameter>."""
     if case.mode == "forward":
         with torch.no_grad():
             return {"y": built.forward(inputs.x)}
@@ -295,7 +295,7 @@ def outputs_of(built: Built, case: BenchCase, inputs: Inputs) -> dict[str, Tenso
 
 
 def prepared_call(built: Built, case: BenchCase, x: Tensor, dy: Tensor) -> Callable[[], Any]:
-    """The case's mode as a function without arguments, on these buffers."""
+    """Return the case's mode as a function without arguments, on these buffers."""
     if built.alone is not None:
         return built.alone(x, dy)
     if case.mode == "forward":
@@ -308,14 +308,14 @@ def prepared_call(built: Built, case: BenchCase, x: Tensor, dy: Tensor) -> Calla
     x = x.detach().requires_grad_()
     leaves = [x, *built.parameters.values()]
     if case.mode == "step":
-        # y as well: it is alive until the next layer has used it.
+        # y is kept as well: it is alive until the next layer has used it.
         return lambda: (y := built.forward(x), torch.autograd.grad(y, leaves, dy))
     y = built.forward(x)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
 def rotating_call(built: Built, case: BenchCase, chosen: Inputs) -> Callable[[], Any]:
-    """The prepared call with the weights, too, of this set."""
+    """Prepare the call with this set's weights too."""
     leaves = built.parameters
     with rotation.exchanged(leaves, chosen.parameters):  # a backward's forward is run here
         call = prepared_call(built, case, chosen.x, chosen.dy)
@@ -329,7 +329,7 @@ def _derive(
     device: torch.device,
     l2_bytes: int = 0,
 ) -> None:
-    """What follows from the times; on a CPU, which tells nothing about a GPU, no ratio.
+    """Fill in what follows from the times; a CPU, which tells nothing of a GPU, gets no ratio.
 
     With few tokens the copy, which has no weights, stays in an L2 of `l2_bytes` and is no measure
     of what has to come from memory.
@@ -357,7 +357,7 @@ def _share(rate: float, whole: float | None) -> float | None:
 
 
 def _bytes_of(row: Row) -> str:
-    """Whose bytes a row is judged by: a limit moves its own and no more, all others the floor's."""
+    """Return whose bytes a row is judged by: a limit's are its own, all others' the floor's."""
     return "limit" if row.provider == "limit" else "floor"
 
 
@@ -366,13 +366,13 @@ def _add_note(row: Row, text: str) -> None:
 
 
 def _record(row: Row, error: Exception, kind: str = "") -> None:
-    """An error in a row: the end of it, or of one kind of timing."""
+    """Record an error in a row, which ends it or one kind of timing."""
     row.status, note = failure(error)
     _add_note(row, f"{kind}: {note}" if kind else note)
 
 
 def failure(error: Exception) -> tuple[str, str]:
-    """(status, note) of a row whose measurement ended in this error."""
+    """Return (status, note) of a row whose measurement ended in this error."""
     if isinstance(error, UnavailableError | BackendUnsupportedError):
         return "unavailable", _sentence(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
@@ -395,5 +395,5 @@ def _release(timer: WallTimer | CudaTimer) -> None:
         try:
             torch.cuda.synchronize(timer.device)
             torch.cuda.empty_cache()
-        except RuntimeError as error:  # of work that nobody waited for
+        except RuntimeError as error:  # from work that nobody waited for
             timer.raise_if_lost(error)

@@ -1,4 +1,4 @@
-"""What a call holds: peak and transient memory, bytes saved for the backward, kernels launched."""
+"""Counts a call's peak and transient memory, its bytes saved for the backward, and its kernels."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Memory:
 
 
 def allocated(call: Callable[[], Any], device: torch.device) -> Memory | None:
-    """What torch's allocator hands out during one call, None on a CPU, where nothing counts it."""
+    """Measure what torch's allocator hands out in one call; None on a CPU, which counts nothing."""
     if device.type != "cuda":
         return None
     call()  # one-time buffers, such as a matrix library's workspace
@@ -36,7 +36,7 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Memory | None:
 
 
 def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of `forward`, beside the storages of `known`."""
+    """Count the bytes that autograd keeps for `forward`'s backward, beside those of `known`."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
 
@@ -54,9 +54,9 @@ def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor]) -> int:
 
 
 def kernels_launched(call: Callable[[], Any], timer: CudaTimer) -> int:
-    """Kernels, copies and fills that one call runs on the GPU: the nodes of its CUDA graph.
+    """Count the kernels, copies and fills that one call runs: the nodes of its CUDA graph.
 
-    Not by a profiler, which stays attached and slows every launch after it (pytorch#144455).
+    A profiler would stay attached and slow every launch after it (pytorch#144455).
 
     Raises:
         TypeError: this version of torch keeps no graph that could be counted.

@@ -15,7 +15,7 @@ _MARKERS = "sv^D<>P*X"
 
 
 def refusal(path: Path) -> str | None:
-    """Why no picture can be written to `path`, before anything is measured; None if one can."""
+    """Say before anything is measured why no picture can be written to `path`; None if one can."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except Exception as error:  # a broken installation raises whatever it likes
@@ -106,7 +106,7 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
                 tokens, middle, low, high = zip(*points, strict=True)
                 axes.plot(tokens, middle, label=label, markersize=5, **style)
                 axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
-                label = f"_{name}"  # an underscore: not in the legend again
+                label = f"_{name}"  # an underscore keeps it out of the legend
     for left, right in itertools.pairwise(headlines):
         _mark_change(axes, rows, left, right)
     machine = from_dict(result.header.get("calibration", {})).machine(case.dtype)
@@ -142,7 +142,7 @@ def _tokens(row: Row) -> int:
 
 
 def _mark_change(axes: Any, rows: list[Row], left: str, right: str) -> None:
-    """A vertical line between the last case of one kind of timing and the first of the next."""
+    """Draw a line between the last case of one kind of timing and the first of the next."""
     last = max(row.case.tokens for row in rows if row.headline == left)
     first = min(row.case.tokens for row in rows if row.headline == right)
     middle = (last * first) ** 0.5

@@ -1,4 +1,4 @@
-"""Who is timed: this package's backends, plain layers, what torch offers, and the limits.
+"""The providers to time: this package's backends, plain layers, what torch offers, the limits.
 
 A provider builds one implementation from the case's own tensors. Other libraries' implementations
 are in `bench.external`, which imports a library when it is asked for.
@@ -164,7 +164,7 @@ def _no_adapter(case: BenchCase, inputs: Inputs) -> Built:
 
 
 def _limit(case: BenchCase, inputs: Inputs) -> Built:
-    """Passes over memory that no implementation can do without: y = x, and dx = dy + x."""
+    """Build the passes over memory that none can do without: y = x, and dx = dy + x."""
 
     def prepare(x: Tensor, dy: Tensor) -> Callable[[], Any]:
         x, y, dx = x.detach(), torch.empty_like(x), torch.empty_like(x)
@@ -203,7 +203,7 @@ PROVIDERS = {provider.name: provider for provider in (*BACKENDS, *BASELINES)}
 
 
 def providers(names: list[str]) -> list[Provider]:
-    """The providers of these names, each once.
+    """Return the providers of these names, each once.
 
     Raises:
         ValueError: an unknown name; the message lists the names that are known.

@@ -25,7 +25,7 @@ class ResultError(ValueError):
 class LostDeviceError(RuntimeError):
     """The GPU fails whatever this process asks of it, since an error in the work of `subject`.
 
-    rows: of the case that it ended, with what was measured before.
+    rows: those of the case that it ended, with what was measured before.
     """
 
     def __init__(self, message: str, subject: str = "") -> None:
@@ -49,7 +49,7 @@ class Timing:
 class Row:
     """One provider on one case. What was not measured is None.
 
-    timings: by kind, see `timing.KINDS`; headline: the kind that ratios and fractions are of.
+    timings: by kind, see `timing.KINDS`; headline: the kind that ratios and fractions use.
     buffer_bytes: activations and weights that a graph's calls take in turn; in L2 if they are
     smaller than it.
     copy_fraction: time of `limit` in the same case and kind of timing, over this one's.
@@ -59,7 +59,7 @@ class Row:
     host_us: CPU time to launch a call; peak_bytes and transient_bytes: beyond what was allocated
     before a call, and beyond what is still alive after it; saved_bytes: kept for the backward
     beside inputs and parameters; kernels: nodes of a call's CUDA graph, copies and fills included.
-    error, tolerance: of the tensor closest to its tolerance, in the parity gate.
+    error, tolerance: those of the tensor closest to its tolerance, in the parity gate.
     repeatable: whether a second run gave the same bits.
     """
 
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What identifies the row across files."""
+        """The row's identity across files."""
         return f"{self.case} {self.provider}"
 
     @property
@@ -124,7 +124,7 @@ class ModelRow:
 
     @property
     def key(self) -> str:
-        """What identifies the row across files."""
+        """The row's identity across files."""
         return f"{self.model} {self.variant} {self.mode} {self.execution}"
 
     @property
@@ -154,7 +154,7 @@ class Result:
 
 
 def to_json(result: Result) -> str:
-    """The text of a result file: an entry of a list a line, as raw samples would fill pages."""
+    """Return a result file's text: a line for a list's entry, as raw samples would fill pages."""
     parts = [f'"schema": {json.dumps(SCHEMA)}']
     for name, value in dataclasses.asdict(result).items():
         if isinstance(value, list) and value:
@@ -166,7 +166,7 @@ def to_json(result: Result) -> str:
 
 
 def from_json(text: str, origin: str = "result file") -> Result:
-    """The result in the text of a result file.
+    """Return the result in the text of a result file.
 
     Raises:
         ResultError: not JSON, another schema or version of it, or a row that does not fit it.
@@ -229,7 +229,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """The result in a file.
+    """Return the result in a file.
 
     Raises:
         ResultError: the file cannot be read or is not of this schema.
@@ -242,7 +242,7 @@ def load(path: Path) -> Result:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`, which is made if need be; None if it can."""
+    """Return why nothing can be written to `folder`, which is made if need be; None if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -14,7 +14,7 @@ from adapterkern.bench.cases import BenchCase
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a kernel, as `calibration` measures it.
+    """The bounds of a kernel, as `calibration` measures them.
 
     Args:
         copy_bandwidth: bytes read plus written per second by a device-to-device copy.
@@ -28,7 +28,7 @@ class Machine:
     launch_seconds: float = 0.0
 
     def product_seconds(self, flops: float) -> float:
-        """The least time of that many FLOPs, 0 where the rate is not known."""
+        """Return the least time of that many FLOPs, 0 where the rate is not known."""
         return 0.0 if self.matrix_rate is None else flops / self.matrix_rate
 
 
@@ -54,13 +54,13 @@ class Kernel:
         return 2.0 * self.products * case.tokens * case.hidden_size * case.bottleneck_size
 
     def seconds(self, case: BenchCase, machine: Machine) -> float:
-        """The longest of the three bounds."""
+        """Return the longest of the three bounds."""
         memory = self.bytes(case) / machine.copy_bandwidth
         return max(memory, machine.product_seconds(self.flops(case)), machine.launch_seconds)
 
 
 # One weight gradient is written once, in the parameters' dtype.
-_FORWARD = {  # of a call that saves nothing
+_FORWARD = {  # a call that saves nothing
     "floor": [Kernel(2, 0, 2, 2)],
     "adapterhub": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(2), Kernel(3)],
     "plain": [Kernel(1, 1, 1, 1), Kernel(0, 2), Kernel(1, 1, 1, 1), Kernel(3)],
@@ -103,7 +103,7 @@ MODELS = tuple(_FORWARD)
 
 
 def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
-    """The kernels of one call in the case's mode.
+    """Return the kernels of one call in the case's mode.
 
     Raises:
         KeyError: the implementation is none of MODELS.
@@ -116,17 +116,17 @@ def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
 
 
 def moved_bytes(case: BenchCase, implementation: str = "floor") -> float:
-    """Bytes to and from memory of one call."""
+    """Return the bytes to and from memory of one call."""
     return sum(kernel.bytes(case) for kernel in kernels(case, implementation))
 
 
 def seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
-    """The least time of one call."""
+    """Return the least time of one call."""
     return sum(kernel.seconds(case, machine) for kernel in kernels(case, implementation))
 
 
 def copy_seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
-    """The floor by bytes alone: what the fraction-of-floor column divides by the measured time.
+    """Return the floor by bytes alone, which the fraction-of-floor column divides by the time.
 
     Neither the matrix rate nor the launch time enters, so a fraction is of the copy bandwidth.
     """
@@ -134,7 +134,7 @@ def copy_seconds(case: BenchCase, machine: Machine, implementation: str = "floor
 
 
 def bound(case: BenchCase, machine: Machine) -> str:
-    """What bounds the floor: launch, compute, weights or memory."""
+    """Return what bounds the floor: launch, compute, weights or memory."""
     least = kernels(case)
     memory = moved_bytes(case) / machine.copy_bandwidth
     compute = machine.product_seconds(sum(kernel.flops(case) for kernel in least))

@@ -18,7 +18,7 @@ from adapterkern.bench.timing import CALLS_IN_GRAPH, CudaTimer, WallTimer
 
 DISTINCT_L2S = 3  # L2 caches that all sets together fill
 MOST_SETS = 512  # beyond, a step is a graph of some ten thousand kernels
-# What a graph's calls move at least, and with how many calls it is long enough whatever they move:
+# A graph's calls move at least so many bytes, or are as many as make it long enough in any case:
 # either takes a quarter of a millisecond, the kernels of a small call 2 us. The launch of the
 # graph, one or two microseconds within the events, is below one per cent of that.
 GRAPH_BYTES = 2**30
@@ -30,18 +30,18 @@ class FixedWeightsError(RuntimeError):
 
 
 def activation_bytes(case: BenchCase) -> int:
-    """One call's x and y, or dy and dx: the least that is distinct in each set."""
+    """Count the bytes of one call's x and y, or dy and dx: the least that is distinct in a set."""
     return 2 * case.tokens * case.hidden_size * case.element_size
 
 
 def weight_bytes(case: BenchCase) -> int:
-    """Both weights and both biases."""
+    """Return the bytes of both weights and both biases."""
     weights = 2 * case.hidden_size * case.bottleneck_size
     return (weights + case.hidden_size + case.bottleneck_size) * case.element_size
 
 
 def set_count(case: BenchCase, timer: WallTimer | CudaTimer) -> int:
-    """How many sets a graph's calls take in turn; on a CPU, which has no graphs, one."""
+    """Return how many sets a graph's calls take in turn; on a CPU, which has no graphs, one."""
     if isinstance(timer, WallTimer):
         return 1
     each = activation_bytes(case) + weight_bytes(case)
@@ -49,13 +49,13 @@ def set_count(case: BenchCase, timer: WallTimer | CudaTimer) -> int:
 
 
 def least_calls(case: BenchCase) -> int:
-    """How many calls a graph holds at least."""
+    """Return how many calls a graph holds at least."""
     each = activation_bytes(case) + weight_bytes(case)
     return max(CALLS_IN_GRAPH, min(ENOUGH_CALLS, -(-GRAPH_BYTES // each)))
 
 
 def sets(case: BenchCase, inputs: Inputs, timer: WallTimer | CudaTimer) -> list[Inputs]:
-    """The case's inputs and copies of them, fewer where memory runs out; rows say how large."""
+    """Return the case's inputs and copies, fewer where memory runs out; rows say how large."""
     found = [inputs]
     with contextlib.suppress(torch.OutOfMemoryError):
         for _ in range(1, set_count(case, timer)):
@@ -67,7 +67,7 @@ def sets(case: BenchCase, inputs: Inputs, timer: WallTimer | CudaTimer) -> list[
 
 @contextlib.contextmanager
 def exchanged(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A block in which each leaf holds the values, and has the memory, of its namesake.
+    """Let each leaf hold the values, and have the memory, of its namesake within the block.
 
     The leaves stay the same objects, so modules, saved tensors and compiled code find the new
     memory through them. A forward and its backward need the same values: autograd keeps the leaves
@@ -96,7 +96,7 @@ def exchanged(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Ite
 def with_weights(
     call: Callable[[], Any], leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> Callable[[], Any]:
-    """`call` within a block of `exchanged`, which costs the host some microseconds."""
+    """Wrap `call` in a block of `exchanged`, which costs the host some microseconds."""
 
     def exchanged_call() -> Any:
         with exchanged(leaves, values):
@@ -106,6 +106,6 @@ def with_weights(
 
 
 def halved(inputs: Inputs) -> Inputs:
-    """The same with half of every parameter, exact in every dtype: to see who computes with it."""
+    """Return the inputs with every parameter halved, exact in every dtype, to see who uses it."""
     parameters = {name: tensor * 0.5 for name, tensor in inputs.parameters.items()}
     return replace(inputs, parameters=parameters)

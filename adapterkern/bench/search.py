@@ -94,7 +94,7 @@ class Ranked:
 def enqueue(
     search: Search, device: Device, compilers: Compilers, limit: int | None = None
 ) -> Queued:
-    """Have the formula's plan and every candidate compiled for what is timed, and the widest."""
+    """Have the formula's plan and all candidates compiled for what is timed and the widest mix."""
     base = formula(search.kind, search.problem, device)
     tried = candidates(search.kind, search.problem, device)[:limit]
     named = {BASE: base} | {str(number): entry for number, entry in enumerate(tried)}
@@ -109,7 +109,7 @@ def _compiled(
     also: Iterable[Mix] = (),
     priority: int = ORDINARY,
 ) -> dict[str, Compiling]:
-    """Each entry with its compilations for the case, and for other mixes."""
+    """Return each entry with its compilations for the case, and for other mixes."""
     mix = uniform(case.torch_dtype, case.activation)
     found: dict[str, Compiling] = {}
     for name, entry in entries.items():
@@ -163,7 +163,7 @@ def rank(
 
 
 class _Admitted:
-    """One case, its provider, and what of the entries is ready to be timed."""
+    """One case, its provider, and the entries that are ready to be timed."""
 
     def __init__(self, case: BenchCase, timer: CudaTimer) -> None:
         self.case, self.timer = case, timer
@@ -196,7 +196,7 @@ class _Admitted:
         return reasons
 
     def _wrong(self) -> str | None:
-        """How the entry in force fails the parity gate, None if it passes."""
+        """Return how the entry in force fails the parity gate, None if it passes."""
         for gate in self.gates:
             outputs = outputs_of(self.built, gate.case, self.inputs)
             verdict = gate.judge(outputs, self.built.activation, tuple(self.built.parameters))
@@ -205,8 +205,8 @@ class _Admitted:
         return None
 
     def on_memory_of_their_own(self, entries: dict[str, Entry]) -> dict[str, Subject]:
-        """The subjects of these entries, in a graph with activations and weights of its own for
-        each call, as `measure` times them: many captures, so for a few entries alone.
+        """Return the subjects of these entries, in a graph with activations and weights of its own
+        for each call, as `measure` times them: many captures, so only a few entries get them.
         """
         if headline(self.case, self.timer.device) != "graph":
             return {name: self.subjects[name] for name in entries}
@@ -238,7 +238,7 @@ def _prove(ranked: Ranked, device: Device, compilers: Compilers) -> None:
 
 
 def settle(ranked: Ranked, device: Device, compilers: Compilers, gpu: str) -> Found:
-    """The fastest entry that compiles for every mix, the formula's where none does."""
+    """Return the fastest entry that compiles for every mix, the formula's where none does."""
     before, tried = ranked.before_us, ranked.tried
     while ranked.faster:
         after, entry = ranked.faster[0]
@@ -265,7 +265,7 @@ class Trial:
 def trials(
     entries: Iterable[Entry], ieee: bool, device: Device, compilers: Compilers
 ) -> list[Trial]:
-    """What the entries change on shapes that were not searched, being compiled."""
+    """Start to compile what the entries change on shapes that were not searched."""
     entries, found = tuple(entries), []
     for held_out, kind in itertools.product(HELD_OUT, ("tokens", "weights")):
         case = timed(kind, held_out)
@@ -306,11 +306,11 @@ def judge(
 
 
 def loses(row: HeldOut) -> bool:
-    """Whether a held-out shape condemns its class of entries."""
+    """Return whether a held-out shape condemns its class of entries."""
     return bool(row.problem) or row.after_us > row.before_us * (1 + GAIN)
 
 
 def without(entries: Iterable[Entry], losers: Iterable[HeldOut]) -> list[Entry]:
-    """The entries but those of the kind and arithmetic of these rows."""
+    """Return the entries but those of the kind and arithmetic of these rows."""
     dropped = {(row.kind, row.ieee, row.wide) for row in losers}
     return [entry for entry in entries if (entry.kind, *entry.problem[3:]) not in dropped]

@@ -18,7 +18,7 @@ _STATUS = {
 
 
 def first_lines(result: Result) -> list[str]:
-    """What must be known to read the rows. Without a GPU the first line says so."""
+    """Return what must be known to read the rows. Without a GPU the first line says so."""
     header = result.header
     versions = header.get("versions", {})
     lines = [] if result.on_gpu else [NO_GPU]
@@ -51,7 +51,7 @@ def first_lines(result: Result) -> list[str]:
 
 
 def render(result: Result) -> str:
-    """The whole result, one table a case."""
+    """Return the whole result, one table a case."""
     lines = first_lines(result)
     cases = list(dict.fromkeys(row.case for row in result.rows))
     for case in cases:
@@ -121,7 +121,7 @@ def _render_case(rows: list[Row], result: Result) -> list[str]:
 
 
 def _facts(rows: list[Row], result: Result) -> list[str]:
-    """What the numbers of a case on a GPU are measured by."""
+    """Return what the numbers of a case on a GPU are measured by."""
     facts = []
     case, floor = rows[0].case, rows[0].floor_us
     machine = from_dict(result.header.get("calibration", {})).machine(case.dtype)
@@ -159,13 +159,13 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20}
 
 
 def _unit(sizes: Iterable[int | None]) -> str:
-    """The unit of a column: KiB while its largest size is below 10 MiB."""
+    """Return the unit of a column: KiB while its largest size is below 10 MiB."""
     most = max((size for size in sizes if size is not None), default=None)
     return "KiB" if most is not None and most < 10 * 2**20 else "MiB"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns, the first to the left, the others to the right."""
+    """Align rows in columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  "

@@ -28,22 +28,22 @@ MIN_SAMPLES, MAX_SAMPLES = 5, 200
 CALLS_IN_GRAPH = 20
 CALLS_IN_EAGER = 20
 WARM_UP_CALLS = 3  # before a capture, which allows no compilation and no first allocation
-# How long the GPU is kept busy before an event, so that the host gets ahead of it, in cycles: at
+# The GPU is kept busy for so many cycles before an event, so that the host gets ahead of it: at
 # first about 50 us, the launches of an adapter, and at most about 30 ms, those of a large graph.
 BUSY_CYCLES = 100_000
 MOST_BUSY_CYCLES = 512 * BUSY_CYCLES
 FLUSHED_L2S = 3  # a buffer of as many L2 caches leaves nothing of what was there before
-# Where torch does not tell: about the largest L2 there is (126 MB, B200), so that no smaller one
-# keeps anything over a flush.
+# The size assumed where torch tells none is about the largest L2 there is (126 MB, B200), so that
+# no smaller one keeps anything over a flush.
 DEFAULT_L2_BYTES = 128 * 2**20
 
 
 @dataclass
 class Subject:
-    """What is timed. calls: the same call over distinct buffers; produce: writes the first one's
-    input anew; least_calls: in a graph; busy_cycles: for how long the GPU is kept busy before a
-    sample, doubled as often as its launches take longer; failure: what ended it, after which it is
-    left out; late: some of its samples hold launches, because the host never got ahead of the GPU.
+    """A call that is timed. calls: it over distinct buffers; produce: writes the first one's input
+    anew; least_calls: the fewest in a graph; busy_cycles: for how long the GPU is kept busy before
+    a sample, doubled as often as its launches take longer; failure: what ended it, after which it
+    is left out; late: some samples hold launches, because the host never got ahead of the GPU.
     """
 
     calls: Sequence[Callable[[], Any]]
@@ -55,20 +55,20 @@ class Subject:
 
 
 def random_bits(size: int, device: torch.device) -> Tensor:
-    """About `size` bytes of random bits, int32: zeros would cost less power and so raise clocks."""
+    """Draw about `size` bytes as int32: zeros would cost less power and so raise clocks."""
     bits = torch.empty(size // 4, dtype=torch.int32, device=device)
     generator = torch.Generator(device).manual_seed(0)
     return bits.random_(-(2**31), 2**31, generator=generator)
 
 
 def l2_bytes(device: torch.device) -> int:
-    """The size of a GPU's L2 cache, DEFAULT_L2_BYTES where torch does not tell it."""
+    """Return the size of a GPU's L2 cache, DEFAULT_L2_BYTES where torch does not tell it."""
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "L2_cache_size", 0) or DEFAULT_L2_BYTES
 
 
 def quantiles(samples: Sequence[float]) -> Timing:
-    """The 20th, 50th and 80th percentile, interpolated, and the samples as they came.
+    """Return the 20th, 50th and 80th percentile, interpolated, and the samples as they came.
 
     Raises:
         ValueError: no samples.
@@ -136,11 +136,11 @@ class WallTimer:
     kinds: tuple[str, ...] = ("eager",)
 
     def session(self) -> contextlib.AbstractContextManager:
-        """The block in which everything is prepared and measured."""
+        """Return the block in which everything is prepared and measured."""
         return contextlib.nullcontext()
 
     def measure(self, kind: str, subjects: dict[str, Subject], seconds: float) -> dict[str, Timing]:
-        """Quantiles by subject, see `interleave`."""
+        """Return quantiles by subject, see `interleave`."""
         turns = dict.fromkeys(subjects, 0)
 
         def sample(name: str, subject: Subject) -> float:
@@ -153,11 +153,11 @@ class WallTimer:
         return interleave(subjects, sample, seconds)
 
     def host_us(self, subject: Subject) -> float | None:
-        """None: on a CPU the call is the host's work."""
+        """Return None: on a CPU the call is the host's work."""
         return None
 
     def raise_if_lost(self, cause: Exception, name: str = "") -> None:
-        """Nothing: a CPU is not lost by an error."""
+        """Do nothing: a CPU is not lost by an error."""
 
 
 class CudaTimer:
@@ -176,7 +176,7 @@ class CudaTimer:
         self.not_captured: dict[str, str] = {}  # provider -> why its capture failed
 
     def session(self) -> contextlib.AbstractContextManager:
-        """The block in which everything is prepared and measured: on one stream of its own.
+        """Return the block in which everything is prepared and measured: on one stream of its own.
 
         Autograd runs a backward on the stream of its forward, and the default stream cannot be
         captured into a graph.
@@ -185,7 +185,7 @@ class CudaTimer:
         return torch.cuda.stream(self._stream)
 
     def measure(self, kind: str, subjects: dict[str, Subject], seconds: float) -> dict[str, Timing]:
-        """Quantiles by subject, see `interleave`."""
+        """Return quantiles by subject, see `interleave`."""
         if kind == "graph":
             return self._measure_graphs(subjects, seconds)
         samplers = {"cold": self._cold, "hot": self._hot, "eager": self._eager}
@@ -194,7 +194,7 @@ class CudaTimer:
     def interleave(
         self, subjects: dict[str, Subject], sample: Callable[[str, Subject], float], seconds: float
     ) -> dict[str, Timing]:
-        """`interleave` that ends with the device."""
+        """Run `interleave`, but end when the device is lost."""
 
         def watched(name: str, subject: Subject) -> float:
             try:
@@ -223,7 +223,7 @@ class CudaTimer:
             ) from cause
 
     def host_us(self, subject: Subject) -> float | None:
-        """Median CPU time to launch one call, the GPU not waited for."""
+        """Return the median CPU time to launch one call without waiting for the GPU."""
         times = []
         for _ in range(MIN_SAMPLES):
             torch.cuda.synchronize(self.device)
@@ -237,8 +237,8 @@ class CudaTimer:
     def between_events(
         self, subject: Subject, before: Callable[[], Any], call: Callable[[], Any]
     ) -> float:
-        """Microseconds of GPU time of `call` after `before` ran, free of launches: the GPU had not
-        reached `call` when the host was done with it.
+        """Measure microseconds of GPU time of `call` after `before` ran, free of launches: the GPU
+        had not reached `call` when the host was done with it.
 
         If it had, the sample is taken again with the GPU kept busy twice as long, which the subject
         remembers; it is `late` if MOST_BUSY_CYCLES are too few.
@@ -257,8 +257,8 @@ class CudaTimer:
             subject.busy_cycles *= 2
 
     def with_gaps(self, call: Callable[[], Any]) -> float:
-        """Microseconds between GPU events around `call`, begun on an idle GPU: gaps in which it
-        waits for the host count, as they do for a user.
+        """Measure microseconds between GPU events around `call`, begun on an idle GPU: gaps in
+        which it waits for the host count, as they do for a user.
         """
         torch.cuda.synchronize(self.device)
         self._start.record()
@@ -305,7 +305,7 @@ class CudaTimer:
         return self.interleave(subjects, sample, seconds)
 
     def capture(self, subject: Subject, **options: bool) -> tuple[torch.cuda.CUDAGraph, int]:
-        """A graph of calls over all buffers equally often, and the number of calls in it.
+        """Capture a graph of calls over all buffers equally often; return it and their number.
 
         A result stays alive until its buffer's turn comes again, so that outputs too are distinct
         memory. A capture that fails is undone, so that the process can go on. `options` are those
@@ -336,7 +336,7 @@ class CudaTimer:
         return graph, calls
 
     def _undo_capture(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """What torch leaves undone when a capture ends in an error, until about its version 2.12:
+        """Do what torch until about its version 2.12 leaves undone when a capture ends in an error:
         the allocator goes on waiting for the end of it, and the generator refuses to draw.
         """
         index = self.device.index
@@ -351,9 +351,9 @@ class CudaTimer:
 
 
 def nothing() -> None:
-    """What comes before a sample that needs no preparation."""
+    """Prepare nothing before a sample."""
 
 
 def timer_for(device: torch.device) -> WallTimer | CudaTimer:
-    """The timer of a device."""
+    """Return the timer of a device."""
     return CudaTimer(device) if device.type == "cuda" else WallTimer()

@@ -1,4 +1,4 @@
-"""What `adapterkern tune` searches: the problems in order of worth, and the candidates for each.
+"""The problems that `adapterkern tune` searches, in order of worth, and the candidates for each.
 
 `bench.search` times the candidates.
 """
@@ -18,9 +18,9 @@ from adapterkern.backends.triton.launch_config import (
 from adapterkern.backends.triton.tuned import Entry
 from adapterkern.bench.cases import BenchCase
 
-# What a bare run searches, (H, R, T, kinds) in order of worth. An entry serves whatever is within a
+# A bare run searches these (H, R, T, kinds) in this order. An entry serves whatever is within a
 # factor of two of it in every size, so few shapes reach most models, and no two are much closer:
-# 768 and 1024 (BERT, GPT-2, ViT) alone have two, as what is used most.
+# only 768 and 1024 (BERT, GPT-2, ViT), which are used most, have two.
 _BOTH, _TOKENS = ("tokens", "weights"), ("tokens",)
 WORTH = (
     # A training batch, of small models and of 7B ones.
@@ -67,8 +67,8 @@ class Search:
 def asked_for(
     shapes: Sequence[tuple[int, int]] | None, tokens: Sequence[int] | None
 ) -> list[tuple[int, int, int, tuple[str, ...]]]:
-    """WORTH, or every kind on every (H, R) of `shapes` with every T of `tokens`, that number
-    slowest. Where one of the two is None it is all that WORTH has.
+    """Return WORTH, or every kind on every (H, R) of `shapes` with every T of `tokens`, which
+    changes slowest. Where one of the two is None it is all that WORTH has.
     """
     if shapes is None and tokens is None:
         return list(WORTH)
@@ -82,13 +82,13 @@ def searches(
     ieee: bool,
     done: Iterable[Entry] = (),
 ) -> list[Search]:
-    """What is to be searched, in the given order, without what `done` has an entry for.
+    """Return what is to be searched, in the given order, without what `done` has an entry for.
 
     Args:
         asked: (H, R, T, kinds of plan), as in WORTH.
         dtypes: of everything in a call, by their short names.
         ieee: whether float32 products keep full precision.
-        done: of the file that the search adds to.
+        done: the entries of the file that the search adds to.
 
     Raises:
         ValueError: a size below 1 or an unknown dtype.
@@ -105,16 +105,16 @@ def searches(
 
 
 def timed(kind: str, case: BenchCase) -> BenchCase:
-    """The case in the mode that a plan of this kind is timed in."""
+    """Return the case in the mode that a plan of this kind is timed in."""
     few = case.tokens <= DECODE_TOKENS
     return replace(case, mode="backward" if kind == "weights" else "forward" if few else "step")
 
 
 def formula(kind: str, problem: Problem, device: Device) -> Entry:
-    """The plan of `launch_config` as an entry: what a search begins from, and has to beat.
+    """Return the plan of `launch_config` as an entry: what a search begins from, and has to beat.
 
-    Not the plan in force, which changes while a run finds entries for nearby problems: candidates
-    are compiled ahead of the searches before their own.
+    The plan in force will not do: it changes while a run finds entries for nearby problems, and
+    candidates are compiled ahead of the searches before their own.
     """
     if kind == "weights":
         weights = launch_config.weight_gradient_plan(problem, device)
@@ -129,8 +129,8 @@ def _token_entry(problem: Problem, plan: RowBlock | Split) -> Entry:
 
 
 def candidates(kind: str, problem: Problem, device: Device) -> list[Entry]:
-    """What is tried beside the formula's plan: its neighbours in each direction, and the other
-    form.
+    """Return what is tried beside the formula's plan: its neighbours in each direction, and the
+    other form.
 
     Tiles that need more shared memory than a block may use are left out; those that do not compile
     for another reason drop out when they are compiled.
@@ -149,7 +149,7 @@ def candidates(kind: str, problem: Problem, device: Device) -> list[Entry]:
 
 
 def _neighbours(entry: Entry) -> Iterable[Entry]:
-    """One or two properties of the first kernel changed at a time, and the number of slices."""
+    """Change one or two properties of the first kernel at a time, and the number of slices."""
     first, rest = entry.kernels[0], entry.kernels[1:]
     steps: list[dict[str, int]] = [
         *({"block_t": size} for size in (16, 32, 64, 128)),
@@ -168,7 +168,7 @@ def _neighbours(entry: Entry) -> Iterable[Entry]:
 
 
 def _other_form(entry: Entry, problem: Problem, device: Device) -> Entry | None:
-    """A split in place of a row block and the other way round, None where R is too wide."""
+    """Return a split in place of a row block and the other way round, None where R is too wide."""
     other = 1024 if entry.form == "row_block" else 1 << 24
     found = _token_entry(
         problem, launch_config.token_plan(problem._replace(num_tokens=other), device)
@@ -177,14 +177,14 @@ def _other_form(entry: Entry, problem: Problem, device: Device) -> Entry | None:
 
 
 def _fits(kernel: LaunchConfig, problem: Problem, device: Device) -> bool:
-    """Whether the pipelined tiles fit in shared memory: an estimate from below."""
+    """Return whether the pipelined tiles fit in shared memory: an estimate from below."""
     element = 4 if problem.wide or problem.ieee else 2
     tile = (kernel.block_t + kernel.block_r) * kernel.block_h * element
     return tile * (kernel.num_stages - 1) <= device.shared_memory
 
 
 def _holds(entry: Entry, problem: Problem) -> bool:
-    """Whether a row block holds all of R, and no tile is far larger than the problem."""
+    """Return whether a row block holds all of R, and no tile is far larger than the problem."""
     first = entry.kernels[0]
     if entry.form == "row_block" and first.block_r < problem.bottleneck_size:
         return False
@@ -192,7 +192,7 @@ def _holds(entry: Entry, problem: Problem) -> bool:
 
 
 def problem_of(case: BenchCase, ieee: bool) -> Problem:
-    """The launch problem of a case whose tensors all have its dtype."""
+    """Return the launch problem of a case whose tensors all have its dtype."""
     single = case.dtype == "fp32"
     return Problem(
         case.tokens, case.hidden_size, case.bottleneck_size, ieee=single and ieee, wide=single
@@ -200,6 +200,6 @@ def problem_of(case: BenchCase, ieee: bool) -> Problem:
 
 
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    """The entries of a file after a search: a new one replaces that of the same problem."""
+    """Return the entries of a file after a search: a new one replaces that of the same problem."""
     kept = {(entry.kind, entry.problem): entry for entry in (*old, *new)}
     return list(kept.values())

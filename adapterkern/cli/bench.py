@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         plan = _plan(arguments)
         if earlier and compare.different_devices(earlier[0], plan.result) and not arguments.force:
-            compare.compare(earlier[0], plan.result)  # says so before measuring
+            compare.compare(earlier[0], plan.result)  # raises before measuring
     except (ResultError, ValueError) as error:
         return _refuse(str(error))
     for line in table.first_lines(plan.result):
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-# What a comparison of two files, which measures nothing, has no use for.
+# A comparison of two files, which measures nothing, has no use for these options.
 _MEASURING = (
     *("hidden_size", "bottleneck_size", "tokens", "preset", "dtype", "activation", "mode"),
     *("backend", "baseline", "quick", "seconds", "json", "plot"),
@@ -150,7 +150,7 @@ _MEASURING = (
 
 
 def _earlier(arguments: argparse.Namespace) -> list[Any]:
-    """The results to compare with.
+    """Return the results to compare with.
 
     Raises:
         ValueError: too many files, or two and an option that would have no effect.
@@ -172,7 +172,7 @@ def _earlier(arguments: argparse.Namespace) -> list[Any]:
 
 
 class _Plan:
-    """What will be measured, checked before anything runs."""
+    """The measurements to make, checked before anything runs."""
 
     def __init__(self, header: dict, cases: list, providers: list, settings: Any) -> None:
         from adapterkern.bench.results import Result
@@ -224,10 +224,10 @@ class _Plan:
 
 
 def _plan(arguments: argparse.Namespace) -> _Plan:
-    """The plan of the command line.
+    """Return the plan of the command line.
 
     Raises:
-        ValueError: something in it cannot be done, with what could.
+        ValueError: something in it cannot be done; the message says what could.
     """
     import torch
 
@@ -336,7 +336,7 @@ def _print_comparison(paths: list[Path], results: list[Any], force: bool) -> Non
 
 
 class _Progress:
-    """What runs, on stderr: rewritten in place on a terminal, else one line a case."""
+    """Progress on stderr: rewritten in place on a terminal, else one line a case."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0

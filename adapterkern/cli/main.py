@@ -33,7 +33,7 @@ exit codes: 0 success, 1 a check failed, 2 wrong usage
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser with every command listed, of which only `chosen` is imported."""
+    """Return the parser with every command listed, of which only `chosen` is imported."""
     parser = argparse.ArgumentParser(
         prog="adapterkern",
         description="Fused bottleneck adapters for PyTorch: inspect, verify and try them.",

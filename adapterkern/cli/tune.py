@@ -33,7 +33,7 @@ examples:
 exit codes: 0 success, 1 nothing could be searched or the GPU was lost, 2 wrong usage or no GPU,
 130 interrupted
 """
-# Of the time, for the held-out shapes at the end: about 2 s for each of ten.
+# The held-out shapes at the end get this share of the time: about 2 s for each of ten.
 HELD_OUT_SHARE, HELD_OUT_SECONDS = 0.1, 30.0
 AHEAD = 3  # searches whose entries are compiled while one is timed
 
@@ -156,8 +156,8 @@ def _run(arguments: argparse.Namespace, file: _File, work: list) -> int:
 def _search_all(
     work: list, file: _File, compilers: Any, timer: Any, deadline: float, limit: int, found: list
 ) -> None:
-    """Search by search within the time. One is settled, its proofs being compiled meanwhile, when
-    the next was timed; one that fails is reported and left out.
+    """Run search by search within the time. One is settled when the next was timed, its proofs
+    being compiled meanwhile; one that fails is reported and left out.
     """
     from adapterkern.bench import search, tune
     from adapterkern.bench.results import LostDeviceError
@@ -226,7 +226,7 @@ def _drop_what_costs(file: _File, compilers: Any, timer: Any) -> None:
 
 
 def _open(path: Path, gpu: str, device: Any) -> _File:
-    """The file that the search adds to.
+    """Return the file that the search adds to.
 
     Raises:
         ValueError: it cannot be written or read, or was searched on another GPU.
@@ -252,7 +252,7 @@ def _open(path: Path, gpu: str, device: Any) -> _File:
 
 
 def _searches(arguments: argparse.Namespace, done: list) -> list:
-    """What the command line asks for and `done` does not hold.
+    """Return what the command line asks for and `done` does not hold.
 
     Raises:
         ValueError: half of a shape, an unknown preset or dtype, a size below 1, no time, no

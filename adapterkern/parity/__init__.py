@@ -2,12 +2,12 @@
 
 - Oracle: `reference.forward` and its autograd gradients in float64 on the same inputs, those of the
   products rounded to the compute dtype, as every implementation has to round them.
-- Metric: rms(out - oracle) / rms(oracle). A root mean square, because near a ReLU kink one flipped
-  sign is legitimate. Where the oracle is zero throughout, so must the output be.
+- Metric: rms(out - oracle) / rms(oracle), because near a ReLU kink one flipped sign is legitimate.
+  Where the oracle is zero throughout, so must the output be.
 - Tolerance: `FORWARD_ALLOWANCE` (gradients: `GRADIENT_ALLOWANCE`) times the metric of eager, the
-  same composition in plain torch operations, in the compute dtype, on the same device. At least one
-  rounding of the output (`FLOORS`). NaN never passes. For TF32 it is the larger of eager's metric
-  and that of products with truncated operands (`TruncatedProducts` says why).
+  same composition in plain torch operations, in the compute dtype, on the same device, but at
+  least one rounding of the output (`FLOORS`). NaN never passes. For TF32 it is the larger of
+  eager's metric and that of products with truncated operands (`TruncatedProducts` says why).
 - Inf and NaN, in the cases that have them in x and dy: an element is finite, Inf, -Inf or NaN where
   oracle and eager agree that it is; the metric runs over those that are finite in both. Where the
   two disagree, as where float16 overflows, nothing is asked.
@@ -34,7 +34,7 @@ from adapterkern.functional import bottleneck_adapter
 from adapterkern.parity.cases import LAYOUTS, SHORT_NAMES, Case, place
 from adapterkern.parity.grid import LEVELS, grid, options
 from adapterkern.parity.tf32 import TruncatedProducts
-from adapterkern.spec import TENSOR_NAMES
+from adapterkern.spec import ADDED, TENSOR_NAMES
 from adapterkern.validation import name_of
 
 __all__ = [
@@ -60,8 +60,8 @@ __all__ = [
 
 FORWARD_ALLOWANCE = 2.0
 GRADIENT_ALLOWANCE = 3.0
-# Relative, about the rms of one rounding. float64 has no wider oracle: there the floor is what two
-# orders of summation may differ by.
+# Each is relative, about the rms of one rounding. float64 has no wider oracle: its floor is what
+# two orders of summation may differ by.
 FLOORS = {
     torch.float32: 2e-7,
     torch.float16: 3e-4,
@@ -114,7 +114,7 @@ def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> 
 def _run(
     case: Case, backend: str, device: torch.device | str, seed: int
 ) -> tuple[dict[str, Tensor], ...]:
-    """One draw of data: what the backend gives, the oracle, eager, and for TF32 the composition
+    """Run one draw of data through the backend, the oracle, eager, and for TF32 the composition
     with truncated operands."""
     tensors = case.draw(device, seed)
     call = case.make_call(tensors)
@@ -133,7 +133,7 @@ def _run(
 def differing_bits(
     case: Case, backend: str, device: torch.device | str = "cpu", runs: int = 2
 ) -> list[str]:
-    """The tensors that `runs` runs of `backend` on the same inputs do not give bit for bit."""
+    """Return the tensors whose bits differ among `runs` runs of `backend` on the same inputs."""
     tensors = case.draw(device, seed=0)
     dy = case.draw_grad_output(case.make_call(tensors), seed=0)
     with case.matmul_precision():
@@ -146,7 +146,7 @@ def differing_bits(
 
 
 def refusals(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
-    """Every reason why `backend` cannot run `case`, empty if it can."""
+    """Return every reason why `backend` cannot run `case`, empty if it can."""
     return get(backend).unsupported_reasons(case.make_call(case.draw(device, seed=0)).spec())
 
 
@@ -162,8 +162,8 @@ def metric(out: Tensor, oracle: Tensor) -> float:
 def judge(
     name: str, out: Tensor, oracle: Tensor, yardsticks: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """(error, tolerance) of one tensor by the rule above; a name that begins with y is a result of
-    the forward. The values may be widened: `dtype` is the one in which `out` was stored."""
+    """Return (error, tolerance) of one tensor by the rule above; a name that begins with y is the
+    forward's. The values may be widened: `dtype` is the one in which `out` was stored."""
     allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
     floor = FLOORS[dtype] if oracle.any() else 0.0
     largest = max(metric(yardstick, oracle) for yardstick in yardsticks)
@@ -171,15 +171,15 @@ def judge(
 
 
 def share(error: float, tolerance: float) -> float:
-    """The part of its tolerance that an error uses up; infinite where it is not finite, and for
-    any error where none is allowed."""
+    """Return the part of its tolerance that an error uses up; infinite where it is not finite,
+    and for any error where none is allowed."""
     if error == 0:
         return 0.0
     return error / tolerance if math.isfinite(error) and tolerance else math.inf
 
 
 def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row:
-    """The row of one tensor, from its (out, oracle, eager, ...) in each draw of data."""
+    """Return the row of one tensor, from its (out, oracle, eager, ...) in each draw of data."""
     out, _, eager = runs[0][:3]
     if (out.dtype, out.shape) != (eager.dtype, eager.shape):
         got, expected = (f"{name_of(t.dtype)} {list(t.shape)}" for t in (out, eager))
@@ -202,14 +202,14 @@ def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row
 
 
 def _kind(tensor: Tensor) -> Tensor:
-    """0 where a number is finite, 1 and -1 at Inf and -Inf, 2 at NaN."""
+    """Return 0 where a number is finite, 1 and -1 at Inf and -Inf, 2 at NaN."""
     return torch.where(tensor.isnan(), 2, torch.where(tensor.isinf(), tensor.sign(), 0))
 
 
 def _run_backend(
     case: Case, tensors: dict[str, Tensor], dy: Tensor, backend: str
 ) -> dict[str, Tensor]:
-    """Within `case.matmul_precision`, which the backward asks for too."""
+    """Run it within `case.matmul_precision`, which the backward asks for too."""
     leaves = _leaves(case, tensors)
     arguments = case.arguments(leaves)
     with case.precision(dy.device):
@@ -222,13 +222,15 @@ def _run_backend(
 def _run_plain(
     case: Case, tensors: dict[str, Tensor], dy: Tensor, operands_in: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The same in plain torch operations. `operands_in`: the dtype to which the oracle, float64,
-    rounds what goes into the products."""
+    """Run plain torch operations. `operands_in`: the dtype to which the oracle, float64, rounds
+    what goes into the products."""
     leaves = _leaves(case, tensors)
     call = case.make_call(leaves)
     if operands_in is not None:
         operands: dict[str, Any] = {
-            name: _round_values(getattr(call, name), operands_in) for name in TENSOR_NAMES[:5]
+            name: _round_values(getattr(call, name), operands_in)
+            for name in TENSOR_NAMES
+            if name not in ("scaling", *ADDED)
         }
         residual = call.x if call.add_input else call.residual  # added as it is, not rounded
         call = call._replace(
@@ -239,7 +241,7 @@ def _run_plain(
 
 
 def _round_values(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A float64 tensor with its values rounded to `dtype` and its gradient left alone."""
+    """Return a float64 tensor with its values rounded to `dtype` and its gradient left alone."""
     if tensor is None:
         return None
     change = (tensor.to(dtype).double() - tensor).detach()

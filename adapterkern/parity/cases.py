@@ -1,4 +1,4 @@
-"""What is compared: one `Case` a call, and its inputs.
+"""The calls that are compared, one `Case` each, and their inputs.
 
 Every input lies in a larger buffer of NaN, so a read beyond its end shows in the result.
 """
@@ -26,7 +26,7 @@ _PADDING = 128  # elements of NaN around each input; a multiple of what an alloc
 # A tensor with fewer elements than this is judged over several draws of data, so that neither a sum
 # that happens to cancel nor an eager result that happens to be exact decides.
 _FEWEST_ELEMENTS = 16
-# Of a case with nonfinite values: what x and dy each hold, and in which tokens. Those around them
+# In a case with nonfinite values, x and dy each hold these in these tokens. Those around them
 # stay finite; none follows another, for eager on a CPU with AMX may spoil the token before one.
 _NONFINITE = (math.inf, -math.inf, math.nan)
 _NONFINITE_IN_X, _NONFINITE_IN_DY = (1, 3, 5), (7, 9, 11)
@@ -92,13 +92,13 @@ class Case:
         return math.ceil(_FEWEST_ELEMENTS / min(size for size in sizes if size > 0))
 
     def wanted(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Of the tensors, those whose gradient this case asks for."""
+        """Return the names of the tensors whose gradient this case asks for."""
         return [name for name in tensors if self.needs is None or name in self.needs]
 
     @contextlib.contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
-        """The settings under which a user would make the call: `matmul_precision`, and autocast
-        where the case has it."""
+        """Apply the settings under which a user would make the call: `matmul_precision`, and
+        autocast where the case has it."""
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.autocast is not None:
             autocast = torch.autocast(device.type, self.autocast)
@@ -107,7 +107,7 @@ class Case:
 
     @contextlib.contextmanager
     def matmul_precision(self) -> Iterator[None]:
-        """torch's setting for float32 products: "high" (TF32) or "highest", whatever it was."""
+        """Set torch's float32 products to "high" (TF32) or "highest", whatever they were."""
         if self.dtype != torch.float32:
             yield
             return
@@ -119,7 +119,7 @@ class Case:
             torch.set_float32_matmul_precision(before)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The arguments of `bottleneck_adapter`, all but the backend."""
+        """Return the arguments of `bottleneck_adapter`, all but the backend."""
         defaults: dict[str, Any] = dict.fromkeys(("down_bias", "up_bias", "residual", "skip"))
         if self.residual == "input":
             defaults["residual"] = "input"
@@ -127,12 +127,12 @@ class Case:
         return {**defaults, **options, **tensors}
 
     def make_call(self, tensors: dict[str, Tensor]) -> AdapterCall:
-        """The call that `bottleneck_adapter` makes of these tensors."""
+        """Return the call that `bottleneck_adapter` makes of these tensors."""
         with self.precision(tensors["x"].device):
             return make_call(**self.arguments(tensors), dropout=0.0)
 
     def draw(self, device: torch.device | str, seed: int) -> dict[str, Tensor]:
-        """The input tensors, named as in `AdapterCall`; z, u and the residual are of order 1."""
+        """Draw the inputs, named as in `AdapterCall`; z, u and the residual are of order 1."""
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same values everywhere
         hidden, bottleneck = self.hidden_size, self.bottleneck_size
         parameter_dtype = self.parameter_dtype or self.dtype
@@ -167,14 +167,14 @@ class Case:
         return tensors
 
     def draw_grad_output(self, call: AdapterCall, seed: int) -> Tensor:
-        """A gradient of y, [..., H] in the dtype of y."""
+        """Draw a gradient of y, [..., H] in the dtype of y."""
         generator = torch.Generator().manual_seed(2**20 + seed)
         values = torch.randn(call.x.shape, generator=generator, dtype=torch.float64)
         self._plant(values, _NONFINITE_IN_DY)
         return place(values.to(call.output_dtype).to(call.x.device), self.grad_layout)
 
     def _plant(self, values: Tensor, tokens: tuple[int, ...]) -> None:
-        """Inf, -Inf and NaN, one element of a token each, where the case is nonfinite."""
+        """Plant Inf, -Inf and NaN, one element of a token each, where the case is nonfinite."""
         if not self.nonfinite or not tokens:
             return
         rows = values.view(-1, self.hidden_size)
@@ -192,7 +192,7 @@ def _short(dtype: torch.dtype | None) -> str:
 
 
 def place(values: Tensor, layout: str, gap: int = 8) -> Tensor:
-    """`values` in a larger buffer of NaN, in one of LAYOUTS.
+    """Place `values` in a larger buffer of NaN, in one of LAYOUTS.
 
     rows: a gap after each row, another for each tensor of a case, so that no stride can stand for
     another; transposed: the first two dimensions the other way round in memory;
@@ -201,7 +201,7 @@ def place(values: Tensor, layout: str, gap: int = 8) -> Tensor:
     behind an aligned address.
     """
     shape = list(values.shape)
-    order = list(range(len(shape)))  # of the dimensions in memory, the slowest first
+    order = list(range(len(shape)))  # the dimensions in memory, the slowest first
     if layout == "transposed":
         order[:2] = order[1::-1]
     strides = [0] * len(shape)

@@ -14,7 +14,7 @@ LEVELS = ("quick", "default", "full")
 # Sizes (T, H, R) that make the planners of both backends choose every form, tile and way of
 # summing that they know, on GPUs of 108 to 148 SMs; tests/test_parity_forms.py holds that. Row
 # blocks that fill 148 SMs take 14,081 tokens, so many tokens go with few features. Some sizes
-# divide evenly into tiles, some do not. In the order of their work: `quick` runs the first.
+# divide evenly into tiles, some do not. They are in the order of work: `quick` runs the first.
 _FLOAT32_SIZES = (
     (13, 65, 20), (5, 192, 5), (5, 256, 65), (5, 264, 8), (300, 128, 136), (300, 776, 16),
     (2048, 128, 16), (4096, 65, 192), (1024, 300, 48), (8192, 65, 16), (8193, 65, 49),
@@ -35,7 +35,7 @@ _HALF_SIZES = (
     (777, 1024, 48), (14208, 65, 49), (1537, 768, 72), (777, 1536, 72), (10400, 128, 136),
     (14100, 128, 20), (14100, 128, 128),
 )  # fmt: skip
-# For the interpreter: many tokens, few tokens, wide H, wide R, many slices of tokens, each once. No
+# The interpreter gets many tokens, few tokens, wide H, wide R, many slices of tokens, each once. No
 # size divides evenly into tiles.
 _SMALL_SIZES = (
     (37, 70, 20), (13, 75, 150), (0, 70, 20), (1, 70, 20), (290, 70, 20), (5, 530, 20),
@@ -98,7 +98,7 @@ def grid(
     level: str = "default",
     small: bool = False,
 ) -> list[Case]:
-    """Cases over dtypes, activations, sizes, and every option of the call.
+    """Return cases over dtypes, activations, sizes, and every option of the call.
 
     On a GPU the sizes of each arithmetic (float32, TF32, each half precision) reach every form of
     the kernels, and activations and options take turns through them; what leaves gradients out, and
@@ -162,8 +162,8 @@ def _large(dtypes: list[torch.dtype], activations: list[str], level: str) -> lis
 
 
 def _turns(arithmetic: Case, activations: list[str], offset: int) -> list[Case]:
-    """Every size of this arithmetic once; activations and options take turns, from different ones
-    on for each arithmetic."""
+    """Return every size of this arithmetic once; activations and options take turns, beginning
+    with different ones for each arithmetic."""
     sizes = _HALF_SIZES if arithmetic.dtype.itemsize == 2 else _FLOAT32_SIZES
     return [
         replace(
@@ -186,8 +186,8 @@ def _product(sizes: list[Case], dtypes: list[torch.dtype], activations: list[str
 
 
 def options(base: Case, dtypes: Iterable[torch.dtype], every_dtype: bool = True) -> list[Case]:
-    """`base` with one option of the call after another; TF32, float32 masters, autocast, and Inf
-    and NaN among them.
+    """Return `base` with one option of the call after another, among them TF32, float32 masters,
+    autocast, and Inf and NaN.
 
     Without `every_dtype` the options take turns through the dtypes.
     """
@@ -210,10 +210,10 @@ def _alternating(
 
 
 def _mixed(base: Case, dtypes: list[torch.dtype]) -> list[Case]:
-    """Half-precision products beside float32 tensors."""
+    """Return cases of half-precision products beside float32 tensors."""
     cases = []
     for half in (dtype for dtype in dtypes if dtype.itemsize == 2):
         mixed = [replace(base, dtype=half, **option) for option in _MIXED]
-        # Under autocast: all of it float32, and half-precision x beside a float32 residual stream.
+        # Autocast gets all of it in float32, and half-precision x beside a float32 residual stream.
         cases += [*mixed, replace(base, autocast=half), replace(mixed[-1], autocast=half)]
     return cases

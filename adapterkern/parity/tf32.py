@@ -1,4 +1,4 @@
-"""What a TF32 product may lose: products whose operands are cut off at TF32's ten explicit bits."""
+"""The loss allowed in TF32: that of products whose operands are cut off at ten explicit bits."""
 
 from typing import Any
 
@@ -35,6 +35,6 @@ class TruncatedProducts(_torch.TorchDispatchMode):
 
 
 def truncated(tensor: Tensor) -> Tensor:
-    """A float64 tensor without the bits that TF32 has not; Inf and NaN stay."""
+    """Return a float64 tensor without the bits that TF32 has not; Inf and NaN stay."""
     bits = tensor.contiguous().view(torch.int64)
     return ((bits >> _DROPPED_BITS) << _DROPPED_BITS).view(torch.float64)

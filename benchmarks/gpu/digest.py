@@ -16,7 +16,7 @@ Entry = dict[str, Any]
 
 
 def summary(events: Sequence[Entry], records: Sequence[Entry], folder: Path) -> str:
-    """The text, cut to MOST_CHARACTERS with a note where the rest is."""
+    """Return the text, cut to MOST_CHARACTERS with a note where the rest is."""
     header = next((entry for entry in records if entry["record"] == "header"), {})
     parts = [
         _head(header, events),
@@ -60,7 +60,7 @@ def _head(header: Entry, events: Sequence[Entry]) -> list[str]:
 
 
 def _steps(events: Sequence[Entry]) -> list[str]:
-    """A line a step, with the counts of pytest, whose tests may all have been skipped."""
+    """Return a line a step, with the counts of pytest, whose tests may all have been skipped."""
     lines = []
     for entry in _of(events, "event", "step"):
         own = [e for e in _of(events, "event", "command") if e["step"] == entry["step"]]
@@ -101,7 +101,7 @@ def _number(value: float | None) -> str:
 
 
 def _adapters(records: Sequence[Entry]) -> list[str]:
-    """A line for each of our rows: time, shares of copy and of peak, and the ratios."""
+    """Return a line for each of our rows: time, shares of copy and of peak, and the ratios."""
     rows = [entry["content"] for entry in records if entry["record"] == "row"]
     ours = [row for row in rows if row["ours"]]
     if not ours:
@@ -147,7 +147,7 @@ def _models(records: Sequence[Entry]) -> list[str]:
 
 
 def _clocks(path: Path) -> list[str]:
-    """The range of the clocks while the GPU worked, and every reason that slowed it."""
+    """Return the range of the clocks while the GPU worked, and every reason that slowed it."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:

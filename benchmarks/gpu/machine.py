@@ -17,7 +17,7 @@ from adapterkern.bench.results import SCHEMA
 from benchmarks.tasks import fused_backends
 
 CLUSTER_SIZES = (2, 4, 8, 16)
-CLUSTER_KILOBYTES = (64, 112, 227)  # a block's: three blocks an SM, two, and one
+CLUSTER_KILOBYTES = (64, 112, 227)  # per block: an SM holds three, two, and one
 CLUSTER_THREADS = 256
 
 
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def facts(device: torch.device, command: str) -> dict[str, Any]:
-    """The header of a run."""
+    """Return the header of a run."""
     header = environment.header(device, command)
     header["python"] = platform.python_version()
     header["backends"] = fused_backends(device.type == "cuda")
@@ -61,7 +61,7 @@ def facts(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def _extension(device: torch.device) -> dict[str, Any]:
-    """The file, its architectures, the one that this device runs, and the clusters that fit."""
+    """Describe the file, its architectures, the one that runs here, and the clusters that fit."""
     module, problem = extension.load()
     if module is None:
         return {"problem": problem}
@@ -95,7 +95,7 @@ def clusters_that_fit(module: Any, device: int) -> dict[str, dict[str, int | str
 
 
 def triton_key() -> str | None:
-    """The first half of the hash that Triton's cached kernels depend on, None without Triton."""
+    """Return the first half of the hash of Triton's cached kernels, None without Triton."""
     for name in ("triton.runtime.cache", "triton.compiler.compiler"):
         try:
             key = importlib.import_module(name).triton_key()
@@ -106,7 +106,7 @@ def triton_key() -> str | None:
 
 
 def lines(header: dict[str, Any]) -> list[str]:
-    """The facts that a reader must know before any number."""
+    """Return the facts that a reader must know before any number."""
     versions, built = header["versions"], header["extension"]
     software = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     dirty = " with changes" if header["dirty"] else ""

@@ -39,7 +39,7 @@ class Task:
         return 10 + 3 * self.seconds
 
     def narrowed(self, backend: str) -> "Task":
-        """The same task for one backend, beside plain layers and the copy, which end with it."""
+        """Return the task for one backend, beside plain layers and the copy, which end with it."""
         request = {**self.request, "backends": [backend], "baselines": ["plain", "limit"]}
         request.pop("fault", None)  # a dry run's fault belongs to the full task
         return replace(self, name=f"{self.name} ({backend} alone)", request=request, alone=backend)
@@ -84,7 +84,7 @@ class Measuring:
         return [task.narrowed(name) for name in backends]
 
     def _attempt(self, task: Task, deadline: float) -> tuple[str, str, float]:
-        """(done, failed, hung, lost, died, cut or not run; a note; seconds).
+        """Return (done, failed, hung, lost, died, cut or not run; a note; seconds).
 
         cut: the step's time was over before the task's own.
         """
@@ -133,7 +133,7 @@ class Measuring:
         return f"the worker did not start: {says}"[:200]
 
     def _take(self, _child: processes.Child, stream: str, line: str) -> None:
-        """One line of the worker: a record, an end of a task, or something for the log."""
+        """Take one line of the worker: a record, an end of a task, or something for the log."""
         try:
             message = json.loads(line) if stream == "out" else None
         except json.JSONDecodeError:

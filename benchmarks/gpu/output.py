@@ -84,6 +84,6 @@ class Output:
         part.replace(self.folder / SUMMARY)
 
     def last(self, kind: str) -> dict[str, Any]:
-        """The newest record of a kind, empty if there is none."""
+        """Return the newest record of a kind, empty if there is none."""
         found = (entry for entry in reversed(self.records) if entry["record"] == kind)
         return next(found, {})

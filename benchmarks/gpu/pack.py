@@ -31,7 +31,7 @@ _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x
 _BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
 
 
-MACHINE_PYTHON = "3.12"  # of the GPU machines
+MACHINE_PYTHON = "3.12"  # the GPU machines'
 
 
 class PackError(RuntimeError):
@@ -39,7 +39,7 @@ class PackError(RuntimeError):
 
 
 def digest(root: Path = ROOT) -> str:
-    """A hash of the sources, to which a packed extension and commit belong."""
+    """Return a hash of the sources, to which a packed extension and commit belong."""
     found = hashlib.sha256()
     for name in SOURCES:
         path = root / name
@@ -54,7 +54,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def commit_of(root: Path = ROOT) -> tuple[str, bool] | None:
-    """(commit, whether the tree differs from it) by git, None without a work tree of it."""
+    """Return (commit, whether the tree differs from it) by git, None without a work tree of it."""
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     top = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
     if not commit or top is None or Path(top).resolve() != root.resolve():
@@ -79,11 +79,11 @@ class Pack:
     commit: str
     dirty: bool
     digest: str
-    suffix: str  # of the extension's file, which names the Python that loads it
+    suffix: str  # the extension's, which names the Python that loads it
 
     @classmethod
     def read(cls, folder: Path = FOLDER) -> "Pack | None":
-        """The pack in a folder, None where there is none.
+        """Return the pack in a folder, None where there is none.
 
         Raises:
             PackError: it is damaged or incomplete.
@@ -101,7 +101,7 @@ class Pack:
             ) from error
 
     def fits(self, root: Path = ROOT) -> bool:
-        """Whether it was packed from the sources of this tree."""
+        """Return whether it was packed from the sources of this tree."""
         return digest(root) == self.digest
 
     def check(self, root: Path = ROOT) -> None:
@@ -117,7 +117,7 @@ class Pack:
             )
 
     def unpack(self, site: Path, root: Path, suffix: str, say: Callable[[str], Any]) -> None:
-        """Wheels into `site`, and the extension into the package where it fits this Python."""
+        """Put wheels into `site`, and the extension into the package if it fits this Python."""
         for wheel in sorted((self.folder / "wheels").glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
@@ -162,7 +162,7 @@ def create(
 
 
 def default_python() -> list[str]:
-    """A Python of the GPU machines' version: this one, one on the path, or one of pyenv's.
+    """Return a Python of the GPU machines' version: this one, one on the path, or one of pyenv's.
 
     Raises:
         PackError: there is none.

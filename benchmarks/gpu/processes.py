@@ -116,7 +116,7 @@ class Child:
                     pipe.close()
 
     def ended(self, late: bool) -> Ended:
-        """Its end, as far as it is known."""
+        """Return its end, as far as it is known."""
         seconds = round(time.monotonic() - self._started, 1)
         if not late:
             with contextlib.suppress(subprocess.TimeoutExpired):

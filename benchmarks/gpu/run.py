@@ -87,7 +87,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """A block that SIGTERM ends as Ctrl-C does: with its children, and with a summary."""
+    """Let SIGTERM end the block as Ctrl-C does: with its children, and with a summary."""
 
     def interrupt(_signal: int, _frame: Any) -> None:
         raise KeyboardInterrupt
@@ -100,7 +100,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _identity(found: pack.Pack | None) -> tuple[str, bool]:
-    """(commit, whether the tree differs from it)."""
+    """Return (commit, whether the tree differs from it)."""
     by_git = pack.commit_of()
     if by_git is not None:
         return by_git
@@ -115,7 +115,7 @@ def _identity(found: pack.Pack | None) -> tuple[str, bool]:
 
 
 def _words(options: Options, commit: str, dirty: bool) -> dict[str, tuple[str, ...]]:
-    """The values of the words in braces of a command."""
+    """Return the values of the words in braces of a command."""
     identity = ("--stage", options.stage, "--commit", commit)
     identity += ("--command", " ".join(["python -m benchmarks", *sys.argv[1:]]))
     identity += (*(("--dirty",) if dirty else ()), *(("--dry",) if options.dry else ()))
@@ -199,7 +199,7 @@ class _Stage:
         return passed
 
     def _skipped(self, step: stages.Step) -> str | None:
-        """Why a step is skipped; None if it is not."""
+        """Return why a step is skipped; None if it is not."""
         if not isinstance(step, stages.Commands):
             return None
         if step.gpu and self.options.dry:
@@ -256,7 +256,7 @@ class _Stage:
         return processes.Child(name, command, self._take, settings, ROOT)
 
     def _take(self, child: processes.Child, stream: str, line: str) -> None:
-        """One line of a command: the header, an event of a parity check, or something to log."""
+        """Take one line of a command: the header, a parity check's event, or something to log."""
         try:
             message = json.loads(line) if stream == "out" else None
         except json.JSONDecodeError:

@@ -13,7 +13,7 @@ from benchmarks.gpu.measuring import Task
 from benchmarks.gpu.output import JUNIT, TUNED
 
 NAMES = ("verify", "report", "tune", "diagnose")
-SECONDS = 520.0  # of a whole stage, in a lease of at most ten minutes a command
+SECONDS = 520.0  # for a whole stage, in a lease of at most ten minutes a command
 CLOSING_SECONDS = 5.0  # for the end of the processes and the summary
 PROCESSES = 14  # of the machine's 16 cores; the parent and the driver have the others
 
@@ -60,7 +60,7 @@ class Wanted:
 
 
 def steps(stage: str, wanted: Wanted | None = None, dry: bool = False) -> list[Step]:
-    """The steps of a stage in their order.
+    """Return the steps of a stage in their order.
 
     Raises:
         ValueError: an unknown stage.
@@ -207,7 +207,7 @@ def _pytest(path: str, *words: str, parallel: bool = False) -> tuple[str, ...]:
 
 
 def _gpu_tests() -> tuple[str, ...]:
-    """All but parity, which ran before: graphs, streams, repeatability, offsets, autocast."""
+    """Test all but parity, which ran before: graphs, streams, repeatability, offsets, autocast."""
     words = ("tests/test_cuda_extension.py", "-k", "not match_float64")
     return _pytest("tests/test_gpu.py", *words, f"--junitxml={{out}}/{JUNIT}", parallel=True)
 
@@ -221,7 +221,7 @@ def _sanitized(tool: str, cases: Iterable[tuple[str, str]]) -> dict[str, tuple[s
 
 
 def _dry(step: Step) -> Step:
-    """The same shape of work on the CPU, a few seconds long."""
+    """Return the same shape of work on the CPU, a few seconds long."""
     if isinstance(step, Measure):
         return Measure(step.name, step.limit, step.tasks[:2])
     commands = {

@@ -22,8 +22,8 @@ def adapter(
     baselines: Sequence[str] = QUICK,
     **more: Any,
 ) -> Task:
-    """One adapter on every backend beside the baselines. With few tokens a graph holds hundreds of
-    calls, whose capture takes time.
+    """Return the task of one adapter on every backend beside the baselines. With few tokens a graph
+    holds hundreds of calls, whose capture takes time.
     """
     case = {
         "hidden_size": hidden,
@@ -41,12 +41,12 @@ def adapter(
 
 
 def compiled(*sizes: Any, seconds: float) -> Task:
-    """The same with torch.compile among the baselines."""
+    """Return an adapter's task with torch.compile among the baselines."""
     return adapter(*sizes, seconds=seconds, baselines=COMPILED)
 
 
 def model(spec: str, mode: str, execution: str, seconds: float = 7.5) -> Task:
-    """A whole model in every variant."""
+    """Return the task of a whole model in every variant."""
     request = {"do": "model", "spec": spec, "mode": mode, "execution": execution}
     return Task(f"{spec} {mode} {execution}", seconds, request)
 
@@ -74,7 +74,7 @@ VERIFIED_COMPILED = tuple(
         (*_WIDE, 16384, "forward"),
     )
 )
-# Ten with torch.compile, whose ratios the README shows.
+# Ten are timed with torch.compile, whose ratios the README shows.
 COMPARED = tuple(
     compiled(*sizes, seconds=11)
     for sizes in (

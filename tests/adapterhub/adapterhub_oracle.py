@@ -43,7 +43,7 @@ class OracleError(AssertionError):
 
 
 def record(run: Callable[[], Any]) -> list[Call]:
-    """The calls of `run`, which must be of an unpatched model, in which an adapter is active."""
+    """Record the calls of `run`, which must be of an unpatched model with an active adapter."""
     calls: list[Call] = []
     stock = BottleneckLayer.bottleneck_layer_forward
 
@@ -75,7 +75,7 @@ def _context(call: Call) -> Iterator[None]:
 
 
 def replay(call: Call) -> Replay:
-    """Output and gradients of one call, in whatever form the layer has now."""
+    """Return output and gradients of one call, in whatever form the layer has now."""
     inputs = {
         name: tensor.detach().clone().requires_grad_()
         for name, tensor in (("h", call.hidden_states), ("inp", call.residual_input))
@@ -97,7 +97,7 @@ def replay(call: Call) -> Replay:
 
 
 def infer(call: Call) -> Replay:
-    """The output of one call where no gradient is recorded, which may take a path of its own."""
+    """Return the output of one call that records no gradient, which may take its own path."""
     with torch.no_grad(), _context(call):
         inputs = call.hidden_states.detach(), call.residual_input
         output = call.layer.bottleneck_layer_forward(
@@ -108,7 +108,7 @@ def infer(call: Call) -> Replay:
 
 @contextlib.contextmanager
 def backends_chosen() -> Iterator[set[str]]:
-    """The backends that adapter calls within the block were given to."""
+    """Collect the backends that adapter calls within the block were given to."""
     chosen: set[str] = set()
     select = dispatch.select
 
@@ -146,12 +146,12 @@ def compare(model: nn.Module, calls: list[Call], **options: Any) -> set[str]:
 
 
 def runs_kernels(device: str) -> bool:
-    """Whether calls there run on kernels: on a GPU, and in Triton's interpreter on the CPU."""
+    """Return whether calls there run on kernels: on a GPU, and in Triton's CPU interpreter."""
     return device != "cpu" or _env.TRITON_INTERPRET
 
 
 def refuse_the_reference(device: str, backends: set[str]) -> None:
-    """Where there are kernels, a comparison is worth something only if they ran."""
+    """Raise if kernels should have run and did not: the comparison would say nothing."""
     if runs_kernels(device) and "reference" in backends:
         raise OracleError(f"on {device} fused calls ran on the reference")
 
@@ -169,7 +169,7 @@ def _check(call: Call, form: Callable, stock: Replay, patched: Replay, where: st
             # Half of such a difference is stock's own rounding: float32 knows what is right.
             truth = in_float32(call, form).named()[name]
             if name.endswith(".scaling"):
-                # One sum over all tokens and features, which cancels: before it does, by features.
+                # A sum over all tokens and features cancels, so the sums by feature give the scale.
                 error = _error(found, expected[name], where, truth.abs().sum()) / tolerance
             else:
                 error = _error(found.float(), truth, where) / tolerance
@@ -178,7 +178,7 @@ def _check(call: Call, form: Callable, stock: Replay, patched: Replay, where: st
 
 
 def in_float32(call: Call, form: Callable[[Call], Replay]) -> Replay:
-    """The stock call again, all of it in float32, with a scaling for each feature."""
+    """Run the stock call again, all of it in float32, with a scaling for each feature."""
     layer, norm = copy.deepcopy((call.layer, call.layer_norm))
     for adapter in layer.adapters.values():
         if isinstance(adapter.scaling, nn.Parameter):
@@ -193,7 +193,7 @@ def in_float32(call: Call, form: Callable[[Call], Replay]) -> Replay:
 def _error(
     found: Tensor | None, expected: Tensor | None, where: str, beside: Tensor | None = None
 ) -> float:
-    """Largest difference over the largest expected value, or that of `beside`."""
+    """Return the largest difference over the largest expected value, or that of `beside`."""
     if expected is None or found is None:
         # A gradient that does not exist and one of zeros mean the same.
         other = found if expected is None else expected

@@ -47,7 +47,7 @@ def weights(
 
 
 def folder_with(path, tensors: dict | None = None, config=CONFIG, **meta) -> str:
-    """A folder as the library writes it."""
+    """Write a folder as the library does."""
     os.makedirs(path, exist_ok=True)
     meta = {
         "config": config,
@@ -214,7 +214,7 @@ def test_what_the_configuration_leaves_out_is_no_gap(tmp_path, config, tensors):
 
 
 def test_unions_rename_no_activation_of_old_files(tmp_path):
-    """As the library, which renames those of a plain dict alone."""
+    """The library, too, renames only those of a plain dict."""
     config = {"architecture": "union", "configs": [{**CONFIG, "non_linearity": "gelu"}]}
     saved = adapterhub.load(folder_with(tmp_path / "a", config=config, version=None))
     adapterhub.save(saved, tmp_path / "b")  # with a version
@@ -336,7 +336,7 @@ def test_a_union_by_name_is_kept_as_one(tmp_path, text):
 
 
 def outcome(config) -> object:
-    """What a configuration resolves to, or the words with which it is refused."""
+    """Return what a configuration resolves to, or the words with which it is refused."""
     try:
         return [{k: part[k] for k in (*DEFAULTS, *CONFIG)} for part in resolve(config, True)]
     except adapterhub.UnsupportedAdapterError as error:

@@ -1,4 +1,4 @@
-"""What `explain` says of a model."""
+"""The report that `explain` gives of a model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What stays on the library's path, how it is said, and that it keeps its behaviour."""
+"""Adapters that stay on the library's path say so and keep their behaviour."""
 
 import warnings
 
@@ -47,7 +47,7 @@ def to_meta(model: nn.Module) -> None:
 
 
 def partition(model: nn.Module) -> None:
-    """As DeepSpeed ZeRO-3 leaves parameters outside of their module's own forward."""
+    """Leave parameters as DeepSpeed ZeRO-3 does outside of their module's own forward."""
     model.get_submodule("encoder.layer.0.output").adapters[
         "a"
     ].adapter_up.weight.data = torch.empty(0)

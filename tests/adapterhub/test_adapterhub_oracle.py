@@ -88,21 +88,21 @@ COMPOSITIONS = {
 
 
 def has(name: str, preset: str) -> bool:
-    """Whether the library takes this preset for this model."""
+    """Return whether the library takes this preset for this model."""
     if preset == "p_seq_bn_inv":
         return name != "vit"
     return preset != "p_adapter_plus" or "hooks" not in name
 
 
 def takes(name: str, composition: str) -> bool:
-    """Whether the library takes this composition for this model and its inputs."""
+    """Return whether the library takes this composition for this model and its inputs."""
     if name == "vit":  # five tokens: the splits are of six
         return "split" not in composition.replace("batch_split", "")
     return "hooks" not in name or "parallel" not in composition.replace("parallel_adapters", "")
 
 
 def placed(model, mode: str, device: str):
-    """The model where and in which dtype a test wants it."""
+    """Move the model to the device and dtype that a test wants."""
     if mode != "float32" and oracle.runs_kernels(device):
         # A kernel rounds elsewhere than stock does, so a z close to 0 may be of the other sign, and
         # the gradient of ReLU another: rightly so. In float32 that is too rare to be met.

@@ -101,7 +101,7 @@ def test_deepcopy_and_pickle_keep_working_and_need_no_adapterkern(counted):
 
 
 def test_data_parallel_replicas_run_fused_with_the_same_gradients(counted):
-    """What nn.parallel.replicate does to modules, without the devices it needs."""
+    """The test does what nn.parallel.replicate does to modules, without the devices it needs."""
     model = bert()
     layer = next(m for m in model.modules() if isinstance(m, BottleneckLayer) and len(m.adapters))
     adapter = layer.adapters["a"]

@@ -41,7 +41,7 @@ class Trainer(AdapterTrainer):
 
 
 def trained(name: str, preset: str, folder: str, patch: bool) -> tuple[list[float], dict]:
-    """Losses and adapter weights after STEPS steps."""
+    """Return losses and adapter weights after STEPS steps."""
     import adapters
 
     torch.manual_seed(0)

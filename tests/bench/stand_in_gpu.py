@@ -65,7 +65,7 @@ class StandIn:
         self.recorded = graph.work
         try:
             yield
-        except RuntimeError as error:  # as torch: the end of a broken capture raises by itself
+        except RuntimeError as error:  # as in torch, the end of a broken capture raises by itself
             raise RuntimeError("operation failed due to a previous error") from error
         finally:
             self.recorded = None

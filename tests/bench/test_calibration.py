@@ -1,4 +1,4 @@
-"""What this GPU can do, on a timer of known answers, and what a header says of a machine."""
+"""Calibration on a timer of known answers, and a header's facts about a machine."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -28,7 +28,7 @@ _numbers = itertools.count(300)
 
 
 def new_device():
-    """As an H200, but with a number of SMs for which this process has no kernel yet."""
+    """Return an H200 with a number of SMs for which this process has no kernel yet."""
     return Device(next(_numbers), H200.shared_memory)
 
 
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def run(case, entry):
-    """What a search runs of an entry: the gate in step mode, and the timed call."""
+    """Run what a search runs of an entry: the gate in step mode, and the timed call."""
     inputs = case.draw("cpu")
     with tuned.forced(entry):
         built = PROVIDERS["triton"].build(case, inputs)
@@ -155,7 +155,7 @@ def test_a_kernel_that_spills_is_refused_where_it_must_not(cache):
 
 
 class Crash:
-    """In the place of an entry: ends the process that reads it."""
+    """Takes the place of an entry and ends the process that reads it."""
 
     def __reduce__(self):
         return os._exit, (3,)

@@ -79,7 +79,7 @@ def test_a_peak_that_the_driver_does_not_tell_is_unknown(installed, monkeypatch)
 
 
 def test_the_numbers_are_those_of_cudas_header():
-    """And the declarations, where a header is: a change of either would read another's memory."""
+    """So are the declarations, where a header is: a change of either would read other memory."""
     triton = pytest.importorskip("triton", reason="triton, which carries cuda.h, is not installed")
     header = Path(triton.__file__).parent / "backends/nvidia/include/cuda.h"
     if not header.exists():

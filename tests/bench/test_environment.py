@@ -1,4 +1,4 @@
-"""What a result's header says of its machine and its tree."""
+"""A result's header identifies its machine and its tree."""
 
 import subprocess
 

@@ -15,7 +15,7 @@ CASE = BenchCase(48, 8, 33, "fp32", "gelu", "step")
 
 
 def judged(inputs, **changes):
-    """The verdict on what plain layers give for these inputs, some tensors exchanged."""
+    """Return the verdict on what plain layers give for these inputs, some tensors exchanged."""
     built = PROVIDERS["plain"].build(CASE, inputs)
     outputs = outputs_of(built, CASE, inputs) | changes
     return Gate(CASE, inputs).judge(outputs, built.activation, tuple(built.parameters))

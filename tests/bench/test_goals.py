@@ -1,4 +1,4 @@
-"""What a report says of the goals, from stand-ins for what is measured: no GPU gave these."""
+"""A report judges the goals, here on stand-ins for what is measured: no GPU gave these."""
 
 import itertools
 
@@ -23,7 +23,7 @@ CALIBRATION = {
     "matrix_rate_fp32": 50e12,
     "graph_kernel": 2e-6,
 }
-# Share of the floor that each provider reaches; ours in the order of "auto", the faster one second.
+# Each provider reaches this share of the floor; ours are in the order of "auto", the faster second.
 SHARE = {"triton": 0.8, "cuda": 0.9, "plain": 0.32, "adapterhub": 0.23, "addmm": 0.3}
 SHARE |= {"compile": 0.4, "cublaslt": 0.55, "lora": 0.25, "limit": 0.98}
 
@@ -33,7 +33,7 @@ def timing(value):
 
 
 def stand_in_case(case, providers, timer, calibration):
-    """Rows as `measure_case` gives them."""
+    """Return rows as `measure_case` gives them."""
     machine, rows = calibration.machine(case.dtype), []
     for provider in providers:
         row = Row(case, provider.name, ours=provider.ours, headline=measure.headline(case, CUDA))
@@ -54,7 +54,7 @@ def stand_in_case(case, providers, timer, calibration):
 
 
 def stand_in_model(spec, mode, execution):
-    """Rows as `measure_model` gives them: each further variant takes five per cent more."""
+    """Return rows as `measure_model` does: each further variant takes five per cent more."""
     rows = []
     names = [name for name in models.variants(spec) if mode == "step" or name != "full"]
     for place, name in enumerate(names):
@@ -67,7 +67,7 @@ def stand_in_model(spec, mode, execution):
 
 
 def measured(*stage_names):
-    """What a run of these stages leaves, by the stages' own tasks and stand-ins for each."""
+    """Return what a run of these stages leaves, by their own tasks and stand-ins for each."""
     timer = object.__new__(CudaTimer)
     timer.device = CUDA
     header = {

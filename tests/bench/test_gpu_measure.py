@@ -32,7 +32,7 @@ def nodes(gpu, graph):
 
 
 def clocked(gpu, name, milliseconds=0.25, base="plain", before=lambda: None):
-    """A provider that is right and takes a known time."""
+    """Make a provider that is right and takes a known time."""
     inner = providers.PROVIDERS[base]
 
     def build(case, inputs):
@@ -49,7 +49,7 @@ def clocked(gpu, name, milliseconds=0.25, base="plain", before=lambda: None):
 
 
 class Clocked(torch.autograd.Function):
-    """Its input, whose backward takes a known time too."""
+    """Returns its input, and its backward takes a known time too."""
 
     @staticmethod
     def forward(ctx, y, work):
@@ -64,7 +64,7 @@ class Clocked(torch.autograd.Function):
 
 @pytest.fixture
 def limit(gpu):
-    """The copy, of 0.1 ms."""
+    """Return the copy, which takes 0.1 ms."""
     inner = providers.PROVIDERS["limit"]
 
     def build(case, inputs):

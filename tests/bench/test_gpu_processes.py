@@ -35,7 +35,7 @@ def seconds_from_now(seconds):
 
 
 def is_gone(pid):
-    """Whether a process ended; one that nobody has waited for yet counts."""
+    """Return whether a process ended; one that nobody has waited for yet counts."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

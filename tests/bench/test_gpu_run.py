@@ -71,7 +71,7 @@ def test_a_dry_run_survives_a_hang_a_dead_worker_and_a_lost_device(tmp_path):
 
 
 def marked(mark):
-    """The processes that carry this mark in their environment."""
+    """Return the processes that carry this mark in their environment."""
     found = []
     for folder in Path("/proc").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""What the stages ask for: it fits their seconds, and everything that they name exists."""
+"""The stages' work fits their seconds, and everything that they name exists."""
 
 import fnmatch
 import itertools
@@ -158,7 +158,7 @@ KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def matching(pattern):
-    """The one case of the GPU's grid that a pattern means."""
+    """Return the one case of the GPU's grid that a pattern means."""
     (case,) = [c for c in grid(KERNEL_DTYPES, ACTIVATIONS) if fnmatch.fnmatch(str(c), pattern)]
     return case
 

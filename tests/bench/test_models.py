@@ -18,7 +18,7 @@ from benchmarks.models import SPECS
 CPU = torch.device("cpu")
 BY_NAME = {spec.name: spec for spec in SPECS}
 OWN_PLACES = [spec for spec in SPECS if spec.places]
-PRESETS = [spec for spec in SPECS if spec.preset]  # of AdapterHub
+PRESETS = [spec for spec in SPECS if spec.preset]  # AdapterHub's
 GPT2, BERT, LLAMA = "gpt2-medium-1x128-H", "bert-base-32x128", "llama-7b-block-4x2048"
 
 
@@ -117,7 +117,7 @@ def test_a_step_trains_the_adapters_and_passes_gradients_to_the_input():
 
 
 class Recorded:
-    """What attention was given, and which tensors were asked whether they are true."""
+    """Records what attention was given, and which tensors were asked whether they are true."""
 
     def __init__(self, monkeypatch):
         self.attention, self.asked = [], []
@@ -225,7 +225,7 @@ def test_each_adapterhub_variant_runs_its_own_path(monkeypatch):
 
     stock = BottleneckLayer.bottleneck_layer_forward
     spec, paths, outputs = BY_NAME["bert-base-32x128-seq_bn"].tiny(), {}, {}
-    counted = {"_layer": "layer", "infer": "call", "run_call": "call", "_stock_single": "stock"}
+    counted = {"_layer": "layer", "run_call": "call", "_stock_single": "stock"}
     for variant in models.PATCHED[1:]:
         model = models.build(spec, variant, CPU, torch.float32).eval()
         calls = paths[variant] = []

@@ -1,4 +1,4 @@
-"""What travels to a GPU machine: of which tree it is, and that it fits the Python there."""
+"""The pack that travels to a GPU machine knows its tree, and fits the Python there."""
 
 import json
 import subprocess
@@ -89,7 +89,7 @@ def test_no_pack_is_none_and_half_of_one_is_refused(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch, tree, tmp_path):
-    """`create` without a compiler and a network; what was called."""
+    """Run `create` without a compiler and a network; return what was called."""
     calls = []
 
     def build(python, archs, target):

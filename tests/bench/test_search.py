@@ -163,7 +163,7 @@ def test_the_search_takes_the_fastest_entry_that_is_right(reference_as_triton):
 def test_the_last_entries_are_timed_in_a_graph_with_weights_of_their_own(
     reference_as_triton, monkeypatch
 ):
-    """In a first, short round all entries, in one call's memory; then the fastest few."""
+    """A first, short round times all entries in one call's memory; then come the fastest few."""
     rounds = []
 
     class Counting(Scripted):

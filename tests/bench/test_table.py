@@ -6,7 +6,7 @@ from adapterkern.bench.table import render
 
 
 def tables(result):
-    """The lines of each case's table, by its title."""
+    """Return the lines of each case's table, by its title."""
     blocks = render(result).split("\n\n")[1:-1]
     return {block.splitlines()[0]: block.splitlines()[1:] for block in blocks}
 

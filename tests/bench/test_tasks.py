@@ -1,4 +1,4 @@
-"""What the measuring worker does of a request, on the CPU and on stand-ins for a GPU."""
+"""The measuring worker serves requests, on the CPU and on stand-ins for a GPU."""
 
 import contextlib
 

@@ -22,7 +22,7 @@ def entry_of(tokens, hidden=1024, bottleneck=64, form="row_block", arithmetic=(F
 
 
 class AtOnce:
-    """In the place of `Compilers`. answer: Work -> a problem or None."""
+    """Takes the place of `Compilers`. answer: Work -> a problem or None."""
 
     def __init__(self, answer=lambda _work: None):
         self.answer, self.works, self.urgent = answer, [], []

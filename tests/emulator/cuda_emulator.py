@@ -23,7 +23,7 @@ SANITIZER_FLAGS = ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def missing() -> str | None:
-    """Why the emulator cannot be built here; None if it can."""
+    """Return why the emulator cannot be built here; None if it can."""
     if COMPILER is None:
         return "needs g++"
     if platform.machine() != "x86_64":
@@ -61,7 +61,7 @@ def build(
 
 
 def narrowed(*dtypes: str) -> dict[str, list[tuple[str, str]]]:
-    """Changes that leave only these element types, for 17 <= R <= 32: a fifteenth of the work."""
+    """Return changes that leave these element types, for 17 <= R <= 32: a fifteenth of the work."""
     text = (SOURCES / "static_switch.h").read_text()
     cases = re.findall(r"^ *case k\w+:\n *return body\(Type<(\w+)>\(\)\);\n", text, re.MULTILINE)
     dropped = [rf"^ *case k\w+:\n.*Type<{name}>.*\n" for name in cases if name not in dtypes]

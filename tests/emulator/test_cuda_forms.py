@@ -85,7 +85,7 @@ def missed(case: Case) -> str:
 
 
 def _cases() -> dict[str, tuple[str, str, Case]]:
-    """Every dtype with every activation in each form; the schedules take turns."""
+    """Return every dtype with every activation in each form; the schedules take turns."""
     cases = {}
     combinations = itertools.product(PAIRS, sorted(CudaBackend.activations))
     for index, ((form, dtype), activation) in enumerate(combinations):
@@ -265,7 +265,7 @@ def test_cuda_runs_float32_in_tf32_where_torch_allows_it(run_as, form):
 
 
 def test_cuda_forms_agree_on_the_same_call(kernels):
-    """The same products in another order of summation: as close as one rounding of the output."""
+    """The same products, summed in another order, agree to one rounding of the output."""
     case = Case(dtype=torch.float32, shape=(70,), hidden_size=530, bottleneck_size=48)
     call = case.make_call(case.draw("cpu", seed=0))
     results = []

@@ -56,7 +56,7 @@ def wrappers(request, tmp_path_factory) -> Wrappers:
 
 
 def rounded_to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """The nearest value of 10 explicit bits, with ties away from zero."""
+    """Return the nearest value of 10 explicit bits, with ties away from zero."""
     return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 

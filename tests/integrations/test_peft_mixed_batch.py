@@ -160,6 +160,6 @@ def test_unknown_names_are_an_error(mixed, batch, output, names, message):
 
 
 def test_mixed_batch_is_for_inference(mixed, batch):
-    """As for PEFT's LoRA."""
+    """The same holds for PEFT's LoRA."""
     with pytest.raises(ValueError, match=r"training mode.\n.*model.eval"):
         mixed("bert").train()(**batch("bert"), adapter_names=NAMES)

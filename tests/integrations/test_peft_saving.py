@@ -14,7 +14,7 @@ from adapterkern.integrations.peft import BottleneckConfig, BottleneckLinear
 
 
 def randomised(base, name="default", **fields):
-    """The base model with one adapter whose every weight is random."""
+    """Return the base model with one adapter whose every weight is random."""
     model = peft.get_peft_model(base, BottleneckConfig(**fields), name).eval()
     torch.manual_seed(2)
     for key, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def saved(tiny, tmp_path):
 
 
 def snapshot(model):
-    """What a refused load must leave alone: modules, weights, trainability."""
+    """Return what a refused load must leave alone: modules, weights, trainability."""
     return (
         [(name, type(module)) for name, module in model.named_modules()],
         {name: weight.clone() for name, weight in model.state_dict().items()},
@@ -415,7 +415,7 @@ def test_saving_in_the_other_format_leaves_no_older_weights(tiny, batch, output,
 
 
 def test_adapters_of_transformers_own_peft_methods_load_both_ways(tiny, batch, output, tmp_path):
-    """`model.add_adapter`, without a PeftModel around the model."""
+    """`model.add_adapter` puts no PeftModel around the model."""
     model = tiny("bert")
     model.add_adapter(BottleneckConfig(), adapter_name="french")
     torch.manual_seed(2)

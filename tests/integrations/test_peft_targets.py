@@ -43,7 +43,7 @@ DEFAULTS = {
 
 
 def adapted(model):
-    """Names of the adapted layers, seen from the base model."""
+    """Return the names of the adapted layers, seen from the base model."""
     modules = model.get_base_model().named_modules()
     return {name for name, module in modules if isinstance(module, BottleneckLinear)}
 
@@ -67,7 +67,7 @@ def test_defaults_are_the_output_projections_and_nothing_else(tiny, batch, outpu
 
 
 def test_adapter_reads_the_projection_before_the_residual(tiny, batch, output):
-    """Against the same model with hooks in the place that Houlsby et al. give."""
+    """It equals the same model with hooks in the place that Houlsby et al. give."""
     model = peft.get_peft_model(tiny("bert"), BottleneckConfig(init="bert")).eval()
     plain = tiny("bert")
     for name in DEFAULTS["bert"]:

@@ -1,5 +1,5 @@
-"""Runs the Triton kernels on the CPU. Only in a process with TRITON_INTERPRET=1, where
-tests/test_interpreter_suite.py starts it; elsewhere nothing here is collected."""
+"""Runs the Triton kernels on the CPU, in the processes with TRITON_INTERPRET=1 that
+tests/test_interpreter_suite.py starts; elsewhere nothing here is collected."""
 
 import pytest
 import torch

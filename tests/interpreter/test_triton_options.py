@@ -52,7 +52,7 @@ def test_triton_matches_float64_at_ragged_sizes_in_the_form_it_chooses(case):
 
 @pytest.mark.parametrize("form", ["row_block", "split", "token_slices"])
 def test_triton_offsets_survive_rows_beyond_2_to_the_31_elements(run_as, form):
-    """x, residual and dy as views whose last row begins behind element 2^31 of their memory."""
+    """x, residual and dy are views whose last row begins behind element 2^31 of their memory."""
     run_as(form)
     sizes = FORMS[form]
     stride = 2**31 // (sizes.tokens - 1) + 1
@@ -117,7 +117,7 @@ def _tanh_approximation_of_gelu_derivative(monkeypatch):
 
 
 def _last_block_of_tokens_not_launched(monkeypatch):
-    """Unwritten memory, which is NaN here."""
+    """Leave memory unwritten, which is NaN here."""
     monkeypatch.setattr(triton_backend, "cdiv", lambda a, b: max(1, a // b))
 
 

@@ -22,8 +22,8 @@ from adapterkern.validation import name_of
 
 
 class Mix(NamedTuple):
-    """What is in a call. added: of an external residual and skip, None where x alone is added;
-    scaling: of a vector over H, None for the float 1.0; odd: sizes that no tile divides.
+    """The dtypes in a call. added: those of an external residual and skip, None if x alone is
+    added; scaling: that of a vector over H, None for the float 1.0; odd: no tile divides the sizes.
     """
 
     x: torch.dtype
@@ -43,7 +43,7 @@ class Mix(NamedTuple):
         )
 
     def call(self, tokens: int, hidden: int, bottleneck: int, device: str = "cpu") -> AdapterCall:
-        """A call of this mix on memory that nobody wrote."""
+        """Return a call of this mix whose tensors are uninitialised."""
 
         def empty(dtype: torch.dtype | None, *shape: int) -> Tensor | None:
             return None if dtype is None else torch.empty(shape, dtype=dtype, device=device)
@@ -64,14 +64,14 @@ class Mix(NamedTuple):
 
 
 def uniform(dtype: torch.dtype, activation: str = "gelu") -> Mix:
-    """Everything of one dtype, with biases: what is timed."""
+    """Return the mix that is timed: everything has one dtype, and there are biases."""
     return Mix(dtype, dtype, dtype, activation=activation)
 
 
 def mixes(kind: str, problem: Problem, device: Device) -> list[Mix]:
-    """Every mix that takes a plan of this kind for this problem.
+    """Return every mix that takes a plan of this kind for this problem.
 
-    float16 stands aside: its elements are as wide as bfloat16's. A vector of scales stages at least
+    float16 is left out: its elements are as wide as bfloat16's. A vector of scales stages at least
     what one learned scale does. Biases come with a scaling and go with it, so that every mix of
     dtypes occurs without; sizes that no tile divides come with the widest and the narrowest.
     """
@@ -90,8 +90,8 @@ def mixes(kind: str, problem: Problem, device: Device) -> list[Mix]:
 
 
 def widest(kind: str, problem: Problem, device: Device) -> Mix:
-    """The one of `mixes` that most often asks for the most shared memory: float32 wherever it may
-    be, and no scaling, whose product with dy would keep dy's tiles out of the pipeline.
+    """Return the mix that most often asks for the most shared memory: float32 wherever it may be,
+    and no scaling, whose product with dy would keep dy's tiles out of the pipeline.
     """
 
     def width(mix: Mix) -> int:
@@ -103,7 +103,7 @@ def widest(kind: str, problem: Problem, device: Device) -> Mix:
 
 
 def _parts(kind: str, mix: Mix, problem: Problem, device: Device) -> set[str]:
-    """Which launches of such a call take a plan of this kind for this problem's arithmetic."""
+    """Return which launches of such a call take a plan of this kind for this arithmetic."""
     with _precision(problem):
         call = mix.call(16, 16, 16, "meta")
         dy = torch.empty_like(call.x, dtype=call.output_dtype)
@@ -119,7 +119,7 @@ def _parts(kind: str, mix: Mix, problem: Problem, device: Device) -> set[str]:
 
 @contextmanager
 def _precision(problem: Problem) -> Iterator[None]:
-    """Torch's setting for float32 products under which the problem arises."""
+    """Set torch's precision of float32 products to the one under which the problem arises."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if problem.ieee else "high")
     try:
@@ -131,7 +131,7 @@ def _precision(problem: Problem) -> Iterator[None]:
 def compile_entry(
     entry: Entry, mix: Mix, capability: int, device: Device, timed: bool = False
 ) -> list[Any]:
-    """The launches of a recording forward and its backward with an entry's tiles, compiled.
+    """Compile the launches of a recording forward and its backward with an entry's tiles.
 
     The forward or the backward is left out where the entry does not serve it. timed: leave out
     nothing, and compile the forward that records nothing too, so that a search compiles nothing.

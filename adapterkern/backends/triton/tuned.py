@@ -33,12 +33,12 @@ from adapterkern.backends.triton.launch_config import (
     cdiv,
 )
 
-# In the order in which they are asked. `adapterkern tune` writes to the first, the user's own.
+# The folders are asked in this order. `adapterkern tune` writes to the first, the user's own.
 FOLDERS = (_env.CACHE / "tuned", Path(__file__).parent / "tuned")
-# It rises with every change of the kernels after which older tiles need not fit any more: files in
+# It changes with every change of the kernels after which older tiles may no longer fit: files in
 # the cache folder outlive the version that wrote them.
 SCHEMA = "adapterkern-tuned/1"
-FORMS = {"row_block": 1, "split": 2, "weight_gradient": 1}  # and the kernels that an entry holds
+FORMS = {"row_block": 1, "split": 2, "weight_gradient": 1}  # form -> number of kernels in an entry
 # An entry serves problems whose every size is within this factor of its own: tiles that suit 16
 # tokens say nothing about 2048.
 NEAR = 2.0
@@ -46,8 +46,8 @@ NEAR = 2.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an entry was found by: times of one interleaved run, of the formula's plan and of the
-    entry, and the GPU that they were taken on.
+    """The times that an entry was chosen by, those of the formula's plan and of the entry in one
+    interleaved run, and the GPU that they were measured on.
     """
 
     before_us: float
@@ -61,7 +61,7 @@ class Entry:
 
     kernels: one configuration, or for the split form the one into the bottleneck and the one out
     of it; programs_per_sm: how many programs the slices of H or of tokens aim at; evidence: what
-    it was found by, which makes no entry another one.
+    it was chosen by, which comparisons ignore.
     """
 
     problem: Problem
@@ -72,18 +72,18 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What the plan is for: "tokens" (y, dz, dx) or "weights" (both weight gradients)."""
+        """The plan's purpose: "tokens" (y, dz, dx) or "weights" (both weight gradients)."""
         return "weights" if self.form == "weight_gradient" else "tokens"
 
 
 def nearest(
     entries: Sequence[Entry], kind: str, problem: Problem, limit: float = NEAR
 ) -> Entry | None:
-    """The entry of this kind and arithmetic whose sizes are nearest, None if none is near.
+    """Return the entry of this kind and arithmetic with the nearest sizes, None if none is near.
 
-    The distance is the largest of the factors between the three sizes; entries as far as each other
-    are told apart by the sum of the logarithms, then by their order. A row block must hold all of
-    R, so one with a narrower tile is no candidate.
+    The distance is the largest of the factors between the three sizes; the sum of the logarithms
+    breaks ties, then the entries' order. A row block must hold all of R, so one with a narrower
+    tile is no candidate.
     """
     best: tuple[tuple[float, float], Entry] | None = None
     for entry in entries:
@@ -100,7 +100,7 @@ def nearest(
 
 
 def plan(entry: Entry, problem: Problem, device: Device) -> RowBlock | Split | WeightGradient:
-    """The launch of `problem` with an entry's tiles."""
+    """Return the launch of `problem` with an entry's tiles."""
     first = entry.kernels[0]
     if entry.form == "row_block":
         return RowBlock(first)
@@ -118,7 +118,7 @@ def plan(entry: Entry, problem: Problem, device: Device) -> RowBlock | Split | W
 
 
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
-    """As `launch_config.token_plan`, with the tiles of the nearest tuned entry if there is one."""
+    """Plan as `launch_config.token_plan` does, but with the nearest tuned entry's tiles if any."""
     found = _find("tokens", problem, device)
     if found is None:
         return launch_config.token_plan(problem, device)
@@ -126,7 +126,7 @@ def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
 
 
 def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
-    """As `launch_config.weight_gradient_plan`, with tuned tiles if there are any."""
+    """Plan as `launch_config.weight_gradient_plan` does, but with tuned tiles if there are any."""
     found = _find("weights", problem, device)
     if found is None:
         return launch_config.weight_gradient_plan(problem, device)
@@ -138,7 +138,7 @@ _forced: dict[str, Entry] = {}
 
 @contextlib.contextmanager
 def forced(entry: Entry) -> Iterator[None]:
-    """Within the block, every launch of the entry's kind takes its tiles: for the search."""
+    """Give every launch of the entry's kind its tiles within the block, for the search."""
     before = dict(_forced)
     _forced[entry.kind] = entry
     try:
@@ -165,8 +165,8 @@ def _look_up(kind: str, problem: Problem, device: Device) -> Any:
 
 @functools.cache
 def tables_for(device: Device) -> list[list[Entry]]:
-    """The entries that serve a GPU of these properties, a list for each folder, in order. A file
-    that cannot be read is left out as a whole and warned of.
+    """Return the entries that serve a GPU of these properties, a list for each folder, in order.
+    A file that cannot be read is left out as a whole, with a warning.
     """
     files, problems = read_all()
     for problem in problems.values():
@@ -179,7 +179,7 @@ def tables_for(device: Device) -> list[list[Entry]]:
 
 
 def read_all() -> tuple[dict[Path, "TunedFile"], dict[Path, str]]:
-    """Every file in the order in which it is asked, and for those that cannot be read, why."""
+    """Return the files in the order in which they are asked, and why others cannot be read."""
     files, problems = {}, {}
     for folder in FOLDERS:
         names: list[str] = []
@@ -195,8 +195,8 @@ def read_all() -> tuple[dict[Path, "TunedFile"], dict[Path, str]]:
 
 
 def serving(files: dict[Path, "TunedFile"], device: Device) -> list[Path]:
-    """Of these files those of this machine's GPUs of these properties, by name; where there is none
-    those of every GPU with these properties.
+    """Return the files that were measured on this machine's GPUs of these properties, by name;
+    where there is none, those of every GPU with these properties.
     """
     fitting = [path for path, file in files.items() if file.device == device]
     names = present(device)
@@ -204,7 +204,7 @@ def serving(files: dict[Path, "TunedFile"], device: Device) -> list[Path]:
 
 
 def present(device: Device) -> set[str]:
-    """The names of this machine's GPUs that have these properties."""
+    """Return the names of this machine's GPUs that have these properties."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         torch.cuda.get_device_properties(index).name
@@ -214,7 +214,7 @@ def present(device: Device) -> set[str]:
 
 
 def device_of(device: int | torch.device) -> Device:
-    """The launch properties of a GPU."""
+    """Return the launch properties of a GPU."""
     properties: Any = torch.cuda.get_device_properties(device)
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
@@ -244,7 +244,7 @@ class TunedFile(NamedTuple):
 
 
 def load(path: Path) -> TunedFile:
-    """The GPU and the entries of a file.
+    """Return the GPU and the entries of a file.
 
     Raises:
         OSError: the file cannot be read.

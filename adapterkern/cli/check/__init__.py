@@ -1,6 +1,6 @@
 """`adapterkern check`: every backend that can run here against float64, forward and gradients.
 
-Runs the cases of `adapterkern.parity`, each backend in a process of its own, so that none suffers
+It runs the cases of `adapterkern.parity`, each backend in its own process, so that none suffers
 from what another does to the device. Where there is no GPU, the Triton kernels run in Triton's CPU
 interpreter, which is chosen when kernels are defined. One backend alone that needs no such choice
 runs in this process.
@@ -63,7 +63,7 @@ exit codes:
   2  wrong usage
 """
 
-_EXAMPLES = 3  # of case ids, in an error
+_EXAMPLES = 3  # case ids in an error
 
 
 def add_parser(subparsers) -> None:
@@ -176,8 +176,8 @@ def _events(
     arguments: argparse.Namespace,
     alone: bool,
 ) -> Iterator[Event]:
-    """What one backend does: here, in a process of its own, or the reason for neither."""
-    if not cases:  # of this shard, or that fit --case
+    """Yield one backend's events, run here or in a process of its own, or why in neither."""
+    if not cases:  # none are in this shard, or fit --case
         return iter([backend_event(name, device, None, 0)])
     interpreted = name == "triton" and device.type == "cpu" and importlib.util.find_spec("triton")
     if interpreted and not _env.TRITON_INTERPRET:
@@ -196,7 +196,7 @@ def _in_a_process(
     arguments: argparse.Namespace,
     environment: dict[str, str],
 ) -> Iterator[Event]:
-    """The events of `adapterkern check --json --backend NAME`; where it dies, one that says so."""
+    """Yield the events of `adapterkern check --json --backend NAME`, or of its death."""
     command = [sys.executable, "-m", "adapterkern", "check", "--json", "--backend", name]
     command += ["--device", str(device)]
     command += [f"--{arguments.level}"] if arguments.level != "default" else []

@@ -1,4 +1,4 @@
-"""What `adapterkern check` prints: a line as each case ends, and a table of all at the end."""
+"""The output of `adapterkern check`: a line as each case ends, and a table of all at the end."""
 
 import math
 
@@ -9,7 +9,7 @@ from adapterkern.cli.check.worker import Event
 from adapterkern.parity import share
 from adapterkern.spec import TENSOR_NAMES
 
-_ORDER = ("y", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # of the table's rows
+_ORDER = ("y", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # the table's rows
 _MOST_MISSES = 20  # listed one by one
 _VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
 
@@ -18,7 +18,7 @@ class Outcome:
     """The events of all backends, put together."""
 
     def __init__(self) -> None:
-        self.backends: list[Event] = []  # of the kind "backend"
+        self.backends: list[Event] = []  # those of kind "backend"
         self.cases: dict[str, list[Event]] = {}
 
     def add(self, event: Event) -> None:
@@ -29,14 +29,14 @@ class Outcome:
             self.cases[event["backend"]].append(event)
 
     def rows(self, backend: str) -> list[dict]:
-        """The comparisons of one backend, each with its case."""
+        """Return the comparisons of one backend, each with its case."""
         return [
             {**row, "case": event["case"]} for event in self.cases[backend] for row in event["rows"]
         ]
 
     def passed(self, named: bool, whole: bool) -> bool:
-        """Whether nothing failed. A backend that was asked for by name must be there, and run at
-        least one of its cases where these are the `whole` list."""
+        """Return whether nothing failed. A backend that was asked for by name must be there, and
+        run at least one of its cases where these are the `whole` list."""
         for backend in self.backends:
             rows = self.rows(backend["backend"])
             absent = backend["unavailable"] is not None
@@ -46,7 +46,7 @@ class Outcome:
         return True
 
     def end(self, passed: bool) -> Event:
-        """The event that closes the stream."""
+        """Return the event that closes the stream."""
         rows = [row for backend in self.cases for row in self.rows(backend)]
         return {
             "event": "end",
@@ -57,7 +57,7 @@ class Outcome:
         }
 
     def render(self, passed: bool) -> str:
-        """The table of every backend and the verdict."""
+        """Return the table of every backend and the verdict."""
         lines = [
             f"adapterkern {__version__}, torch {torch.__version__}",
             "error: rms relative to float64; tolerance: twice (gradients: three times) the error",
@@ -107,7 +107,7 @@ class Outcome:
 
 
 def line_of(event: Event) -> str:
-    """One line: of a case the verdict, its id, the worst share of a tolerance, and seconds."""
+    """Return one line: a case's verdict, its id, the worst share of a tolerance, and seconds."""
     if event["event"] == "backend":
         if event["unavailable"] is not None:
             return f"{event['backend']}: not run, {event['unavailable']}"
@@ -131,7 +131,7 @@ def _render_miss(row: dict) -> str:
 
 
 def _share(row: dict) -> float:
-    """The part of its tolerance that an error uses up; JSON has null for what is not finite."""
+    """Return the part of its tolerance that an error uses up; JSON has null if not finite."""
     if row["error"] is None or row["tolerance"] is None:
         return math.inf
     return share(row["error"], row["tolerance"])
@@ -147,7 +147,7 @@ def _numbers(row: dict) -> tuple[str, str, str]:
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:
-    """Rows in columns, numbers (the third to the fifth) to the right."""
+    """Align rows in columns, numbers (the third to the fifth) to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  "

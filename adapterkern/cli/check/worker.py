@@ -7,8 +7,8 @@ An event is a dict as `--json` prints it, a line each, so that a process can han
 - {"event": "case", "backend", "case", "status", "seconds", "note", "rows": [{"tensor", "error",
   "tolerance", "passed", "note", "dtype", "activation"}, ...]}; status: passed, missed, raised,
   refused or lost (the device, or the process); an error or a tolerance that is not finite is null
-- {"event": "end", "passed", "comparisons", "missed", "cases"}, once, after all backends; of cases
-  those that were compared
+- {"event": "end", "passed", "comparisons", "missed", "cases"}, once, after all backends; "cases"
+  counts those that were compared
 """
 
 import argparse
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 def cases_of(name: str, device: torch.device, arguments: argparse.Namespace) -> list[parity.Case]:
-    """The cases of one backend that --dtype and --case leave; --shard comes after that."""
+    """Return the cases of one backend that --dtype and --case leave; --shard comes after that."""
     backend = get(name)
     dtypes = set(backend.dtypes)
     if arguments.dtype:
@@ -50,13 +50,13 @@ def cases_of(name: str, device: torch.device, arguments: argparse.Namespace) -> 
 
 
 def shard_of(cases: list[parity.Case], shard: tuple[int, int] | None) -> list[parity.Case]:
-    """Of `cases` the I-th, and each N-th after it, for a shard (I, N)."""
+    """Return the I-th of `cases`, and each N-th after it, for a shard (I, N)."""
     return cases if shard is None else cases[shard[0] - 1 :: shard[1]]
 
 
 def events(name: str, device: torch.device, cases: list[parity.Case]) -> Iterator[Event]:
-    """What the backend says of itself, then of each case; the last is the first that it lost the
-    device in."""
+    """Yield the backend's own event, then those of each case; a case that loses the device is
+    the last."""
     unavailable = get(name).unavailable_reason()
     yield backend_event(name, device, unavailable, len(cases))
     if unavailable is not None:
@@ -71,7 +71,7 @@ def events(name: str, device: torch.device, cases: list[parity.Case]) -> Iterato
 
 
 def backend_event(name: str, device: torch.device, unavailable: str | None, cases: int) -> Event:
-    """The event that a backend begins with."""
+    """Return the event that a backend begins with."""
     described = device.type
     if device.type == "cuda":
         described = torch.cuda.get_device_name(device)
@@ -89,7 +89,7 @@ def backend_event(name: str, device: torch.device, unavailable: str | None, case
 def case_event(
     name: str, case: str, status: str, seconds: float, note: str, rows: list[dict]
 ) -> Event:
-    """The event that a case ends with."""
+    """Return the event that a case ends with."""
     return {
         "event": "case",
         "backend": name,
@@ -129,6 +129,6 @@ def _described(row: parity.Row) -> dict:
         "tolerance": row.tolerance if math.isfinite(row.tolerance) else None,
         "passed": row.passed,
         "note": row.note or ("" if math.isfinite(row.error) else "not finite"),
-        "dtype": row.case.dtype_class,  # of the products
+        "dtype": row.case.dtype_class,  # the products'
         "activation": row.case.activation,
     }

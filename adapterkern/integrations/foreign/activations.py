@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from adapterkern.activations import LEAKY_SLOPE
 
-# By class name; the class must come from one of _HOMES. `_form` decides between its forms.
+# The keys are class names; a class must come from one of _HOMES. `_form` decides between forms.
 _BY_CLASS = {
     "GELUActivation": "gelu",
     "GELU": "gelu",
@@ -55,7 +55,7 @@ _UNIFORM: dict[type, str] = {
 
 
 def activation_name(function: Any) -> str | None:
-    """The name of an activation in `adapterkern.activations`; None if it has no fused form."""
+    """Return an activation's name in `adapterkern.activations`; None if it has no fused form."""
     uniform = _UNIFORM.get(type(function))
     if uniform is not None:
         return uniform
@@ -70,7 +70,7 @@ def activation_name(function: Any) -> str | None:
 
 
 def _form(module: Any, name: str | None) -> str | None:
-    """The name that holds for this instance: its options may make another function of it."""
+    """Return the name that holds for this instance: its options may make another function of it."""
     kind = type(module).__name__
     if kind == "GELUActivation" and module.act is not F.gelu:
         return None

@@ -20,7 +20,7 @@ def adapter_from_tensors(
     scaling: float | str | Tensor = 1.0,
     dropout: float = 0.0,
 ) -> BottleneckAdapter:
-    """A `BottleneckAdapter` over these tensors; parameters among them are shared, not copied.
+    """Make a `BottleneckAdapter` over these tensors; parameters among them are shared, not copied.
 
     Shapes: down_weight [R, H], up_weight [H, R], down_bias [R], up_bias [H], scaling [1] or [H].
     """
@@ -55,7 +55,7 @@ def convert(
     dropout: nn.Module | None = None,
     around: tuple[Any, ...] = (),
 ) -> BottleneckAdapter:
-    """The adapter of a module with these parts, over the same parameters.
+    """Return the adapter of a module with these parts, over the same parameters.
 
     Args:
         around: what else the module calls, which computes nothing itself.
@@ -92,7 +92,7 @@ def convert(
 
 
 def unsupported(module: nn.Module, why: str, hint: str = "") -> UnsupportedAdapterError:
-    """The error that says why a module has no `BottleneckAdapter`, and the cure if there is one."""
+    """Make the error that says why a module has no `BottleneckAdapter`, and any cure."""
     cure = f"\n  hint: {hint}" if hint else ""
     return UnsupportedAdapterError(
         f"{type(module).__name__} has no BottleneckAdapter: {why}.{cure}"

@@ -1,4 +1,4 @@
-"""Which library a single module is of, and its parts. None of the libraries is imported.
+"""Finds which library a single module is of, and its parts; it imports none of the libraries.
 
 OpenDelta        AdapterLayer                 modulelist.{down_proj, non_linear, up_proj}
 SpeechBrain      HoulsbyAdapterLinear         adapter_down_proj, adapter_up_proj, activation
@@ -15,7 +15,7 @@ from adapterkern.modules.bottleneck import BottleneckAdapter
 
 
 def from_module(module: nn.Module) -> BottleneckAdapter:
-    """An adapter of another library as a `BottleneckAdapter` over the same parameters.
+    """Return an adapter of another library as a `BottleneckAdapter` over the same parameters.
 
     What the module does around the adapter stays with the caller:
 
@@ -118,7 +118,7 @@ def _is_norm(layer: nn.Module) -> bool:
 
 
 def _place(index: int, layers: list[nn.Module]) -> str:
-    """Where among the linear layers the layer of this index stands."""
+    """Return where among the linear layers the layer of this index stands."""
     if not any(isinstance(layer, nn.Linear) for layer in layers[:index]):
         return "before"
     if not any(isinstance(layer, nn.Linear) for layer in layers[index:]):
