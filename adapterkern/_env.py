@@ -38,8 +38,9 @@ VARIABLES = (
         "0 | 1",
         "0",
         "1: use none of torch's private functions, for a release of torch that has changed one. "
-        "The answers are the same; each call costs the host more, and torch.compile gets plain "
-        "operations instead of the kernels.",
+        "The answers are the same; each call costs the host more, torch.compile gets plain "
+        "operations instead of the kernels (and an error where a kernel backend is named), and "
+        "hooks on all modules are not seen.",
     ),
     Variable(
         "ADAPTERKERN_BUILD_CUDA",

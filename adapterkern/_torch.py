@@ -44,7 +44,7 @@ def _probe_functorch() -> bool:
         return True
     try:
         _Probe.apply(_ONE)
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter under fake tensors, where none can tell
         return True
     return False
 
@@ -56,6 +56,8 @@ def _probe_forward_ad() -> bool:
         forward_ad.make_dual(_ONE, _ONE)
     except RuntimeError:  # it asks for a level to be entered first
         return False
+    except AssertionError:
+        return True
     return True
 
 
@@ -67,10 +69,17 @@ def _has_no_memory(tensor: Tensor) -> bool:
         return True
 
 
+def _is_its_own(module: nn.Module, forward: Any) -> bool:
+    """Whether a forward set on a module is another than that of its class, which accelerate leaves
+    there when it takes its hooks away."""
+    function, bound_to = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
+    return not (function is type(module).forward and bound_to is module)
+
+
 def _find_named_hooks(*modules: nn.Module) -> str | None:
     for module in modules:
         state = vars(module)
-        if "forward" in state:
+        if "forward" in state and _is_its_own(module, state["forward"]):
             return _OWN_FORWARD
         if any(hooks for n, hooks in state.items() if n.endswith("_hooks") and "ward" in n):
             return _HOOKS
@@ -126,13 +135,20 @@ def is_batched(gradient: Tensor) -> bool:
     return _C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(gradient)
 
 
-@_or(lambda: True)  # the op may be called at any time
-def is_watched() -> bool:
-    """Whether a dispatch mode, torch.jit.trace or the profiler is to see the op."""
+@_or(lambda tensor: True, _ONE)  # the op may be called at any time
+def is_watched(tensor: Any) -> bool:
+    """Whether the op must be seen or torch's dispatcher must prepare this tensor.
+
+    The former is so under a dispatch mode, torch.jit.trace and the profiler; the latter with
+    subclasses, and with tensors whose memory does not hold their values yet.
+    """
     return (
         _C._len_torch_dispatch_stack() > 0
+        or type(tensor) not in ORDINARY
         or _C._get_tracing_state() is not None
         or _C._autograd._profiler_enabled()
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
     )
 
 
@@ -156,10 +172,10 @@ def beyond_its_class(*modules: nn.Module) -> str | None:
         or _every._global_backward_hooks
         or _every._global_backward_pre_hooks
     ):
-        return _HOOKS
+        return "hooks on all modules (FlopCounterMode sets them)"
     for module in modules:
         state = module.__dict__
-        if "forward" in state:
+        if "forward" in state and _is_its_own(module, state["forward"]):
             return _OWN_FORWARD
         if (
             state["_forward_hooks"]

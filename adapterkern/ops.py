@@ -23,6 +23,7 @@ from adapterkern import _torch, reference
 from adapterkern.backends import get
 from adapterkern.backends.base import added_gradients, empty_gradients, empty_outputs
 from adapterkern.spec import (
+    TENSOR_NAMES,
     AdapterCall,
     Gradients,
     Needs,
@@ -110,7 +111,7 @@ _backward_op = torch.ops.adapterkern.backward.default
 
 def _forward(backend: str, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
     """Run the forward below autograd, as an op where operations are traced, faked or counted."""
-    if type(call.x) in _torch.ORDINARY and not _torch.is_watched():
+    if not _torch.is_watched(call.x):
         return get(backend).forward(call, save)
     results = _torch.below_autograd(_forward_op, backend, save, *call)
     outputs, saved = _read(results, Outputs, Saved)
@@ -121,12 +122,14 @@ def _backward(
     backend: str, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
 ) -> Gradients:
     """Run the backward, as an op where operations are traced, faked or counted."""
-    if type(upstream.y) in _torch.ORDINARY and not _torch.is_watched():
+    # Compiled autograd traces the backward of an eager call with tensors that look ordinary.
+    if not torch.compiler.is_compiling() and not _torch.is_watched(upstream.y):
         return get(backend).backward(call, saved, upstream, needs)
-    computed = needs._replace(residual=False, skip=False)  # these an op would have to copy
-    found = iter(_backward_op(backend, computed, *call, *saved, *upstream))
-    gradients = Gradients(*(next(found) if need else None for need in computed))
-    return gradients._replace(**added_gradients(upstream, needs))
+    added = added_gradients(upstream, needs)  # which an op would have to copy
+    asked = [need and n not in added for n, need in zip(TENSOR_NAMES, needs, strict=True)]
+    computed = iter(_backward_op(backend, asked, *call, *saved, *upstream))
+    named = zip(TENSOR_NAMES, asked, strict=True)
+    return Gradients(*[next(computed) if need else added.get(n) for n, need in named])
 
 
 class _BottleneckAdapter(torch.autograd.Function):
@@ -140,36 +143,29 @@ class _BottleneckAdapter(torch.autograd.Function):
         ctx.save_for_backward(*tensor_values(read), *saved)
         ctx.options = option_values(read)
         ctx.backend = backend
-        ctx.residual_dtype = None if call.residual is None else call.residual.dtype
-        ctx.skip_dtype = None if call.skip is None else call.skip.dtype
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
         return (*outputs, *saved)
 
     @staticmethod
-    def backward(ctx, *grad_results: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream, _ = _read(grad_results, Outputs, Saved)
-        _, _, *asked = ctx.needs_input_grad
-        if upstream.y is None:
+    def backward(ctx, grad_y: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
             return (None, None, *Gradients())
-        needs = Needs(*asked)
+        _, _, *asked = ctx.needs_input_grad
+        upstream, needs = Outputs(grad_y), Needs(*asked)
         *tensors, z = ctx.saved_tensors
         call, saved = AdapterCall(*tensors, *ctx.options), Saved(z)
-        if torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
+        if not (needs.dz or needs.parameters):
+            gradients = Gradients(**added_gradients(upstream, needs))
+        elif torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
             if ctx.backend != "reference":
                 _log_plain_backward(ctx.backend)
             gradients = _differentiable_backward(call, upstream, needs)
-        elif _torch.is_batched(upstream.y):
+        elif not torch.compiler.is_compiling() and _torch.is_batched(grad_y):
             gradients = reference.backward(call, saved, upstream, needs)
         else:
             gradients = _backward(ctx.backend, call, saved, upstream, needs)
-        if needs.residual or needs.skip:
-            residual, skip = gradients.residual, gradients.skip
-            gradients = gradients._replace(
-                residual=None if residual is None else residual.to(ctx.residual_dtype),
-                skip=None if skip is None else skip.to(ctx.skip_dtype),
-            )
-        return (None, None, *gradients)
+        return (None, None, *gradients)  # autograd converts those of residual and skip
 
 
 _apply = _torch.apply_of(_BottleneckAdapter)
@@ -214,11 +210,8 @@ def _differentiable_backward(call: AdapterCall, upstream: Outputs, needs: Needs)
     parameters: dict[str, Any] = inputs
     outputs, _ = reference.forward(call._replace(**parameters))
     wanted = [name for name in inputs if getattr(needs, name)]
-    computed: tuple[Tensor, ...] = ()
-    if wanted:
-        grad_y = upstream.y.to(outputs.y.dtype)
-        sources = [inputs[name] for name in wanted]
-        computed = torch.autograd.grad(outputs.y, sources, grad_y, create_graph=True)
+    sources, grad_y = [inputs[name] for name in wanted], upstream.y.to(outputs.y.dtype)
+    computed = torch.autograd.grad(outputs.y, sources, grad_y, create_graph=True)
     named: dict[str, Any] = dict(zip(wanted, computed, strict=True))
     return Gradients(**named, **added_gradients(upstream, needs))
 

@@ -31,9 +31,10 @@ def forward(
 
     Args:
         down, up: what projects in place of the weights of the call, [..., H] to [..., R] and back,
-            such as a module that has to be called to be itself.
+            such as a module that has to be called to be itself; give both or none. They see the
+            autocast of the caller.
     """
-    if torch.compiler.is_compiling() or _torch.may_autocast():
+    if down is None and (torch.compiler.is_compiling() or _torch.may_autocast()):
         with _without_autocast(call.x):
             return _forward(call, down, up)
     return _forward(call, down, up)

@@ -23,7 +23,8 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
             every problem and the likely cure.
     """
     for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+        absent = tensor is None and name not in ("x", "down_weight", "up_weight")
+        if not absent and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     problems = (

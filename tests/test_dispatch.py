@@ -347,6 +347,27 @@ def test_a_second_kind_of_call_is_chosen_and_remembered_like_the_first(spy):
         dispatch.select(other_call()._replace(x=torch.zeros(10)))
 
 
+def test_kinds_of_calls_do_not_share_a_decision_whatever_their_keys_are(spy):
+    spy.operations = frozenset({"bottleneck_adapter", "grouped"})
+    first = make_call(**tensors((3,)))
+
+    class SameKey(OtherCall):
+        def key(self):
+            return first.key()
+
+    assert dispatch.select(first).spec.operation == "bottleneck_adapter"
+    assert dispatch.select(SameKey(*other_call())).spec.operation == "grouped"
+
+
+def test_a_call_under_a_transform_does_not_take_the_decision_of_one_outside(spy):
+    given = {name: t.detach() for name, t in tensors((3,)).items()}
+    ak.bottleneck_adapter(**given)
+    assert spy.forwards == [False]
+    x = given.pop("x")
+    torch.func.vmap(lambda row: ak.bottleneck_adapter(row, **given))(x)
+    assert spy.forwards == [False]  # plain operations ran
+
+
 def test_explain_refuses_what_the_call_would_refuse():
     with pytest.raises(ValueError, match=r"down_weight must have shape \[R, H\] = \[R, 11\]"):
         ak.explain(ak.BottleneckAdapter(10, 4), torch.zeros(3, 11))

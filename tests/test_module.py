@@ -274,6 +274,7 @@ def test_a_hook_on_all_modules_sees_the_projections(spy):
         handle.remove()
     torch.testing.assert_close(found, expected_of(adapter, x), **CLOSE)
     assert seen == [adapter.down_proj, adapter.up_proj, adapter]
+    assert not spy.forwards
 
 
 @pytest.mark.parametrize("scaling", [0.5, "channel"])
@@ -295,6 +296,34 @@ def test_a_wrapper_without_a_bias_is_called_and_shown():
     adapter.down_proj = nn.Sequential(adapter.down_proj)
     torch.testing.assert_close(adapter(x), expected, **CLOSE)
     assert "bias=False" in adapter.extra_repr()
+
+
+def test_a_hook_that_accelerate_took_away_leaves_the_adapter_fused(spy):
+    hooks = pytest.importorskip("accelerate.hooks")
+    adapter, x = adapter_of(), torch.randn(3, 12)
+    hooks.add_hook_to_module(adapter.down_proj, hooks.ModelHook())
+    adapter(x)
+    assert not spy.forwards
+    hooks.remove_hook_from_module(adapter.down_proj)
+    adapter(x)
+    assert spy.forwards == [True]
+
+
+def test_projections_that_are_called_see_the_caller_s_autocast():
+    """A wrapper may rely on it, and a hook is to see the dtype that a linear layer has there."""
+    adapter, x, seen = adapter_of(), torch.randn(3, 12), []
+    for projection in (adapter.down_proj, adapter.up_proj):
+        projection.register_forward_hook(
+            lambda module, inputs, output: seen.append(
+                (inputs[0].dtype, output.dtype, torch.is_autocast_enabled("cpu"))
+            )
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(x)
+        expected = x + adapter.up_proj(nn.functional.gelu(adapter.down_proj(x)))
+    assert seen[:2] == [(torch.float32, torch.bfloat16, True)] * 2
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
 
 
 class LowRank(nn.Module):

@@ -28,6 +28,11 @@ def message(error=ValueError, /, **arguments):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["down_weight", "up_weight"])
+def test_a_missing_weight_is_named(name):
+    assert message(TypeError, **{name: None}) == f"{name} must be a torch.Tensor, got NoneType."
+
+
 def test_transposed_weights_are_named_with_a_hint():
     text = message(down_weight=torch.zeros(H, R), up_weight=torch.zeros(R, H))
     assert (

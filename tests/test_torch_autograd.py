@@ -179,6 +179,47 @@ def test_offloaded_saved_tensors_give_the_same_gradients():
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
+def test_many_gradients_at_once_are_not_given_to_a_kernel(spy):
+    """A kernel would read memory that a batched tensor does not have."""
+    arguments = tensors((2,))
+    y, eager = ak.bottleneck_adapter(**arguments), eager_adapter(**arguments)
+    rows = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    leaves = list(arguments.values())
+    found = torch.autograd.grad(y, leaves, rows, is_grads_batched=True)
+    expected = torch.autograd.grad(eager, leaves, rows, is_grads_batched=True)
+    for gradient, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, want)
+    assert not spy.backwards
+
+
+@pytest.mark.parametrize("lazy", ["neg", "zero"])
+def test_gradients_whose_memory_does_not_hold_their_values_are_prepared(spy, lazy):
+    """A kernel reads memory: the dispatcher must negate or fill it before."""
+    arguments, seen = tensors((2,), residual=True), []
+    spy.backward = lambda call, saved, upstream, needs: (
+        seen.append(upstream.y) or type(spy).backward(spy, call, saved, upstream, needs)
+    )
+    y = ak.bottleneck_adapter(**arguments)
+    grad = torch.randn_like(y)
+    given, plain = torch._neg_view(grad), -grad
+    if lazy == "zero":
+        given, plain = torch._efficientzerotensor(y.shape, dtype=y.dtype), torch.zeros_like(y)
+    leaves = list(arguments.values())
+    found = torch.autograd.grad(y, leaves, given, retain_graph=True)
+    assert not seen[0].is_neg()
+    assert not seen[0]._is_zerotensor()
+    for gradient, want in zip(found, torch.autograd.grad(y, leaves, plain), strict=True):
+        torch.testing.assert_close(gradient, want)
+
+
+def test_a_residual_that_alone_needs_a_gradient_launches_nothing(spy):
+    arguments = {name: t.detach() for name, t in tensors((2,), residual=True).items()}
+    residual = arguments["residual"].requires_grad_()
+    ak.bottleneck_adapter(**arguments).sum().backward()
+    assert residual.grad.tolist() == torch.ones_like(residual).tolist()
+    assert not spy.backwards
+
+
 def test_a_frozen_adapter_under_a_trained_one_passes_the_gradient_on(spy):
     frozen = ak.BottleneckAdapter(10, 4, init="bert").requires_grad_(False)
     trained = ak.BottleneckAdapter(10, 4, init="bert")

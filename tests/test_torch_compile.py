@@ -191,6 +191,26 @@ def test_compiled_autograd_gives_the_same_gradients():
         torch.testing.assert_close(parameter.grad, want, **CLOSE)
 
 
+def test_compiled_autograd_of_an_eager_forward_sees_the_op_and_not_the_kernel(spy):
+    adapter = ak.BottleneckAdapter(16, 4, init="bert")
+    x, skip = torch.randn(3, 16), torch.randn(3, 16, requires_grad=True)
+    expected = torch.autograd.grad(
+        adapter(x, skip=skip).square().sum(), (skip, *adapter.parameters())
+    )
+    loss, graphs = adapter(x, skip=skip).square().sum(), []
+
+    def record(graph, _inputs):
+        graphs.append(str(graph.graph))
+        return make_boxed_func(graph.forward)
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss.backward(), backend=aot_autograd(fw_compiler=record))()
+    assert any("adapterkern.backward.default" in graph for graph in graphs)
+    found = (skip.grad, *(p.grad for p in adapter.parameters()))
+    for gradient, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, want, **CLOSE)
+
+
 def test_the_first_call_of_a_process_may_be_a_compiled_one():
     """Backends are imported at first use, which torch.compile cannot trace."""
     code = (

@@ -105,7 +105,7 @@ def test_hooks_on_all_modules_are_seen(kind):
     register = getattr(nn.modules.module, f"register_module_{kind}")
     handle = register(lambda *_: None)
     try:
-        assert _torch.beyond_its_class(linear) == "hooks"
+        assert _torch.beyond_its_class(linear).startswith("hooks on all modules")
     finally:
         handle.remove()
     assert _torch.beyond_its_class(linear) is None

@@ -253,7 +253,7 @@ def load(path: Path) -> TunedFile:
     cure = f"\n  hint: delete {path}; `adapterkern tune` writes a new one"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}).{cure}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -290,6 +290,10 @@ def _check(entry: Entry) -> None:
     for size in (*entry.problem[:3], *tiles, entry.programs_per_sm):
         if type(size) is not int or size < 1:
             raise ValueError(f"a size of {size!r}, which must be an integer of at least 1")
+    for kernel in entry.kernels:
+        for name, size in vars(kernel).items():
+            if name != "num_stages" and size & (size - 1):
+                raise ValueError(f"{name} of {size}, which must be a power of two")
 
 
 def save(
