@@ -41,6 +41,10 @@ class BottleneckAdapter(nn.Module):
     Shapes: x [..., H] to y [..., H]; parameters down_proj.weight [R, H], down_proj.bias [R],
     up_proj.weight [H, R], up_proj.bias [H], scaling [1] or [H] where it is learned.
 
+    A projection that is wrapped or quantised, or whose call does more than its class says (hooks on
+    it or on all modules, a forward set on it), is called as a module, and PyTorch operations run
+    around it: with a warning under "auto", as an error under a named backend.
+
     Raises:
         TypeError: a size, a number or a name is something else.
         ValueError: a size below 1, an unknown name, a dropout outside [0, 1), or a dtype that is
