@@ -2,7 +2,8 @@
 
 `AdapterCall` owns its layout. Its fields that are annotated with Tensor are its tensors, in this
 order everywhere: in the registered op, in autograd, in `Needs` and `Gradients`. All others are its
-options. A tensor or an option that no backend knows by its feature is refused by all of them.
+options. Every backend refuses an optional tensor that is given, and an option that differs from its
+default, until it lists its feature.
 """
 
 import operator

@@ -9,10 +9,12 @@ The tables of docs/adapterhub.md are the medians, in ranges over the presets. It
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 pytest.importorskip("adapters", reason="needs the adapters library", exc_type=ImportError)
 
@@ -49,7 +51,7 @@ MODELS = {
 
 def bare_operations(adapter, h, inp, norm) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the fewest PyTorch operations that a layer needs, by preset."""
-    linear, scaling = torch._C._nn.linear, adapter.scaling
+    scaling = adapter.scaling
     down, up = ((m.weight, m.bias) for m in (adapter.adapter_down[0], adapter.adapter_up))
     norm_options = norm and (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -57,14 +59,14 @@ def bare_operations(adapter, h, inp, norm) -> dict[str, Callable[[], torch.Tenso
         return torch.layer_norm(x, *norm_options) if norm else x
 
     def up_projection(x, activate=torch.relu_):
-        return linear(activate(linear(x, *down)), *up)
+        return F.linear(activate(F.linear(x, *down)), *up)
 
     def seq_bn():
         t = h + inp
         return normalised(up_projection(normalised(t)).add_(t))
 
     def double_seq_bn():
-        return normalised(up_projection(h, torch._C._nn.silu_).add_(h).add_(inp))
+        return normalised(up_projection(h, partial(F.silu, inplace=True)).add_(h).add_(inp))
 
     def par_bn():
         return normalised(torch.add(inp, up_projection(inp), alpha=scaling).add_(h))

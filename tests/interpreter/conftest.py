@@ -23,7 +23,7 @@ def run_as(monkeypatch):
     def choose(name: str) -> None:
         form = FORMS[name]
         device = Device(num_sms=form.num_sms, shared_memory=227 * 1024)
-        monkeypatch.setattr(triton_backend, "_device", lambda _: device)
+        monkeypatch.setattr(triton_backend, "cpu_device", device)
         token_plan = triton_backend.token_plan
         weight_gradient_plan = triton_backend.weight_gradient_plan
 
