@@ -125,14 +125,6 @@ def seconds(case: BenchCase, machine: Machine, implementation: str = "floor") ->
     return sum(kernel.seconds(case, machine) for kernel in kernels(case, implementation))
 
 
-def copy_seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
-    """Return the floor by bytes alone, which the fraction-of-floor column divides by the time.
-
-    Neither the matrix rate nor the launch time enters, so a fraction is of the copy bandwidth.
-    """
-    return moved_bytes(case, implementation) / machine.copy_bandwidth
-
-
 def bound(case: BenchCase, machine: Machine) -> str:
     """Return what bounds the floor: launch, compute, weights or memory."""
     least = kernels(case)

@@ -16,7 +16,7 @@ def timing(microseconds, spread=0.01, samples=50):
 
 
 def gpu_row(case, provider, machine):
-    floor = roofline.copy_seconds(case, machine) * 1e6
+    floor = roofline.moved_bytes(case) / machine.copy_bandwidth * 1e6
     time = floor / SHARE[provider]
     return Row(
         case,
