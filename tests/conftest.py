@@ -62,7 +62,7 @@ def _no_searches_of_this_user():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def clean_dispatch(monkeypatch):
     """Begin with nothing decided and nothing logged."""
     monkeypatch.setattr(dispatch, "_decisions", {})
