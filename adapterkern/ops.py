@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapterkern import _torch, reference
 from adapterkern.backends import get
-from adapterkern.backends.base import added_gradients, empty_gradients, empty_outputs
+from adapterkern.backends.base import empty_gradients, empty_outputs
 from adapterkern.spec import (
     TENSOR_NAMES,
     AdapterCall,
@@ -29,6 +29,7 @@ from adapterkern.spec import (
     Needs,
     Outputs,
     Saved,
+    added_gradients,
     option_values,
     tensor_values,
 )

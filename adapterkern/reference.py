@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from adapterkern import _torch
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.spec import AdapterCall, Gradients, Needs, Outputs, Saved, tensor_values
+from adapterkern.spec import (
+    AdapterCall,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+    added_gradients,
+    tensor_values,
+)
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
@@ -88,10 +96,7 @@ def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -
         else gradient.to(tensor.dtype).reshape(tensor.shape)
         for gradient, tensor in zip(gradients, tensor_values(call), strict=True)
     ]
-    return Gradients(*shaped)._replace(
-        residual=upstream.y if needs.residual else None,
-        skip=upstream.y if needs.skip else None,
-    )
+    return Gradients(*shaped)._replace(**added_gradients(upstream, needs))
 
 
 def _backward(call: AdapterCall, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:

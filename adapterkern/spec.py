@@ -208,6 +208,14 @@ class Gradients(NamedTuple):
 assert Needs._fields == Gradients._fields == TENSOR_NAMES, "a gradient for every tensor"
 
 
+def added_gradients(upstream: Outputs, needs: Needs) -> dict[str, Tensor | None]:
+    """The gradients of residual and skip: that of the sum that they are added to, itself."""
+    return {
+        "residual": upstream.y if needs.residual else None,
+        "skip": upstream.y if needs.skip else None,
+    }
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """The static, hashable part of a call: all that decides which backend runs it."""

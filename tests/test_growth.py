@@ -16,7 +16,7 @@ import torch
 
 import adapterkern
 from adapterkern.ops import _schema
-from adapterkern.spec import OPTION_NAMES, TENSOR_NAMES, AdapterCall, Gradients, Needs
+from adapterkern.spec import OPTION_NAMES, TENSOR_NAMES, AdapterCall, Gradients, Needs, make_call
 
 PACKAGE = Path(adapterkern.__file__).parent
 
@@ -123,6 +123,8 @@ print("done")
 def test_fields_are_tensors_then_options_and_gradients_follow_the_tensors():
     assert AdapterCall._fields == TENSOR_NAMES + OPTION_NAMES
     assert Needs._fields == Gradients._fields == TENSOR_NAMES
+    call = make_call(*torch.ones(3, 2, 2), scaling=0.5)
+    assert call.tensors() | call.options() == call._asdict()
 
 
 def test_the_op_takes_the_fields_of_a_call_as_torch_itself_would_write_them():

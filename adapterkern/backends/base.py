@@ -14,6 +14,7 @@ from adapterkern.spec import (
     Needs,
     Outputs,
     Saved,
+    added_gradients,
     tensor_values,
 )
 from adapterkern.validation import name_of
@@ -117,14 +118,6 @@ def zero_gradients(call: AdapterCall, upstream: Outputs, needs: Needs) -> Gradie
     """The gradients of a call without tokens."""
     zeros = [None if t is None else t.zero_() for t in empty_gradients(call, needs)]
     return Gradients(*zeros)._replace(**added_gradients(upstream, needs))
-
-
-def added_gradients(upstream: Outputs, needs: Needs) -> dict[str, Tensor | None]:
-    """The gradients of residual and skip: that of the sum that they are added to, itself."""
-    return {
-        "residual": upstream.y if needs.residual else None,
-        "skip": upstream.y if needs.skip else None,
-    }
 
 
 def scaling_gradient(call: AdapterCall, sums: Tensor | None) -> Tensor | None:

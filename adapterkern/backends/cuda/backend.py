@@ -10,7 +10,6 @@ from adapterkern.backends.base import (
     FIRST_FEATURES,
     Backend,
     BackendUnsupportedError,
-    added_gradients,
     allow_tf32,
     empty_gradients,
     empty_outputs,
@@ -38,7 +37,15 @@ from adapterkern.backends.cuda.params import (
     ForwardParams,
     view,
 )
-from adapterkern.spec import AdapterCall, AdapterSpec, Gradients, Needs, Outputs, Saved
+from adapterkern.spec import (
+    AdapterCall,
+    AdapterSpec,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+    added_gradients,
+)
 
 
 class CudaBackend(Backend):

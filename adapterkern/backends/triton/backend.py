@@ -11,7 +11,6 @@ from adapterkern import _env
 from adapterkern.backends.base import (
     FIRST_FEATURES,
     Backend,
-    added_gradients,
     allow_tf32,
     empty_gradients,
     empty_outputs,
@@ -30,7 +29,15 @@ from adapterkern.backends.triton.launch_config import (
     cdiv,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
-from adapterkern.spec import AdapterCall, AdapterSpec, Gradients, Needs, Outputs, Saved
+from adapterkern.spec import (
+    AdapterCall,
+    AdapterSpec,
+    Gradients,
+    Needs,
+    Outputs,
+    Saved,
+    added_gradients,
+)
 
 try:
     import triton.language as tl
