@@ -14,6 +14,7 @@ from adapterkern.backends.triton.launch_config import (
     RowBlock,
     Split,
     cdiv,
+    split_bytes,
     token_plan,
     weight_gradient_plan,
 )
@@ -43,8 +44,40 @@ def test_few_tokens_and_wide_bottlenecks_take_the_split_form(tokens, bottleneck)
 
 def test_decode_fills_the_gpu_with_slices_of_h():
     plan = token_plan(problem(1, hidden=8192), H200)
-    assert plan.num_splits == 32  # four tiles of 64 features a slice
+    assert plan.num_splits == 64  # two tiles of 64 features a slice
+    assert cdiv(8192, plan.features_per_program) == 64
     assert token_plan(problem(65536, bottleneck=512), H200).num_splits == 1
+
+
+def compulsory(case) -> int:
+    """Bytes of x, y and both weights, each once."""
+    return 4 * case.hidden_size * (case.num_tokens + case.bottleneck_size)
+
+
+@pytest.mark.parametrize("bottleneck", [16, 64, 128, 256])
+def test_split_plans_move_few_bytes_through_l2(bottleneck):
+    """Three times the compulsory bytes where tokens are many and R is not wide, as each block of
+    tokens reads both weights. With few tokens, more: there they are far from filling the GPU, and
+    the time goes by the bytes of the busiest SM."""
+    for tokens, hidden in itertools.product(
+        (16, 64, 256, 1024, 2048, 4096), (768, 1024, 2048, 4096, 8192)
+    ):
+        case = problem(tokens, hidden, bottleneck)
+        plan = token_plan(case, H200)
+        moved = sum(split_bytes(case, plan)) / compulsory(case)
+        most = {16: 3.4, 64: 4.6, 128: 6.0, 256: 8.2}[bottleneck]
+        if tokens >= 2048:
+            most = {16: 2.0, 64: 3.0, 128: 4.3, 256: 6.5}[bottleneck]
+        assert moved <= most, (tokens, hidden, moved)
+
+
+def test_split_plans_use_at_least_half_of_the_gpu_where_there_is_work_for_it():
+    for tokens, hidden in itertools.product((1024, 2048, 4096), (1024, 4096, 8192)):
+        plan = token_plan(problem(tokens, hidden), H200)
+        into = cdiv(tokens, plan.narrow.block_t) * plan.num_splits
+        out = cdiv(tokens, plan.widen.block_t) * cdiv(hidden, plan.features_per_program)
+        assert 132 // 2 - 2 <= into <= 132, (tokens, hidden)
+        assert 132 // 2 - 2 <= out <= 132, (tokens, hidden)
 
 
 @pytest.mark.parametrize("device", [H200, RTX_4090], ids=["h200", "4090"])
@@ -59,6 +92,7 @@ def test_slices_cover_hidden_size_and_tokens_exactly_once(device, ieee):
         if isinstance(plan, Split):
             assert plan.features_per_split % plan.narrow.block_h == 0
             assert cdiv(hidden, plan.features_per_split) == plan.num_splits
+            assert plan.features_per_program % plan.widen.block_h == 0
         weights = weight_gradient_plan(case, device)
         assert weights.tokens_per_split % weights.kernel.block_t == 0
         assert cdiv(tokens, weights.tokens_per_split) == weights.num_splits

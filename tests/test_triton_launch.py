@@ -8,11 +8,12 @@ from allocations import Allocations
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton_sass
 from fake_gpu import FakeGpu, fake_gpu, pointers
 
 from adapterkern.backends import get
 from adapterkern.backends.triton.launch_config import Device
-from adapterkern.spec import AdapterCall, Needs, Outputs
+from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
 
 HIDDEN, BOTTLENECK = 256, 48
 ALL = Needs(*[True] * 5, scaling=True)
@@ -87,11 +88,11 @@ def test_few_tokens_launch_two_forward_kernels_over_slices_of_h():
         "bottleneck_bwd_split_dx_kernel",
     ]
     down, up = launches["bottleneck_fwd_down_kernel"], launches["bottleneck_fwd_up_kernel"]
-    assert down.grid == (1, 1, 4)
+    assert down.grid == (1, 1, 8)
     assert up.grid == (1, 16, 1)
     partial = pointers(up)["partial_ptr"]
-    assert partial.shape == (4, 2, BOTTLENECK)
-    assert partial is pointers(down)["z_ptr"]
+    assert partial.shape == (8, 2, BOTTLENECK)
+    assert partial is pointers(down)["partial_ptr"]
 
 
 def test_output_without_backward_allocates_no_bottleneck():
@@ -108,11 +109,21 @@ def test_output_without_backward_allocates_no_bottleneck():
         (Needs(x=True), ["bottleneck_bwd_dx_kernel"]),
         (
             Needs(up_weight=True, up_bias=True),
-            ["bottleneck_bwd_dw_kernel", "bottleneck_bwd_dw_sum_kernel"],
+            [
+                "bottleneck_bwd_dx_kernel",
+                "bottleneck_bwd_dw_kernel",
+                "bottleneck_bwd_dw_sum_kernel",
+            ],
         ),
+        (Needs(up_bias=True), ["bottleneck_bwd_dw_kernel", "bottleneck_bwd_dw_sum_kernel"]),
         (Needs(), []),
     ],
-    ids=["frozen-adapter-needs-dx-alone", "up-projection-needs-no-dz", "nothing"],
+    ids=[
+        "frozen-adapter-needs-dx-alone",
+        "up-projection-needs-a-alone",
+        "up-bias-needs-dy-alone",
+        "nothing",
+    ],
 )
 def test_backward_launches_only_what_is_asked_for(needs, kernels):
     _, _, gradients, launches = run(FakeGpu(), make_call(128 * 132), needs)
@@ -180,7 +191,7 @@ def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once():
 
 
 def test_partial_sums_are_the_only_scratch_memory():
-    """No [T, H] tensor is transient: beside outputs and z there are only dz and the weight
+    """No [T, H] tensor is transient: beside outputs and z there are only dz, a and the weight
     gradients' partial sums.
     """
     call = make_call(128 * 132)
@@ -188,4 +199,65 @@ def test_partial_sums_are_the_only_scratch_memory():
         run(FakeGpu(), call)
     rows = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(rows) == 3  # y, dx, and dy, which `run` makes
-    assert len(allocated) == 3 + 2 + 4 + 4 + 1  # and z, dz, 4 partial sums, 4 gradients, d(scaling)
+    # And z, dz, a, 4 partial sums, 4 gradients, d(scaling).
+    assert len(allocated) == 3 + 3 + 4 + 4 + 1
+
+
+@pytest.mark.parametrize("tokens", [2, 128 * 132], ids=["split", "row-block"])
+def test_a_alone_is_computed_without_reading_dy(tokens):
+    _, _, _, launches = run(FakeGpu(), make_call(tokens), Needs(up_weight=True))
+    (name,) = (name for name in launches if name.endswith(("dx_kernel", "split_dz_kernel")))
+    given = launches[name].arguments
+    assert given["a_ptr"].shape == (tokens, BOTTLENECK)
+    assert given["dz_ptr"] is None
+    assert given.get("dx_ptr") is None
+    assert given.get("partial_ptr") is None
+    assert "HGMMA" not in triton_sass.disassemble(launches[name].cubin)
+    weights = launches["bottleneck_bwd_dw_kernel"].arguments
+    assert weights["a_ptr"] is given["a_ptr"]
+    assert weights["dz_ptr"] is None
+
+
+@pytest.mark.parametrize("bottleneck", [5, 10, 24, 100])
+@pytest.mark.parametrize("tokens", [2, 128 * 132], ids=["split", "row-block"])
+def test_rows_of_units_begin_at_16_bytes(tokens, bottleneck):
+    """z, dz, a and partial sums, for every R; a z that was packed meanwhile is copied."""
+    call = make_call(
+        tokens,
+        hidden=1024,
+        down_weight=torch.zeros(bottleneck, 1024, dtype=torch.bfloat16),
+        up_weight=torch.zeros(1024, bottleneck, dtype=torch.bfloat16),
+        down_bias=None,
+        scaling=None,
+    )
+    stride = -(-bottleneck // 8) * 8
+    _, z, _, launches = run(FakeGpu(), call, Needs(True, True, True))
+    assert z.shape == (tokens, bottleneck)
+    checked = 0
+    for launch in launches.values():
+        for name, tensor in pointers(launch).items():
+            if name in ("z_ptr", "dz_ptr", "a_ptr", "partial_ptr"):
+                assert tensor.stride()[-2:] == (stride, 1), name
+                assert launch.arguments["stride_unit_token"] == stride
+                checked += 1
+    assert checked >= 6
+    gpu = FakeGpu()
+    with fake_gpu(gpu):
+        packed, dy = Saved(z.contiguous()), Outputs(torch.zeros_like(call.x))
+        get("triton").backward(call, packed, dy, Needs(True))
+    assert pointers(gpu.launches[0])["z_ptr"].stride() == (stride, 1)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "scale", "given"),
+    [(None, 1.0, (None, None)), (None, 0.5, (None, 0.5)), ("learned", 1.0, ("tensor", None))],
+    ids=["one", "float", "learned"],
+)
+def test_a_scaling_of_one_costs_the_kernels_nothing(scaling, scale, given):
+    """It is None to the compiler, and dy goes into its product from shared memory."""
+    learned = torch.zeros(1, dtype=torch.bfloat16) if scaling else None
+    call = make_call(128 * 132, scaling=learned, scale=scale)
+    _, _, _, launches = run(FakeGpu(), call, Needs(True))
+    for launch in launches.values():
+        seen = launch.arguments["scaling_ptr"], launch.arguments["scale"]
+        assert (seen[0] is not None, seen[1]) == (given[0] is not None, given[1])

@@ -100,8 +100,24 @@ def empty_outputs(call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
     y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
     if not save:
         return Outputs(y), Saved(None)
-    shape = call.num_tokens, call.bottleneck_size
-    return Outputs(y), Saved(call.x.new_empty(shape, dtype=call.compute_dtype))
+    return Outputs(y), Saved(empty_units(call, call.num_tokens))
+
+
+def unit_stride(call: AdapterCall) -> int:
+    """Elements from one row of z, dz or a to the next: R, rounded up to a multiple of 8, so that
+    kernels read and write rows in vectors of 16 bytes whatever R is.
+    """
+    return -(-call.bottleneck_size // 8) * 8
+
+
+def empty_units(call: AdapterCall, *rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for z, dz, a or sums of these, [*rows, R], in the compute dtype if no other is given.
+
+    Rows are `unit_stride` elements apart. What lies between two rows is there but nobody's: it may
+    be written and must not be relied on.
+    """
+    room = call.x.new_empty((*rows, unit_stride(call)), dtype=dtype or call.compute_dtype)
+    return room if call.bottleneck_size % 8 == 0 else room[..., : call.bottleneck_size]
 
 
 def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:

@@ -118,14 +118,14 @@ def formula(kind: str, problem: Problem, device: Device) -> Entry:
     """
     if kind == "weights":
         weights = launch_config.weight_gradient_plan(problem, device)
-        return Entry(problem, "weight_gradient", (weights.kernel,))
+        return Entry(problem, "weight_gradient", (weights.kernel,), weights.kernel.blocks_per_sm)
     return _token_entry(problem, launch_config.token_plan(problem, device))
 
 
 def _token_entry(problem: Problem, plan: RowBlock | Split) -> Entry:
     if isinstance(plan, RowBlock):
         return Entry(problem, "row_block", (plan.kernel,))
-    return Entry(problem, "split", (plan.narrow, plan.widen))
+    return Entry(problem, "split", (plan.narrow, plan.widen), plan.narrow.blocks_per_sm)
 
 
 def candidates(kind: str, problem: Problem, device: Device) -> list[Entry]:

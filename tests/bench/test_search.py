@@ -247,7 +247,7 @@ def test_the_winner_must_compile_for_every_mix_of_its_problem(reference_as_trito
     found = search.settle(ranked, H200, compilers, "Some GPU")
     assert found.entry.kernels[0].num_stages == 2
     assert (found.before_us, found.after_us) == (100.0, 60.04)
-    assert len(found.refused) == len(faster) == 4
+    assert len(found.refused) == len(faster) == 6
     assert "refused: 40.0 us with" in str(found)
     assert "294912" in str(found)
     assert all(compilers.urgent[count:])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-NO_SMS = 0  # every grid fills such a GPU: row blocks where R allows them, no slices
+ONE_SM = 1  # every grid fills such a GPU: row blocks where R allows them, no slices
 MANY_SMS = 10**6  # no grid fills it: the split form, as many slices as the sizes allow
 
 
@@ -28,9 +28,9 @@ class Form:
 
 
 FORMS = {
-    "row_block": Form(NO_SMS, 137, 70, 20, row_block=True),
+    "row_block": Form(ONE_SM, 137, 70, 20, row_block=True),
     "split": Form(MANY_SMS, 37, 70, 20),
     "split_features": Form(MANY_SMS, 19, 530, 20, feature_slices=True),
-    "split_wide": Form(NO_SMS, 37, 75, 150),
+    "split_wide": Form(ONE_SM, 37, 75, 150),
     "token_slices": Form(MANY_SMS, 530, 33, 9, token_slices=True),
 }

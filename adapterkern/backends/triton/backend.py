@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
@@ -14,19 +14,23 @@ from adapterkern.backends.base import (
     allow_tf32,
     empty_gradients,
     empty_outputs,
+    empty_units,
     packed,
     rows,
     scaling_gradient,
+    unit_stride,
     zero_gradients,
 )
 from adapterkern.backends.triton.launch_config import (
-    SUM,
+    MOST_REGISTERS,
     Device,
     LaunchConfig,
     Problem,
     RowBlock,
     Split,
     cdiv,
+    out_stages,
+    sum_config,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
 from adapterkern.spec import (
@@ -107,60 +111,67 @@ class TritonBackend(Backend):
         fwd.bottleneck_fwd_kernel[(cdiv(x.shape[0], config.block_t),)](
             x, packed(call.down_weight), packed(call.up_weight),
             packed(call.down_bias), packed(call.up_bias), residual, skip,
-            packed(call.scaling), call.scale, y, z,
+            packed(call.scaling), _scale(call), y, z,
             x.shape[0], call.hidden_size, call.bottleneck_size,
-            x.stride(0), _stride(residual), _stride(skip),
-            VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
-            **_tiles(call, config),
+            x.stride(0), _stride(residual), _stride(skip), unit_stride(call),
+            ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
+            **_out_stages(config, call.up_weight, y, x if call.add_input else residual, skip),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 
     def _forward_split(self, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
         down_bias = packed(call.down_bias)
-        partial = None
+        partial, a = None, None
         if plan.num_splits > 1:
-            partial = x.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
-        elif z is None:
-            z = x.new_empty((num_tokens, bottleneck), dtype=call.compute_dtype)
+            partial = empty_units(call, plan.num_splits, num_tokens, dtype=torch.float32)
+        else:
+            a = empty_units(call, num_tokens)
+        stride_unit = unit_stride(call)
         config = plan.narrow
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
         fwd.bottleneck_fwd_down_kernel[grid](
-            x, packed(call.down_weight), down_bias, z if partial is None else partial,
-            num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0),
-            **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
+            x, packed(call.down_weight), down_bias, partial, z if partial is None else None, a,
+            num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0), stride_unit,
+            ACTIVATION=VALUES[call.activation],
+            **_dtypes(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
-        blocks = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
-        fwd.bottleneck_fwd_up_kernel[blocks](
-            partial, z, x, packed(call.up_weight), down_bias, packed(call.up_bias),
-            residual, skip, packed(call.scaling), call.scale, y,
-            num_tokens, hidden, bottleneck, plan.num_splits,
-            x.stride(0), _stride(residual), _stride(skip),
-            VALUES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input, **_channel(call),
-            **_tiles(call, config),
+        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, plan.features_per_program)
+        fwd.bottleneck_fwd_up_kernel[grid](
+            partial, a, x, packed(call.up_weight), down_bias, packed(call.up_bias),
+            residual, skip, packed(call.scaling), _scale(call), y, None if partial is None else z,
+            num_tokens, hidden, bottleneck, plan.num_splits, plan.features_per_program,
+            x.stride(0), _stride(residual), _stride(skip), stride_unit,
+            ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
+            ONE_TILE=bottleneck <= config.block_r,
+            **_out_stages(config, call.up_weight, y, x if call.add_input else residual, skip),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        x, dy, z = rows(call.x), rows(upstream.y), saved.z
+        x, dy = rows(call.x), rows(upstream.y)
         if x.shape[0] == 0:
             return zero_gradients(call, upstream, needs)
-        assert z is not None
+        assert saved.z is not None
+        z = _aligned(call, saved.z)
         out = empty_gradients(call, needs._replace(scaling=False))
-        dz = torch.empty_like(z) if needs.down_weight or needs.down_bias else None
+        dz = empty_units(call, x.shape[0]) if needs.down_weight or needs.down_bias else None
+        a = empty_units(call, x.shape[0]) if needs.up_weight or needs.scaling else None
         device = _device(x.device)
         with _on(x.device):
-            if needs.dz:
+            if needs.dz or a is not None:
                 plan = token_plan(dx_problem(call, dy, device), device)
                 if isinstance(plan, RowBlock):
-                    self._dx_row_block(call, z, dy, out.x, dz, plan.kernel)
+                    self._dx_row_block(call, z, dy, out.x, dz, a, plan.kernel)
                 else:
-                    self._dx_split(call, z, dy, out.x, dz, plan)
+                    self._dx_split(call, z, dy, out.x, dz, a, plan)
             if needs.parameters:
-                sums = self._weight_gradients(call, x, dy, z, dz, out, needs)
+                sums = self._weight_gradients(call, x, dy, dz, a, out, needs)
                 out = out._replace(scaling=scaling_gradient(call, sums))
         return out._replace(**added_gradients(upstream, needs))
 
@@ -171,44 +182,58 @@ class TritonBackend(Backend):
         dy: Tensor,
         dx: Tensor | None,
         dz: Tensor | None,
+        a: Tensor | None,
         config: LaunchConfig,
     ) -> None:
         bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
             dy, z, packed(call.down_weight), packed(call.up_weight),
-            packed(call.scaling), call.scale, dx, dz,
-            dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0),
-            DERIVATIVES[call.activation], **_dtypes(call), ADD_INPUT=call.add_input,
-            **_channel(call), **_tiles(call, config),
+            packed(call.scaling), _scale(call), dx, dz, a,
+            dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0), z.stride(0),
+            **_activations(call), ADD_INPUT=call.add_input,
+            **_out_stages(config, call.down_weight, dx, dy if call.add_input else None),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 
     def _dx_split(
-        self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: Split
+        self,
+        call: AdapterCall,
+        z: Tensor,
+        dy: Tensor,
+        dx: Tensor | None,
+        dz: Tensor | None,
+        a: Tensor | None,
+        plan: Split,
     ) -> None:
         num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
-        partial = None
-        if plan.num_splits > 1:
-            partial = z.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
+        wants_dz = dx is not None or dz is not None
+        partial, splits, features = None, plan.num_splits, plan.features_per_split
+        if not wants_dz:  # a alone, which no slice of H has a part in
+            splits, features = 1, hidden
+        elif splits > 1:
+            partial = empty_units(call, splits, num_tokens, dtype=torch.float32)
         elif dz is None:
-            dz = torch.empty_like(z)
-        derivative = DERIVATIVES[call.activation]
+            dz = empty_units(call, num_tokens)
         config = plan.narrow
-        token_blocks = cdiv(num_tokens, config.block_t)
-        grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
+        grid = cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), splits
+        first = partial is None  # the kernel that finishes dz and a, and stores them
         bwd.bottleneck_bwd_split_dz_kernel[grid](
-            dy, z, packed(call.up_weight), packed(call.scaling), call.scale,
-            dz if partial is None else partial,
-            num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
-            derivative, **_dtypes(call), PARTIAL=partial is not None, **_channel(call),
-            **_tiles(call, config),
+            dy, z, packed(call.up_weight), packed(call.scaling), _scale(call),
+            partial, dz if first else None, a if first else None,
+            num_tokens, hidden, bottleneck, features, dy.stride(0), z.stride(0),
+            **_activations(call),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
         if dx is None and partial is None:
             return
         config = plan.widen
-        feature_blocks = cdiv(hidden, config.block_h) if dx is not None else 1
-        bwd.bottleneck_bwd_split_dx_kernel[cdiv(num_tokens, config.block_t), feature_blocks](
-            partial, dz, dy, z, packed(call.down_weight), dx,
-            num_tokens, hidden, bottleneck, plan.num_splits, dy.stride(0),
-            derivative, **_dtypes(call), ADD_INPUT=call.add_input, **_tiles(call, config),
+        features = plan.features_per_program if dx is not None else hidden
+        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, features)
+        bwd.bottleneck_bwd_split_dx_kernel[grid](
+            partial, dz, None if first else a, dy, z, packed(call.down_weight), dx,
+            num_tokens, hidden, bottleneck, splits, features, dy.stride(0), z.stride(0),
+            **_activations(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
+            **_out_stages(config, call.down_weight, dx, dy if call.add_input else None),
+            **_dtypes(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 
     def _weight_gradients(
@@ -216,47 +241,54 @@ class TritonBackend(Backend):
         call: AdapterCall,
         x: Tensor,
         dy: Tensor,
-        z: Tensor,
         dz: Tensor | None,
+        a: Tensor | None,
         gradients: Gradients,
         needs: Needs,
     ) -> Tensor | None:
         """Write those of the weights and biases; return the sums over tokens for the scaling."""
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
-        parameters = (call.down_weight, call.up_weight, call.down_bias, call.up_bias)
-        out = (gradients.down_weight, gradients.up_weight, gradients.down_bias, gradients.up_bias)
+        down, up = gradients.down_weight, gradients.up_weight
+        down_bias, up_bias = gradients.down_bias, gradients.up_bias
         device = _device(x.device)
         plan = weight_gradient_plan(weights_problem(call, x, dy, device), device)
         config = plan.kernel
-        partial = plan.num_splits > 1 or needs.scaling
-        sums: Sequence[Tensor | None] = out
-        if partial:
-            # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
-            wanted = (needs.down_weight, needs.up_weight or needs.scaling, needs.down_bias,
-                      needs.up_bias or (needs.scaling and call.up_bias is not None))  # fmt: skip
-            sums = [
-                p.new_empty((plan.num_splits, *p.shape), dtype=torch.float32)
-                if want and p is not None
-                else None
-                for p, want in zip(parameters, wanted, strict=True)
-            ]
+        in_parts = plan.num_splits > 1 or needs.scaling
+
+        def room(output: Tensor | None, like: Tensor | None, wanted: bool = False) -> Tensor | None:
+            """The partial sums of an output; they may be wanted where the output is not."""
+            if not in_parts:
+                return output
+            if like is None or (output is None and not wanted):
+                return None
+            return like.new_empty((plan.num_splits, *like.shape), dtype=torch.float32)
+
+        # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
+        part_down, part_down_bias = room(down, call.down_weight), room(down_bias, call.down_bias)
+        part_up = room(up, call.up_weight, needs.scaling)
+        part_up_bias = room(up_bias, call.up_bias, needs.scaling)
+        scaling, scale, channel = packed(call.scaling), _scale(call), _channel(call)
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
         bwd.bottleneck_bwd_dw_kernel[grid](
-            x, dy, z, dz, packed(call.scaling), call.scale, *sums,
-            num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
-            VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call),
-            **_tiles(call, config),
+            x, dy, dz, a, None if in_parts else scaling, None if in_parts else scale,
+            part_down, part_up, part_down_bias, part_up_bias,
+            num_tokens, hidden, bottleneck, plan.tokens_per_split,
+            x.stride(0), dy.stride(0), unit_stride(call),
+            **_dtypes(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
+            **_units(call), **_tiles(call, config),
         )  # fmt: skip
-        if not partial:
+        if not in_parts:
             return None
         d_scaling = x.new_empty(hidden, dtype=torch.float32) if needs.scaling else None
-        units = bottleneck if needs.scaling else SUM.block_r
-        bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
-            *sums, packed(call.up_weight), packed(call.up_bias),
-            packed(call.scaling), call.scale, *out, d_scaling,
-            hidden, bottleneck, plan.num_splits, units,
-            **_channel(call), BLOCK_H=SUM.block_h, BLOCK_R=SUM.block_r,
-            num_warps=SUM.num_warps, num_stages=SUM.num_stages,
+        config = sum_config(bottleneck)
+        unit_blocks = 1 if needs.scaling else cdiv(bottleneck, config.block_r)
+        bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, config.block_h), unit_blocks](
+            part_down, part_up, part_down_bias, part_up_bias,
+            packed(call.up_weight), packed(call.up_bias), scaling, scale,
+            down, up, down_bias, up_bias, d_scaling,
+            hidden, bottleneck, plan.num_splits,
+            **channel, **_units(call), BLOCK_H=config.block_h, BLOCK_R=config.block_r,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return d_scaling
 
@@ -267,6 +299,19 @@ def _optional_rows(tensor: Tensor | None) -> Tensor | None:
 
 def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
+
+
+def _scale(call: AdapterCall) -> float | None:
+    """The float that scales the sum; None, which costs the kernels nothing, where it is 1 or
+    `scaling` takes its place."""
+    return None if call.scaling is not None or call.scale == 1.0 else call.scale
+
+
+def _aligned(call: AdapterCall, z: Tensor) -> Tensor:
+    """z in rows as `empty_units` makes them; hooks on saved tensors may have packed it."""
+    if z.stride() == (unit_stride(call), 1):
+        return z
+    return empty_units(call, z.shape[0]).copy_(z)
 
 
 def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:
@@ -323,6 +368,25 @@ def _channel(call: AdapterCall) -> dict:
     return {"CHANNEL_SCALING": call.scaling is not None and call.scaling.numel() > 1}
 
 
+def _activations(call: AdapterCall) -> dict:
+    return {"ACTIVATION": VALUES[call.activation], "DERIVATIVE": DERIVATIVES[call.activation]}
+
+
+def _units(call: AdapterCall) -> dict:
+    """Rows of W_up begin at multiples of this many elements: vectors of so many load it."""
+    return {"R_MULTIPLE": math.gcd(call.bottleneck_size, 8)}
+
+
+def _out_stages(
+    config: LaunchConfig, weight: Tensor, output: Tensor | None, *loaded: Tensor | None
+) -> dict:
+    if output is None:
+        return {"OUT_STAGES": 1}
+    row_bytes = sum(tensor.element_size() for tensor in loaded if tensor is not None)
+    sizes = row_bytes, weight.element_size(), output.element_size()
+    return {"OUT_STAGES": out_stages(config, _device(output.device), *sizes)}
+
+
 def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
     return {
         "EVEN_H": call.hidden_size % config.block_h == 0,
@@ -332,4 +396,5 @@ def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.max_registers if config.max_registers < MOST_REGISTERS else None,
     }

@@ -11,13 +11,39 @@ import triton
 import triton.language as tl
 
 from adapterkern.backends.triton.tiles import (
+    awaited,
+    existing_units,
+    load_down_tile,
     load_rows,
-    load_scaling,
+    load_units,
+    load_up_tile,
     load_vector,
-    load_weight,
+    scaled,
     store_rows,
+    store_units,
     sum_partials,
 )
+
+
+@triton.jit
+def down_projection(
+    x_ptr, down_weight_ptr, token, unit, first, last,
+    num_tokens, hidden_size, bottleneck_size, stride_x_token,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """x W_down^T over the features from `first` to `last`, [BLOCK_T, BLOCK_R] float32."""
+    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_H):
+        feature = start + tl.arange(0, BLOCK_H)
+        x = load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H)
+        w_down = load_down_tile(
+            down_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
+        )
+        z = tl.dot(x.to(DTYPE), tl.trans(w_down).to(DTYPE), z, input_precision=PRECISION)
+        if x_ptr.dtype.element_ty != DTYPE:
+            z = awaited(z)
+    return z
 
 
 @triton.jit
@@ -29,11 +55,10 @@ def store_output(
 ):  # fmt: skip
     """y = scaling * (u + b_up) + residual + skip, equation (4), in float32 until the store."""
     y = u + load_vector(up_bias_ptr, feature, hidden_size)[None, :]
-    y *= load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING)[None, :]
-    if ADD_INPUT:  # the down-projection has just read x, so this read comes from L2
-        y += load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H).to(
-            tl.float32
-        )
+    y = scaled(y, scaling_ptr, scale, feature[None, :], hidden_size, CHANNEL_SCALING)
+    if ADD_INPUT:
+        x = load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H)
+        y += x.to(tl.float32)
     if residual_ptr is not None:
         residual = load_rows(
             residual_ptr, token, feature, stride_residual_token, num_tokens, hidden_size, EVEN_H
@@ -47,68 +72,54 @@ def store_output(
     store_rows(y_ptr, y, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
 def bottleneck_fwd_kernel(
     x_ptr, down_weight_ptr, up_weight_ptr,  # in: [T, H], [R, H], [H, R]
     down_bias_ptr, up_bias_ptr,             # in or None: [R], [H]
     residual_ptr, skip_ptr,                 # in or None: [T, H], [T, H]
-    scaling_ptr, scale,                     # in: [1] or [H], or a float
+    scaling_ptr, scale,                     # in: [1] or [H], or a float, or neither: 1
     y_ptr, z_ptr,                           # out: [T, H], [T, R] or None
     num_tokens, hidden_size, bottleneck_size,
-    stride_x_token, stride_residual_token, stride_skip_token,
+    stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
     ACTIVATION: tl.constexpr,                      # @triton.jit, float32 -> float32
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,  # of the products
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,                           # sizes that need no mask
+    R_MULTIPLE: tl.constexpr,                                             # divides R
+    OUT_STAGES: tl.constexpr,                                             # of the second loop
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,  # BLOCK_R >= R
 ):  # fmt: skip
     """The row-block form. One program owns BLOCK_T tokens and all of R.
 
-    HBM per token: read x (H), residual and skip if given (H each), write y (H) and z (R). L2 serves
-    the second read of x, which the first one left there, and both weights.
+    Per token: read x (H) twice, residual and skip if given (H each), write y (H) and z (R). The
+    second read of x goes backwards, because L2 has kept the features that were read last: all of
+    them while the rows of all resident programs stay within some 30 MB, a part of them beyond.
     """
+    bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE  # shows the compiler its vectors
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.arange(0, BLOCK_R)
 
-    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(0, hidden_size, BLOCK_H):
-        feature = start + tl.arange(0, BLOCK_H)
-        x = load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H)
-        w_down = load_weight(
-            down_weight_ptr,
-            unit[None, :],
-            feature[:, None],
-            bottleneck_size,
-            hidden_size,
-            EVEN_R,
-            EVEN_H,
-        )  # [BLOCK_H, BLOCK_R]
-        z = tl.dot(x.to(DTYPE), w_down.to(DTYPE), z, input_precision=PRECISION)
+    z = down_projection(
+        x_ptr, down_weight_ptr, token, unit, 0, hidden_size,
+        num_tokens, hidden_size, bottleneck_size, stride_x_token,
+        DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
     z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
-    # Padded units vanish because their w_up rows load as zero, not because act(0) == 0 (false for
-    # sigmoid). Inf or NaN in x times the zeros of their w_down is NaN, and NaN times zero would
-    # spoil a row that eager keeps finite.
-    if not EVEN_R:
-        z = tl.where(unit[None, :] < bottleneck_size, z, 0.0)
+    z = existing_units(z, unit, bottleneck_size, EVEN_R)
     # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
     # and the second product runs on the tensor cores.
     z = z.to(DTYPE)
     if z_ptr is not None:
-        store_rows(z_ptr, z, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
+        store_units(z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
     a = ACTIVATION(z.to(tl.float32)).to(DTYPE)
 
-    for start in range(0, hidden_size, BLOCK_H):
-        feature = start + tl.arange(0, BLOCK_H)
-        w_up = load_weight(
-            up_weight_ptr,
-            feature[None, :],
-            unit[:, None],
-            hidden_size,
-            bottleneck_size,
-            EVEN_H,
-            EVEN_R,
-        )  # [BLOCK_R, BLOCK_H]
-        u = tl.dot(a, w_up.to(DTYPE), input_precision=PRECISION)
+    steps = tl.cdiv(hidden_size, BLOCK_H)
+    for step in tl.range(0, steps, num_stages=OUT_STAGES):  # with it, x is pipelined too
+        feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
+        w_up = load_up_tile(
+            up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
+        )
+        u = tl.dot(a, tl.trans(w_up).to(DTYPE), input_precision=PRECISION)
         store_output(
             u, token, feature,
             x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
@@ -117,95 +128,126 @@ def bottleneck_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
 def bottleneck_fwd_down_kernel(
     x_ptr, down_weight_ptr, down_bias_ptr,  # in: [T, H], [R, H], [R]
-    z_ptr,                                  # out: [T, R], or [S, T, R] float32 partials
-    num_tokens, hidden_size, bottleneck_size, features_per_split, stride_x_token,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    PARTIAL: tl.constexpr,                  # more than one split: no bias yet
-    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    partial_ptr,                            # out: [S, T, R] float32, or None with the two below
+    z_ptr, a_ptr,                           # out: [T, R], the first None if nobody asked for it
+    num_tokens, hidden_size, bottleneck_size, features_per_split, stride_x_token, stride_unit_token,
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, first half: z, or its sum over one slice of H. Grid: token blocks, unit blocks,
-    splits.
+    """Split form, first half: z and a = act(z), or the sum of z over one slice of H. Grid: token
+    blocks, unit blocks, splits.
     """
+    bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     first = split * features_per_split
     last = tl.minimum(first + features_per_split, hidden_size)
 
-    z = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(first, last, BLOCK_H):
-        feature = start + tl.arange(0, BLOCK_H)
-        x = load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H)
-        w_down = load_weight(
-            down_weight_ptr,
-            unit[None, :],
-            feature[:, None],
-            bottleneck_size,
-            hidden_size,
-            EVEN_R,
-            EVEN_H,
-        )  # [BLOCK_H, BLOCK_R]
-        z = tl.dot(x.to(DTYPE), w_down.to(DTYPE), z, input_precision=PRECISION)
-    if PARTIAL:
-        z_ptr += split.to(tl.int64) * num_tokens * bottleneck_size
+    z = down_projection(
+        x_ptr, down_weight_ptr, token, unit, first, last,
+        num_tokens, hidden_size, bottleneck_size, stride_x_token,
+        DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+    if partial_ptr is not None:
+        partial_ptr += split.to(tl.int64) * num_tokens * (stride_unit_token // 8 * 8)
+        store_units(
+            partial_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+        )
     else:
         z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
-    store_rows(z_ptr, z, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
+        z = z.to(DTYPE)
+        a = ACTIVATION(z.to(tl.float32))
+        if z_ptr is not None:
+            store_units(
+                z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+            )
+        store_units(a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+@triton.jit
+def finished_bottleneck(
+    partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
+    num_tokens, bottleneck_size, num_splits, stride_unit_token,
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of a from the partial sums of z, of which the first feature slice stores z for the
+    backward; or, where H was not sliced, a itself.
+    """
+    if partial_ptr is None:
+        a = load_units(a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+    else:
+        z = load_vector(down_bias_ptr, unit, bottleneck_size)[None, :] + sum_partials(
+            partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
+            EVEN_R,
+        )  # fmt: skip
+        z = z.to(DTYPE)
+        if z_ptr is not None:
+            if tl.program_id(1) == 0:
+                store_units(
+                    z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+                )
+        a = ACTIVATION(z.to(tl.float32)).to(DTYPE)
+    return existing_units(a, unit, bottleneck_size, EVEN_R)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "num_splits", "stride_unit_token"])
 def bottleneck_fwd_up_kernel(
-    partial_ptr, z_ptr,                                # [S, T, R] in with z out, or z in alone
+    partial_ptr, a_ptr,                                # in: [S, T, R], or [T, R]; the other None
     x_ptr, up_weight_ptr, down_bias_ptr, up_bias_ptr,  # in: [T, H], [H, R], [R], [H]
     residual_ptr, skip_ptr, scaling_ptr, scale,        # in: as above
-    y_ptr,                                             # out: [T, H]
-    num_tokens, hidden_size, bottleneck_size, num_splits,
-    stride_x_token, stride_residual_token, stride_skip_token,
+    y_ptr, z_ptr,                                      # out: [T, H], [T, R] or None
+    num_tokens, hidden_size, bottleneck_size, num_splits, features_per_program,
+    stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
-    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
+    ONE_TILE: tl.constexpr,                            # BLOCK_R >= R
+    OUT_STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Split form, second half: y from z. Grid: token blocks, feature blocks.
+    """Split form, second half: y from z. Grid: token blocks, slices of the features.
 
-    Every program adds up the partial sums, if any, of its tokens (they are in L2), and the first
-    feature block stores z for backward.
+    Every program adds up the partial sums, if any, of its tokens (they are in L2): once for all of
+    its features where one tile holds R, so that few programs repeat the sums.
     """
+    bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    feature = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-
-    u = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    for start in range(0, bottleneck_size, BLOCK_R):
-        unit = start + tl.arange(0, BLOCK_R)
-        if partial_ptr is None:
-            z = load_rows(z_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R)
-        else:
-            z = sum_partials(
-                partial_ptr, token, unit, num_tokens, bottleneck_size, num_splits, EVEN_R
+    unit = tl.arange(0, BLOCK_R)
+    if ONE_TILE:
+        a = finished_bottleneck(
+            partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
+            num_tokens, bottleneck_size, num_splits, stride_unit_token, ACTIVATION, DTYPE, EVEN_R,
+        )  # fmt: skip
+    first = tl.program_id(1) * features_per_program
+    last = tl.minimum(first + features_per_program, hidden_size)
+    for start in tl.range(first, last, BLOCK_H, num_stages=OUT_STAGES):
+        feature = start + tl.arange(0, BLOCK_H)
+        if ONE_TILE:
+            w_up = load_up_tile(
+                up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
             )
-            z = (z + load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]).to(DTYPE)
-            if z_ptr is not None:
-                if tl.program_id(1) == 0:
-                    store_rows(
-                        z_ptr, z, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R
-                    )
-        a = ACTIVATION(z.to(tl.float32)).to(DTYPE)
-        w_up = load_weight(
-            up_weight_ptr,
-            feature[None, :],
-            unit[:, None],
-            hidden_size,
-            bottleneck_size,
-            EVEN_H,
-            EVEN_R,
-        )  # [BLOCK_R, BLOCK_H]
-        u = tl.dot(a, w_up.to(DTYPE), u, input_precision=PRECISION)
-    store_output(
-        u, token, feature, x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
-        num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
-        ADD_INPUT, CHANNEL_SCALING, EVEN_H,
-    )  # fmt: skip
+            u = tl.dot(a, tl.trans(w_up).to(DTYPE), input_precision=PRECISION)
+        else:
+            u = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+            for first_unit in range(0, bottleneck_size, BLOCK_R):
+                unit = first_unit + tl.arange(0, BLOCK_R)
+                a = finished_bottleneck(
+                    partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
+                    num_tokens, bottleneck_size, num_splits, stride_unit_token,
+                    ACTIVATION, DTYPE, EVEN_R,
+                )  # fmt: skip
+                w_up = load_up_tile(
+                    up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
+                )
+                u = tl.dot(a, tl.trans(w_up).to(DTYPE), u, input_precision=PRECISION)
+        store_output(
+            u, token, feature,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
+            num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
+            ADD_INPUT, CHANNEL_SCALING, EVEN_H,
+        )  # fmt: skip

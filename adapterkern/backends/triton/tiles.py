@@ -21,29 +21,121 @@ def load_rows(ptr, token, column, stride_token, num_tokens, num_columns, EVEN: t
 
 @triton.jit
 def store_rows(ptr, tile, token, column, stride_token, num_tokens, num_columns, EVEN: tl.constexpr):
-    """The inverse of `load_rows`; converts to the tensor's dtype."""
+    """The inverse of `load_rows` for y and dx; converts to the tensor's dtype.
+
+    The lines are marked as the first to leave L2 (.cs): nothing reads them soon, and the second
+    loop of a row block does read what they would push out.
+    """
     offsets = token[:, None].to(tl.int64) * stride_token + column[None, :]
     mask = token[:, None] < num_tokens
     if not EVEN:
         mask = mask & (column[None, :] < num_columns)
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def unit_offsets(
+    token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R: tl.constexpr
+):  # fmt: skip
+    """Offsets and mask of [BLOCK_T, BLOCK_R] in z, dz, a or a partial sum, all [T, R].
+
+    Their rows begin at multiples of 8 elements (`base.empty_units`), whatever R is, and the mask
+    ends at the next multiple of 8: so these tiles move in vectors of 16 bytes. The elements between
+    R and there belong to no unit, and whoever reads them puts them out.
+    """
+    stride_unit_token = stride_unit_token // 8 * 8  # no change: it shows the compiler the vectors
+    mask = token[:, None] < num_tokens
+    if not EVEN_R:
+        mask = mask & (unit[None, :] < (bottleneck_size + 7) // 8 * 8)
+    return token[:, None].to(tl.int64) * stride_unit_token + unit[None, :], mask
+
+
+@triton.jit
+def load_units(
+    ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R: tl.constexpr
+):  # fmt: skip
+    """Load a tile of z, dz or a; zeros out of bounds but for the row's padding."""
+    offsets, mask = unit_offsets(
+        token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+    )
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_units(
+    ptr, tile, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R: tl.constexpr
+):  # fmt: skip
+    """The inverse of `load_units`; converts to the tensor's dtype."""
+    offsets, mask = unit_offsets(
+        token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+    )
     tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_weight(
-    ptr, row, column, num_rows, num_columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr
-):
-    """Load elements [row, column] of a contiguous [num_rows, num_columns] weight, or zeros out of
-    bounds.
+def existing_units(tile, unit, bottleneck_size, EVEN_R: tl.constexpr):
+    """Zero the columns of the units that only fill up a tile.
 
-    The caller chooses which of `row` and `column` runs down the tile, because they are broadcast
-    against each other: a transposed tile differs only in the order of its addresses.
+    Those of the weights are zero too, but Inf or NaN times zero is NaN, and would spoil a row that
+    eager keeps finite: in x or dy, and in the padding of a row.
     """
-    offsets = row * num_columns + column
-    if EVEN_ROWS and EVEN_COLUMNS:
+    if not EVEN_R:
+        tile = tl.where(unit[None, :] < bottleneck_size, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def awaited(product):
+    """The same numbers; the addition keeps the product from running into a loop's next step.
+
+    On Hopper a first factor that was converted is read from registers while the product runs, and
+    ptxas before 13.3 lets the next step write them meanwhile (triton-lang/triton#9433).
+    """
+    return product + 0.0
+
+
+@triton.jit
+def sum_partials(
+    partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
+    EVEN_R: tl.constexpr,
+):  # fmt: skip
+    """Sum a tile of the [S, T, R] float32 partial products in the order of the splits."""
+    offsets, mask = unit_offsets(
+        token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+    )
+    step = num_tokens.to(tl.int64) * (stride_unit_token // 8 * 8)
+    total = tl.zeros(offsets.shape, tl.float32)
+    for _ in tl.range(0, num_splits, num_stages=4):  # the loads of three splits are in flight
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+        offsets += step
+    return total
+
+
+@triton.jit
+def load_down_tile(
+    ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr
+):  # fmt: skip
+    """Load [BLOCK_R, BLOCK_H] of W_down [R, H]; zeros out of bounds."""
+    offsets = unit[:, None] * hidden_size + feature[None, :]
+    if EVEN_R and EVEN_H:
         tile = tl.load(ptr + offsets)
     else:
-        tile = tl.load(ptr + offsets, mask=(row < num_rows) & (column < num_columns), other=0.0)
+        mask = (unit[:, None] < bottleneck_size) & (feature[None, :] < hidden_size)
+        tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_up_tile(
+    ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr
+):  # fmt: skip
+    """Load [BLOCK_H, BLOCK_R] of W_up [H, R]; zeros out of bounds."""
+    offsets = feature[:, None] * bottleneck_size + unit[None, :]
+    if EVEN_R and EVEN_H:
+        tile = tl.load(ptr + offsets)
+    else:
+        mask = (feature[:, None] < hidden_size) & (unit[None, :] < bottleneck_size)
+        tile = tl.load(ptr + offsets, mask=mask, other=0.0)
     return tile
 
 
@@ -57,31 +149,16 @@ def load_vector(ptr, index, size):
 
 
 @triton.jit
-def load_scaling(scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING: tl.constexpr):
-    """The float32 scaling of each feature: a float, a learned [1], or a learned [H]."""
-    scaling = tl.zeros(feature.shape, tl.float32)
-    if scaling_ptr is None:
-        scaling += scale
-    elif CHANNEL_SCALING:
-        scaling += tl.load(scaling_ptr + feature, mask=feature < hidden_size, other=0.0).to(
-            tl.float32
-        )
-    else:
-        scaling += tl.load(scaling_ptr).to(tl.float32)
-    return scaling
-
-
-@triton.jit
-def sum_partials(
-    partial_ptr, token, unit, num_tokens, bottleneck_size, num_splits, EVEN_R: tl.constexpr
-):
-    """Sum a tile of the [S, T, R] float32 partial products in the order of the splits."""
-    total = load_rows(
-        partial_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R
-    )
-    for _ in range(1, num_splits):
-        partial_ptr += num_tokens.to(tl.int64) * bottleneck_size
-        total += load_rows(
-            partial_ptr, token, unit, bottleneck_size, num_tokens, bottleneck_size, EVEN_R
-        )
-    return total
+def scaled(tile, scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING: tl.constexpr):
+    """scaling * tile in float32: by a learned [H], a learned [1], or a float; the tile itself where
+    there is none of them, which is a scaling of 1. `feature` broadcasts against the tile.
+    """
+    if CHANNEL_SCALING:
+        mask = feature < hidden_size
+        vector = tl.load(scaling_ptr + feature, mask=mask, other=0.0).to(tl.float32)
+        tile = tile.to(tl.float32) * vector
+    elif scaling_ptr is not None:
+        tile = tile.to(tl.float32) * tl.load(scaling_ptr).to(tl.float32)
+    elif scale is not None:
+        tile = tile.to(tl.float32) * scale
+    return tile

@@ -30,14 +30,15 @@ from adapterkern.backends.triton.launch_config import (
     RowBlock,
     Split,
     WeightGradient,
-    cdiv,
+    split_plan,
+    weights_plan,
 )
 
 # The folders are asked in this order. `adapterkern tune` writes to the first, the user's own.
 FOLDERS = (_env.CACHE / "tuned", Path(__file__).parent / "tuned")
 # It changes with every change of the kernels after which older tiles may no longer fit: files in
 # the cache folder outlive the version that wrote them.
-SCHEMA = "adapterkern-tuned/1"
+SCHEMA = "adapterkern-tuned/2"
 FORMS = {"row_block": 1, "split": 2, "weight_gradient": 1}  # form -> number of kernels in an entry
 # An entry serves problems whose every size is within this factor of its own: tiles that suit 16
 # tokens say nothing about 2048.
@@ -104,17 +105,9 @@ def plan(entry: Entry, problem: Problem, device: Device) -> RowBlock | Split | W
     first = entry.kernels[0]
     if entry.form == "row_block":
         return RowBlock(first)
-    wanted = entry.programs_per_sm * device.num_sms
-    tokens, hidden, bottleneck = problem[:3]
     if entry.form == "split":
-        programs = cdiv(tokens, first.block_t) * cdiv(bottleneck, first.block_r)
-        slices = max(1, min(wanted // programs, hidden // (4 * first.block_h)))
-        features = cdiv(cdiv(hidden, slices), first.block_h) * first.block_h
-        return Split(first, entry.kernels[1], cdiv(hidden, features), features)
-    tiles = cdiv(hidden, first.block_h) * cdiv(bottleneck, first.block_r)
-    slices = max(1, min(wanted // tiles, tokens // (8 * first.block_t)))
-    length = cdiv(cdiv(tokens, slices), first.block_t) * first.block_t
-    return WeightGradient(first, cdiv(tokens, length), length)
+        return split_plan(problem, device, *entry.kernels, entry.programs_per_sm)
+    return weights_plan(problem, device, first, entry.programs_per_sm)
 
 
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
@@ -292,7 +285,7 @@ def _check(entry: Entry) -> None:
             raise ValueError(f"a size of {size!r}, which must be an integer of at least 1")
     for kernel in entry.kernels:
         for name, size in vars(kernel).items():
-            if name != "num_stages" and size & (size - 1):
+            if name.startswith(("block_", "num_warps")) and size & (size - 1):
                 raise ValueError(f"{name} of {size}, which must be a power of two")
 
 
