@@ -120,6 +120,13 @@ def empty_units(call: AdapterCall, *rows: int, dtype: torch.dtype | None = None)
     return room if call.bottleneck_size % 8 == 0 else room[..., : call.bottleneck_size]
 
 
+def unit_rows(call: AdapterCall, tensor: Tensor) -> Tensor:
+    """[T, R] in rows as `empty_units` makes them: the tensor itself, or a copy."""
+    if tensor.stride() == (unit_stride(call), 1):
+        return tensor
+    return empty_units(call, tensor.shape[0]).copy_(tensor)
+
+
 def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
     """Room for the gradients asked for, contiguous whatever the strides of the tensors are."""
     return Gradients(

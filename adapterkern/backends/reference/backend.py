@@ -2,7 +2,7 @@
 
 from adapterkern import reference
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.backends.base import FIRST_FEATURES, Backend
+from adapterkern.backends.base import FIRST_FEATURES, Backend, unit_rows
 from adapterkern.spec import (
     PLAIN_FEATURES,
     AdapterCall,
@@ -28,7 +28,9 @@ class ReferenceBackend(Backend):
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         outputs, saved = reference.forward(call)
-        z = saved.z.reshape(-1, call.bottleneck_size) if save and saved.z is not None else None
+        if not save or saved.z is None:
+            return Outputs(outputs.y.contiguous()), Saved(None)
+        z = unit_rows(call, saved.z.reshape(-1, call.bottleneck_size))
         return Outputs(outputs.y.contiguous()), Saved(z)
 
     def backward(

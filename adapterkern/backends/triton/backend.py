@@ -18,6 +18,7 @@ from adapterkern.backends.base import (
     packed,
     rows,
     scaling_gradient,
+    unit_rows,
     unit_stride,
     zero_gradients,
 )
@@ -48,6 +49,7 @@ try:
 
     from adapterkern.backends.triton import backward as bwd
     from adapterkern.backends.triton import forward as fwd
+    from adapterkern.backends.triton import weight_gradients
     from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 
     _IMPORT_ERROR = None
@@ -139,8 +141,8 @@ class TritonBackend(Backend):
             **_dtypes(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
-        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, plan.features_per_program)
-        fwd.bottleneck_fwd_up_kernel[grid](
+        slices = cdiv(hidden, plan.features_per_program)
+        fwd.bottleneck_fwd_up_kernel[cdiv(num_tokens, config.block_t), slices](
             partial, a, x, packed(call.up_weight), down_bias, packed(call.up_bias),
             residual, skip, packed(call.scaling), _scale(call), y, None if partial is None else z,
             num_tokens, hidden, bottleneck, plan.num_splits, plan.features_per_program,
@@ -158,7 +160,7 @@ class TritonBackend(Backend):
         if x.shape[0] == 0:
             return zero_gradients(call, upstream, needs)
         assert saved.z is not None
-        z = _aligned(call, saved.z)
+        z = unit_rows(call, saved.z)  # hooks on saved tensors may have packed it
         out = empty_gradients(call, needs._replace(scaling=False))
         dz = empty_units(call, x.shape[0]) if needs.down_weight or needs.down_bias else None
         a = empty_units(call, x.shape[0]) if needs.up_weight or needs.scaling else None
@@ -227,8 +229,8 @@ class TritonBackend(Backend):
             return
         config = plan.widen
         features = plan.features_per_program if dx is not None else hidden
-        grid = cdiv(num_tokens, config.block_t), cdiv(hidden, features)
-        bwd.bottleneck_bwd_split_dx_kernel[grid](
+        slices = cdiv(hidden, features)
+        bwd.bottleneck_bwd_split_dx_kernel[cdiv(num_tokens, config.block_t), slices](
             partial, dz, None if first else a, dy, z, packed(call.down_weight), dx,
             num_tokens, hidden, bottleneck, splits, features, dy.stride(0), z.stride(0),
             **_activations(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
@@ -269,7 +271,7 @@ class TritonBackend(Backend):
         part_up_bias = room(up_bias, call.up_bias, needs.scaling)
         scaling, scale, channel = packed(call.scaling), _scale(call), _channel(call)
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
-        bwd.bottleneck_bwd_dw_kernel[grid](
+        weight_gradients.bottleneck_bwd_dw_kernel[grid](
             x, dy, dz, a, None if in_parts else scaling, None if in_parts else scale,
             part_down, part_up, part_down_bias, part_up_bias,
             num_tokens, hidden, bottleneck, plan.tokens_per_split,
@@ -282,7 +284,7 @@ class TritonBackend(Backend):
         d_scaling = x.new_empty(hidden, dtype=torch.float32) if needs.scaling else None
         config = sum_config(bottleneck)
         unit_blocks = 1 if needs.scaling else cdiv(bottleneck, config.block_r)
-        bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, config.block_h), unit_blocks](
+        weight_gradients.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, config.block_h), unit_blocks](
             part_down, part_up, part_down_bias, part_up_bias,
             packed(call.up_weight), packed(call.up_bias), scaling, scale,
             down, up, down_bias, up_bias, d_scaling,
@@ -305,13 +307,6 @@ def _scale(call: AdapterCall) -> float | None:
     """The float that scales the sum; None, which costs the kernels nothing, where it is 1 or
     `scaling` takes its place."""
     return None if call.scaling is not None or call.scale == 1.0 else call.scale
-
-
-def _aligned(call: AdapterCall, z: Tensor) -> Tensor:
-    """z in rows as `empty_units` makes them; hooks on saved tensors may have packed it."""
-    if z.stride() == (unit_stride(call), 1):
-        return z
-    return empty_units(call, z.shape[0]).copy_(z)
 
 
 def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:

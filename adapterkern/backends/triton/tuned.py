@@ -106,7 +106,7 @@ def plan(entry: Entry, problem: Problem, device: Device) -> RowBlock | Split | W
     if entry.form == "row_block":
         return RowBlock(first)
     if entry.form == "split":
-        return split_plan(problem, device, *entry.kernels, entry.programs_per_sm)
+        return split_plan(problem, device, first, entry.kernels[1], entry.programs_per_sm)
     return weights_plan(problem, device, first, entry.programs_per_sm)
 
 

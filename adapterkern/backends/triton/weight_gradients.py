@@ -1,0 +1,179 @@
+"""Weight, bias and scaling gradients, equations (10), (11), (13) and (14) of docs/math.md.
+
+They are fixed-order partial sums over slices of the tokens, so that repeated runs give the same
+bits.
+"""
+
+import triton
+import triton.language as tl
+
+from adapterkern.backends.triton.tiles import load_rows, load_units, load_vector, scaled
+
+
+@triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
+def bottleneck_bwd_dw_kernel(
+    x_ptr, dy_ptr, dz_ptr, a_ptr,             # in: [T, H], [T, H], [T, R], [T, R]
+    scaling_ptr, scale,                       # in: as above; neither where sums are still to add
+    down_ptr, up_ptr,                         # out or None: [S, R, H], [S, H, R]
+    down_bias_ptr, up_bias_ptr,               # out or None: [S, R], [S, H]
+    num_tokens, hidden_size, bottleneck_size, tokens_per_split,
+    stride_x_token, stride_dy_token, stride_unit_token,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dW_down = dz^T x, G = dy^T a, and the column sums of dz and dy, over one slice of the tokens.
+
+    Grid: feature blocks, unit blocks, splits. dW_up = scaling * G and db_up = scaling * sum(dy)
+    get their scaling here if there is one split, else in `bottleneck_bwd_dw_sum_kernel`. HBM per
+    token: read x and dy (H each), dz and a (R each, from L2 after the first feature block).
+    """
+    bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE
+    feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    first = split * tokens_per_split
+    last = tl.minimum(first + tokens_per_split, num_tokens)
+
+    d_down = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    d_up = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)  # transposed: see below
+    # The bias sums stay whole tiles until the end: a reduction across warps costs a barrier a step.
+    dz_total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    dy_total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T)
+        # Whatever lies in the padding of dz and a reaches units that are not stored; rows beyond
+        # the slice are zero.
+        if down_ptr is not None or down_bias_ptr is not None:
+            dz = load_units(dz_ptr, token, unit, stride_unit_token, last, bottleneck_size, EVEN_R)
+        if down_ptr is not None:
+            x = load_rows(x_ptr, token, feature, stride_x_token, last, hidden_size, EVEN_H)
+            d_down = tl.dot(tl.trans(dz), x.to(DTYPE), d_down, input_precision=PRECISION)
+        if down_bias_ptr is not None:
+            dz_total += dz.to(tl.float32)
+        if up_ptr is not None or up_bias_ptr is not None:
+            dy = load_rows(dy_ptr, token, feature, stride_dy_token, last, hidden_size, EVEN_H)
+        if up_ptr is not None:
+            a = load_units(a_ptr, token, unit, stride_unit_token, last, bottleneck_size, EVEN_R)
+            # A dy that is converted goes through shared memory as the second factor; as the first
+            # it would meet the fault that `awaited` is about.
+            d_up = tl.dot(tl.trans(a), dy.to(DTYPE), d_up, input_precision=PRECISION)
+        if up_bias_ptr is not None:
+            dy_total += dy.to(tl.float32)
+
+    d_up = scaled(d_up, scaling_ptr, scale, feature[None, :], hidden_size, CHANNEL_SCALING)
+    in_features = feature < hidden_size
+    in_units = unit < bottleneck_size
+    in_both = in_units[:, None] & in_features[None, :]
+    weight = split.to(tl.int64) * hidden_size * bottleneck_size
+    if down_ptr is not None:
+        offsets = weight + unit[:, None] * hidden_size + feature[None, :]
+        tl.store(down_ptr + offsets, d_down.to(down_ptr.dtype.element_ty), mask=in_both)
+    if up_ptr is not None:
+        offsets = weight + feature[None, :] * bottleneck_size + unit[:, None]
+        tl.store(up_ptr + offsets, d_up.to(up_ptr.dtype.element_ty), mask=in_both)
+    if down_bias_ptr is not None:
+        if tl.program_id(0) == 0:
+            total = tl.sum(dz_total, 0).to(down_bias_ptr.dtype.element_ty)
+            tl.store(down_bias_ptr + split * bottleneck_size + unit, total, mask=in_units)
+    if up_bias_ptr is not None:
+        if tl.program_id(1) == 0:
+            total = tl.sum(dy_total, 0)
+            total = scaled(total, scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING)
+            total = total.to(up_bias_ptr.dtype.element_ty)
+            tl.store(up_bias_ptr + split * hidden_size + feature, total, mask=in_features)
+
+
+@triton.jit
+def sum_slices(part_ptr, offsets, mask, size, num_splits):
+    """Sum the elements at `offsets`, [m, n], of S partial sums, which lie `size` elements apart, in
+    their order, eight at a time.
+
+    The eight are one load: ptxas leaves masked loads of an unrolled loop behind one another.
+    """
+    total = tl.zeros(offsets.shape, tl.float32)
+    for start in range(0, num_splits, 8):
+        split = start + tl.arange(0, 8)[:, None, None]
+        part_ptrs = part_ptr + (split.to(tl.int64) * size + offsets[None, :, :])
+        total += tl.sum(
+            tl.load(part_ptrs, mask=(split < num_splits) & mask[None, :, :], other=0.0), 0
+        )
+    return total
+
+
+@triton.jit
+def sum_vector_slices(part_ptr, index, mask, size, num_splits):
+    """The same of a vector, as a column."""
+    return tl.sum(sum_slices(part_ptr, index[:, None], mask[:, None], size, num_splits), 1)
+
+
+@triton.jit(do_not_specialize=["bottleneck_size", "num_splits"])
+def bottleneck_bwd_dw_sum_kernel(
+    part_down_ptr, part_up_ptr,            # in or None: [S, R, H], [S, H, R]
+    part_down_bias_ptr, part_up_bias_ptr,  # in or None: [S, R], [S, H]
+    up_weight_ptr, up_bias_ptr,            # in: [H, R], [H]
+    scaling_ptr, scale,                    # in: [1] or [H], or a float, or neither: 1
+    d_down_ptr, d_up_ptr,                  # out or None: [R, H], [H, R]
+    d_down_bias_ptr, d_up_bias_ptr,        # out or None: [R], [H]
+    d_scaling_ptr,                         # out or None: [H] float32
+    hidden_size, bottleneck_size, num_splits,
+    CHANNEL_SCALING: tl.constexpr, R_MULTIPLE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums in the order of the splits. Grid: feature blocks, unit blocks.
+
+    d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
+    row of G: if it is asked for, one program goes through all units.
+    """
+    bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE
+    feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_features = feature < hidden_size
+    d_scaling = tl.zeros((BLOCK_H,), tl.float32)
+    weight_size = hidden_size * bottleneck_size
+
+    if d_scaling_ptr is None:
+        first = tl.program_id(1) * BLOCK_R
+        last = tl.minimum(first + BLOCK_R, bottleneck_size)
+    else:
+        first, last = 0, bottleneck_size
+    for start in range(first, last, BLOCK_R):
+        unit = start + tl.arange(0, BLOCK_R)
+        in_units = unit < bottleneck_size
+        mask = in_features[:, None] & in_units[None, :]
+        if part_down_ptr is not None:
+            offsets = unit[None, :] * hidden_size + feature[:, None]
+            total = sum_slices(part_down_ptr, offsets, mask, weight_size, num_splits)
+            tl.store(d_down_ptr + offsets, total.to(d_down_ptr.dtype.element_ty), mask=mask)
+        if part_up_ptr is not None:
+            offsets = feature[:, None] * bottleneck_size + unit[None, :]
+            total = sum_slices(part_up_ptr, offsets, mask, weight_size, num_splits)
+            if d_scaling_ptr is not None:
+                w_up = tl.load(up_weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                d_scaling += tl.sum(total * w_up, 1)
+            if d_up_ptr is not None:
+                total = scaled(
+                    total, scaling_ptr, scale, feature[:, None], hidden_size, CHANNEL_SCALING
+                )
+                tl.store(d_up_ptr + offsets, total.to(d_up_ptr.dtype.element_ty), mask=mask)
+        if part_down_bias_ptr is not None:
+            if tl.program_id(0) == 0:
+                total_dz = sum_vector_slices(
+                    part_down_bias_ptr, unit, in_units, bottleneck_size, num_splits
+                )
+                d_down_bias = total_dz.to(d_down_bias_ptr.dtype.element_ty)
+                tl.store(d_down_bias_ptr + unit, d_down_bias, mask=in_units)
+
+    if part_up_bias_ptr is not None:
+        if tl.program_id(1) == 0:
+            total_dy = sum_vector_slices(
+                part_up_bias_ptr, feature, in_features, hidden_size, num_splits
+            )
+            d_scaling += load_vector(up_bias_ptr, feature, hidden_size) * total_dy
+            if d_up_bias_ptr is not None:
+                d_up_bias = scaled(
+                    total_dy, scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING
+                )
+                d_up_bias = d_up_bias.to(d_up_bias_ptr.dtype.element_ty)
+                tl.store(d_up_bias_ptr + feature, d_up_bias, mask=in_features)
+    if d_scaling_ptr is not None:
+        tl.store(d_scaling_ptr + feature, d_scaling, mask=in_features)
