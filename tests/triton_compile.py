@@ -13,16 +13,25 @@ import json
 import re
 import sys
 import unittest.mock
+from collections.abc import Iterable
 from multiprocessing import Pool
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+import triton_sass
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adapterkern.backends.triton import backend, backward, compile_only, forward, launch_config
+from adapterkern.backends.triton import (
+    backend,
+    backward,
+    compile_only,
+    forward,
+    launch_config,
+    weight_gradients,
+)
 from adapterkern.backends.triton.activations import gelu, gelu_derivative
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, RowBlock
 from adapterkern.spec import make_call
@@ -35,6 +44,10 @@ DEVICES = {  # capability: a typical card of it
     90: Device(num_sms=132, shared_memory=227 * KB),
     100: Device(num_sms=148, shared_memory=227 * KB),
     120: Device(num_sms=170, shared_memory=99 * KB),
+}
+DTYPES_OF = {  # IEEE products take CUDA cores, whose code is alike everywhere
+    capability: ("bf16", "tf32", "fp32") if capability in (86, 89, 90) else ("bf16", "tf32")
+    for capability in DEVICES
 }
 SAME_CODE = {89: 86}  # both get the same code with the same registers, as a test holds
 HIDDEN_SIZES = (384, 768, 1024, 4096, 8192)
@@ -57,46 +70,66 @@ class Mix(NamedTuple):
 
 UNIFORM = {
     "bf16": Mix("bf16", "bf16", "bf16", "bf16"),
-    "autocast": Mix("fp32", "fp32", "fp32", "bf16"),
     "tf32": Mix("fp32", "fp32", "fp32", "fp32"),
     "fp32": Mix("fp32", "fp32", "fp32", "fp32", ieee=True),
 }
 MIXED = {
+    "autocast": Mix("fp32", "fp32", "fp32", "bf16"),
     "master": Mix("bf16", "fp32", "bf16", "bf16"),  # float32 master weights
     "wide-y": Mix("bf16", "bf16", "fp32", "bf16"),  # a float32 residual, skip or scaling
     "master-wide-y": Mix("bf16", "fp32", "fp32", "bf16"),
+    "wide-x": Mix("fp32", "bf16", "fp32", "bf16"),  # half-precision weights under autocast
 }
 WIDEST = "master-wide-y"
 DTYPES = UNIFORM | MIXED
+Options = tuple[tuple[str, object], ...]
+CHANNEL: Options = (("CHANNEL_SCALING", True), ("scaling_ptr", "given"))
+ODD: Options = (("EVEN_H", False), ("R_MULTIPLE", 1), ("aligned", False))  # no tile divides sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
+    """One kernel to compile; options: arguments to replace, and whether all others are `aligned`:
+    whether sizes and strides are multiples of 16."""
+
     capability: int
     kernel: str
     dtype: str
     config: LaunchConfig
-    options: tuple[
-        tuple[str, object], ...
-    ] = ()  # arguments to replace, for the variants of one kernel
+    options: Options = ()
+
+    def having(self, options: Options) -> "Job":
+        """The same job with the options that its kernel has an argument for."""
+        names = (*arguments_of(self.kernel), "aligned")
+        kept = dict(self.options) | {name: value for name, value in options if name in names}
+        return dataclasses.replace(self, options=tuple(kept.items()))
 
 
-def jobs(capabilities=tuple(DEVICES), dtypes=tuple(UNIFORM)) -> list[Job]:
-    """Return every distinct kernel launch over the grid; those that differ in sizes are one."""
-    return [job for pair in itertools.product(capabilities, dtypes) for job in jobs_of(*pair)]
+def jobs(capabilities=tuple(DEVICES), dtypes=None) -> list[Job]:
+    """Return every configuration of every kernel over the grid, with the first options that it is
+    launched with."""
+    found = []
+    for capability in capabilities:
+        for dtype in dtypes or DTYPES_OF[capability]:
+            found += jobs_of(capability, dtype)
+    return found
 
 
 @functools.cache
-def jobs_of(capability: int, dtype: str) -> tuple[Job, ...]:
-    found: dict[Job, None] = {}
-    for sizes in itertools.product(NUM_TOKENS, HIDDEN_SIZES, BOTTLENECK_SIZES):
-        for kernel, config in launches(DTYPES[dtype], *sizes, DEVICES[capability]):
-            found[Job(capability, kernel, dtype, config)] = None
-    return tuple(found)
+def jobs_of(capability: int, dtype: str, odd: bool = False) -> tuple[Job, ...]:
+    """odd: of sizes that no tile divides."""
+    found: dict[tuple, Job] = {}
+    for tokens, hidden, bottleneck in itertools.product(NUM_TOKENS, HIDDEN_SIZES, BOTTLENECK_SIZES):
+        sizes = (tokens, hidden + 3, bottleneck - 1) if odd else (tokens, hidden, bottleneck)
+        for kernel, config, options in launches(DTYPES[dtype], *sizes, DEVICES[capability]):
+            job = Job(capability, kernel, dtype, config, tuple(options.items()))
+            job = job.having(ODD) if odd else job
+            found.setdefault((kernel, config, options.get("ONE_TILE")), job)
+    return tuple(found.values())
 
 
 def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device):
-    """Yield (kernel, config) of one forward and backward, as the backend plans them."""
+    """Yield (kernel, config, options) of one forward and backward, as the backend plans them."""
 
     def empty(kind: str, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=TORCH_TYPES[kind], device="meta")
@@ -108,59 +141,94 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
         problems = backend.forward_problem(call, x, device), backend.dx_problem(call, dy, device)
         weights_problem = backend.weights_problem(call, x, dy, device)
     forward_plan, dx_plan = (launch_config.token_plan(problem, device) for problem in problems)
+
+    def stages(config: LaunchConfig, loaded: int, output: torch.Tensor) -> dict:
+        """`loaded`: bytes of an element of each of the tensors [T, H] that are read."""
+        sizes = loaded, weights[0].element_size(), output.element_size()
+        return {"OUT_STAGES": launch_config.out_stages(config, device, *sizes)}
+
+    def absent(*names: str) -> dict:
+        return dict.fromkeys(names)
+
+    # x and one skip of y's type are added; see `compiled_kernel`.
+    added = x.element_size() + dy.element_size()
     if isinstance(forward_plan, RowBlock):
-        yield "bottleneck_fwd_kernel", forward_plan.kernel
+        kernel = forward_plan.kernel
+        yield "bottleneck_fwd_kernel", kernel, stages(kernel, added, dy)
     else:
-        yield "bottleneck_fwd_down_kernel", forward_plan.narrow
-        yield "bottleneck_fwd_up_kernel", forward_plan.widen
+        narrow, widen, parts = forward_plan.narrow, forward_plan.widen, forward_plan.num_splits > 1
+        into = absent("z_ptr", "a_ptr") if parts else absent("partial_ptr")
+        out = absent("a_ptr") if parts else absent("partial_ptr", "z_ptr")
+        out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, added, dy)
+        yield "bottleneck_fwd_down_kernel", narrow, into
+        yield "bottleneck_fwd_up_kernel", widen, out
     if isinstance(dx_plan, RowBlock):
-        yield "bottleneck_bwd_dx_kernel", dx_plan.kernel
+        kernel = dx_plan.kernel
+        yield "bottleneck_bwd_dx_kernel", kernel, stages(kernel, dy.element_size(), x)
     else:
-        yield "bottleneck_bwd_split_dz_kernel", dx_plan.narrow
-        yield "bottleneck_bwd_split_dx_kernel", dx_plan.widen
+        narrow, widen, parts = dx_plan.narrow, dx_plan.widen, dx_plan.num_splits > 1
+        into = absent("dz_ptr", "a_ptr") if parts else absent("partial_ptr")
+        out = {} if parts else absent("partial_ptr", "a_ptr")
+        out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, dy.element_size(), x)
+        yield "bottleneck_bwd_split_dz_kernel", narrow, into
+        yield "bottleneck_bwd_split_dx_kernel", widen, out
     plan = launch_config.weight_gradient_plan(weights_problem, device)
-    yield "bottleneck_bwd_dw_kernel", plan.kernel
-    yield "bottleneck_bwd_dw_sum_kernel", launch_config.SUM
+    sums = dict.fromkeys(("down_ptr", "up_ptr", "down_bias_ptr", "up_bias_ptr"), "*fp32")
+    yield "bottleneck_bwd_dw_kernel", plan.kernel, sums if plan.num_splits > 1 else {}
+    yield "bottleneck_bwd_dw_sum_kernel", launch_config.sum_config(bottleneck), {}
 
 
-def largest_jobs(capabilities=tuple(DEVICES)) -> list[Job]:
-    """Return what `jobs` leaves out, each kernel with its largest tiles: the mixes of types, and a
-    float for a scaling, which lets the kernels that scale dy stage more than a learned one.
-    """
+def largest_jobs(capabilities=(80, 86, 90)) -> list[Job]:
+    """Return what `jobs` leaves out, each kernel with its largest tiles: the widest mix of types,
+    and with it one scaling a channel and sizes that no tile divides; float32 tensors under
+    autocast; the loops that a learned scaling enters, in the other types."""
     found = []
     for capability in capabilities:
-        widest = largest(capability, WIDEST)
-        for dtype in DTYPES:
-            for kernel, config in largest(capability, dtype).items():
-                names = arguments_of(kernel)
-                scales_dy = "DERIVATIVE" in names and "CHANNEL_SCALING" in names
-                # The same tiles hold more in the widest mix.
-                mixed = dtype == WIDEST or (dtype in MIXED and config != widest[kernel])
-                if not (mixed or (scales_dy and dtype in UNIFORM)):
-                    continue
-                options = {"CHANNEL_SCALING": False, "scaling_ptr": None}
-                options = {name: value for name, value in options.items() if name in names}
-                found.append(Job(capability, kernel, dtype, config, tuple(options.items())))
-                if "PARTIAL" in names and (scales_dy or dtype == WIDEST):
-                    options["PARTIAL"] = True
-                    found.append(Job(capability, kernel, dtype, config, tuple(options.items())))
+        for job in largest(jobs_of(capability, WIDEST)).values():
+            found += [job, job.having(CHANNEL)]
+        for dtype in ("bf16", WIDEST):
+            found += largest(jobs_of(capability, dtype, odd=True)).values()
+        found += largest(jobs_of(capability, "autocast")).values()
+        for dtype in DTYPES_OF[capability]:
+            found += filter(None, map(scaled, largest(jobs_of(capability, dtype)).values()))
+    return list(dict.fromkeys(found))
+
+
+def scaled(job: Job) -> Job | None:
+    """Return the job with one scaling a channel where that changes its loop, else None."""
+    loops = ("bottleneck_bwd_dx_kernel", "bottleneck_bwd_split_dz_kernel")
+    return job.having(CHANNEL) if job.kernel in loops else None
+
+
+def wgmma_jobs() -> list[Job]:
+    """Return every configuration for compute capability 9.0 whose loop may convert the factors of
+    its product, in every mix of types, and the loops that a learned scaling enters, with one. The
+    kernels out of the bottleneck convert no first factor: `jobs` has them."""
+    converting = ("fwd_kernel", "down_kernel", "bwd_dx_kernel", "dz_kernel", "dw_kernel")
+    found = [job for job in jobs((90,), tuple(DTYPES)) if job.kernel.endswith(converting)]
+    return found + list(filter(None, map(scaled, found)))
+
+
+def largest(jobs: Iterable[Job]) -> dict[str, Job]:
+    """Return each kernel's launch with the most elements in its tiles in flight."""
+
+    def staged(job: Job) -> int:
+        config = job.config
+        return (config.block_t + config.block_r) * config.block_h * config.num_stages
+
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found[job.kernel] = max(found.get(job.kernel, job), job, key=staged)
     return found
 
 
-def largest(capability: int, dtype: str) -> dict[str, LaunchConfig]:
-    """Return each kernel's configuration with the most elements in its tiles in flight."""
-
-    def staged(config: LaunchConfig) -> int:
-        return (config.block_t + config.block_r) * config.block_h * config.num_stages
-
-    configs: dict[str, LaunchConfig] = {}
-    for job in jobs((capability,), (dtype,)):
-        configs[job.kernel] = max(configs.get(job.kernel, job.config), job.config, key=staged)
-    return configs
+def function_of(kernel: str):
+    modules = (forward, backward, weight_gradients)
+    return next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
 
 
 def arguments_of(kernel: str) -> list[str]:
-    return (getattr(forward, kernel, None) or getattr(backward, kernel)).arg_names
+    return function_of(kernel).arg_names
 
 
 def option_jobs(capability: int = 90) -> list[Job]:
@@ -168,23 +236,21 @@ def option_jobs(capability: int = 90) -> list[Job]:
     another scaling, masks.
     """
     none = {
-        "bottleneck_fwd_kernel": (
-            "z_ptr", "skip_ptr", "scaling_ptr", "down_bias_ptr", "up_bias_ptr",
-        ),
+        "bottleneck_fwd_kernel": ("z_ptr", "skip_ptr", "down_bias_ptr", "up_bias_ptr"),
         "bottleneck_fwd_down_kernel": ("down_bias_ptr",),
-        "bottleneck_fwd_up_kernel": ("partial_ptr", "z_ptr", "skip_ptr", "scaling_ptr"),
-        "bottleneck_bwd_dx_kernel": ("dx_ptr", "dz_ptr", "scaling_ptr"),
-        "bottleneck_bwd_split_dz_kernel": ("scaling_ptr",),
-        "bottleneck_bwd_split_dx_kernel": ("partial_ptr", "dz_ptr", "dx_ptr"),
-        "bottleneck_bwd_dw_kernel": ("d_down_ptr", "d_up_ptr", "d_down_bias_ptr", "d_up_bias_ptr"),
+        "bottleneck_fwd_up_kernel": ("z_ptr", "skip_ptr"),
+        "bottleneck_bwd_dx_kernel": ("dx_ptr", "dz_ptr", "a_ptr"),
+        "bottleneck_bwd_split_dz_kernel": (),
+        "bottleneck_bwd_split_dx_kernel": ("dz_ptr", "a_ptr", "dx_ptr"),
+        "bottleneck_bwd_dw_kernel": ("down_ptr", "up_ptr", "down_bias_ptr", "up_bias_ptr"),
         "bottleneck_bwd_dw_sum_kernel": (
             "part_down_ptr", "part_up_ptr", "part_down_bias_ptr", "part_up_bias_ptr",
             "d_up_ptr", "d_up_bias_ptr", "d_scaling_ptr", "up_bias_ptr",
         ),
     }  # fmt: skip
     flags = (
-        {"PARTIAL": True},
-        {"CHANNEL_SCALING": False},
+        {"scaling_ptr": "given"},
+        {"scale": "fp32"},
         {"EVEN_H": False},
         {"EVEN_R": True},
         {"ADD_INPUT": False},
@@ -194,24 +260,26 @@ def option_jobs(capability: int = 90) -> list[Job]:
         if job.kernel not in none:
             continue  # the first configuration of each kernel
         variants = [{name: None} for name in none.pop(job.kernel)]
+        if job.kernel == "bottleneck_bwd_dx_kernel":
+            variants.append({"dx_ptr": None, "dz_ptr": None})
         for flag in flags:
             names = arguments_of(job.kernel)
             if set(flag) <= set(names):
                 variants.append(flag)
             if "ADD_INPUT" in flag and "residual_ptr" in names:
                 variants.append({**flag, "residual_ptr": "*fp32"})
-        found += [dataclasses.replace(job, options=tuple(variant.items())) for variant in variants]
+        found += [job.having(tuple(variant.items())) for variant in variants]
     return found
 
 
 def compile_job(job: Job) -> dict:
-    """Return {shared, registers, stack, tensor_instructions} of one kernel."""
+    """Return {shared, registers, stack, tensor_instructions, hazards} of one kernel."""
     return resources(compiled_kernel(job))
 
 
 def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
-    """Compile one kernel with all of its options on, but for those that the job replaces."""
-    kernel = getattr(forward, job.kernel, None) or getattr(backward, job.kernel)
+    """Compile one kernel with all of its tensors, a scaling of 1, and the job's options."""
+    kernel = function_of(job.kernel)
     mix = DTYPES[job.dtype]
     constants = {
         "ACTIVATION": gelu,
@@ -219,34 +287,32 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
         "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[mix.products],
         "PRECISION": "ieee" if mix.ieee else "tf32",
         "ADD_INPUT": True,
-        "CHANNEL_SCALING": True,
-        "PARTIAL": False,  # the variant with the longer epilogue
+        "CHANNEL_SCALING": False,
         "EVEN_H": True,  # every block_h divides the hidden sizes of the grid
         "EVEN_R": False,  # masks cost registers, R = 48 needs them
+        "R_MULTIPLE": 8,
         "BLOCK_T": job.config.block_t,
         "BLOCK_H": job.config.block_h,
         "BLOCK_R": job.config.block_r,
         "residual_ptr": None,  # ADD_INPUT takes its place
+        "scaling_ptr": None,
+        "scale": None,
     }
     constants |= dict(job.options)
+    aligned = constants.pop("aligned", True)
     names = kernel.arg_names
-    pointers = {
-        name: value
-        for name, value in constants.items()
-        if isinstance(value, str) and value[0] == "*"
-    }
+    given = {name: value for name, value in constants.items() if isinstance(value, str)}
+    given.pop("PRECISION")
     constants = {
-        name: value for name, value in constants.items() if name in names and name not in pointers
+        name: value for name, value in constants.items() if name in names and name not in given
     }
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in pointers:
-            return pointers[name]
-        if name == "scale":
-            return "fp32"
-        if name in ("z_ptr", "dz_ptr"):
+        if given.get(name, "given") != "given":
+            return given[name]
+        if name in ("z_ptr", "dz_ptr", "a_ptr"):
             return f"*{mix.products}"
         if name == "partial_ptr" or name.startswith("part_") or name == "d_scaling_ptr":
             return "*fp32"
@@ -255,20 +321,24 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
             return f"*{mix.x if name in ('x_ptr', 'dx_ptr') else mix.y if of_y else mix.weights}"
         return "i32"
 
-    aligned = [
+    # Triton specialises on the rest, but for odd sizes and those that a kernel leaves out.
+    specialised = [
         i
         for i, name in enumerate(names)
-        if kind(name) not in ("constexpr", "fp32") and name not in ("num_tokens", "num_splits")
+        if kind(name) not in ("constexpr", "fp32")
+        and name not in kernel.do_not_specialize
+        and (aligned or name.endswith("_ptr"))
     ]
     source = ASTSource(
         fn=kernel,
         signature={name: kind(name) for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(i,): [["tt.divisibility", 16]] for i in specialised},
     )
     options = {
         "num_warps": job.config.num_warps,
         "num_stages": job.config.num_stages,
+        "maxnreg": backend.max_registers(job.config),
         "enable_fp_fusion": True,
     }
     return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
@@ -277,11 +347,29 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
 def resources(compiled) -> dict:
     # The PTX is searched: its matrix instructions map one to one, and disassembling is slow.
     tensor = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+    used = compile_only.resources(compiled.asm["cubin"])
     return {
         "shared": compiled.metadata.shared,
-        **compile_only.resources(compiled.asm["cubin"])._asdict(),
+        **used._asdict(),
         "tensor_instructions": len(tensor),
+        "hazards": hazards(compiled),
+        "spills": spills(compiled) if used.stack > compile_only.MOST_STACK_BYTES else 0,
     }
+
+
+def spills(compiled) -> int:
+    """Return how many instructions of loops move registers to memory and back."""
+    code = triton_sass.parse(triton_sass.disassemble(compiled.asm["cubin"]))
+    return sum(loop.count("LDL", "STL") for loop in triton_sass.loops(code))
+
+
+def hazards(compiled) -> list[str]:
+    """Return what `triton_sass.hazards` finds. Only a wgmma has them, and only one that takes its
+    first factor from registers."""
+    registers = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{", compiled.asm["ptx"])
+    if registers is None:
+        return []
+    return triton_sass.hazards(triton_sass.parse(triton_sass.disassemble(compiled.asm["cubin"])))
 
 
 def compile_or_explain(job: Job) -> dict:

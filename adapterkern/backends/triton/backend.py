@@ -391,5 +391,10 @@ def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": config.max_registers if config.max_registers < MOST_REGISTERS else None,
+        "maxnreg": max_registers(config),
     }
+
+
+def max_registers(config: LaunchConfig) -> int | None:
+    """The bound in Triton's terms, which has None where there is none."""
+    return None if config.max_registers == MOST_REGISTERS else config.max_registers

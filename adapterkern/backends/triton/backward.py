@@ -53,6 +53,19 @@ def bottleneck_gradient(
 
 
 @triton.jit
+def store_activation(
+    z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+    ACTIVATION: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    """a = act(z), for dW_up. It reads z anew, which L2 has: what act and its derivative share would
+    else wait in the registers of a whole tile, and more than one block an SM would not fit.
+    """
+    z = load_units(z_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+    a = ACTIVATION(z.to(tl.float32))
+    store_units(a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+
+
+@triton.jit
 def store_dx(
     dx, token, feature, dy_ptr, dx_ptr, num_tokens, hidden_size, stride_dy_token,
     ADD_INPUT: tl.constexpr, EVEN_H: tl.constexpr,
@@ -102,8 +115,10 @@ def bottleneck_bwd_dx_kernel(
                 dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
     if a_ptr is not None:
-        a = ACTIVATION(z.to(tl.float32))
-        store_units(a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+        store_activation(
+            z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+            ACTIVATION, EVEN_R,
+        )  # fmt: skip
 
     if dx_ptr is not None:
         steps = tl.cdiv(hidden_size, BLOCK_H)
@@ -154,17 +169,19 @@ def bottleneck_bwd_split_dz_kernel(
             partial_ptr, da, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
         )
     else:
-        z = load_units(z_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
         if dz_ptr is not None:
-            dz = da * DERIVATIVE(z.to(tl.float32))
+            z = load_units(
+                z_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+            )
+            dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
             store_units(
                 dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
         if a_ptr is not None:
-            a = ACTIVATION(z.to(tl.float32))
-            store_units(
-                a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
-            )
+            store_activation(
+                z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+                ACTIVATION, EVEN_R,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -184,18 +201,19 @@ def finished_dz(
             partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
             EVEN_R,
         )  # fmt: skip
-        dz = (da * DERIVATIVE(z.to(tl.float32))).to(DTYPE)
+        dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
+        dz = dz.to(DTYPE)
         if tl.program_id(1) == 0:
             if dz_ptr is not None:
                 store_units(
                     dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
                 )
             if a_ptr is not None:
-                a = ACTIVATION(z.to(tl.float32))
-                store_units(
-                    a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
-                )
-    return existing_units(dz, unit, bottleneck_size, EVEN_R)
+                store_activation(
+                    z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+                    ACTIVATION, EVEN_R,
+                )  # fmt: skip
+    return dz
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "num_splits", "stride_unit_token"])

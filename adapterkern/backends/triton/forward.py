@@ -161,7 +161,7 @@ def bottleneck_fwd_down_kernel(
     else:
         z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
         z = z.to(DTYPE)
-        a = ACTIVATION(z.to(tl.float32))
+        a = existing_units(ACTIVATION(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
         if z_ptr is not None:
             store_units(
                 z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
@@ -191,8 +191,8 @@ def finished_bottleneck(
                 store_units(
                     z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
                 )
-        a = ACTIVATION(z.to(tl.float32)).to(DTYPE)
-    return existing_units(a, unit, bottleneck_size, EVEN_R)
+        a = existing_units(ACTIVATION(z.to(tl.float32)), unit, bottleneck_size, EVEN_R).to(DTYPE)
+    return a
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "num_splits", "stride_unit_token"])

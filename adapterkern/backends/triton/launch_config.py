@@ -37,6 +37,11 @@ class Problem(NamedTuple):
     ieee: bool  # float32 products in full precision: CUDA cores, so smaller tiles
     wide: bool  # 4-byte tiles (float32 through TF32, or float32 tensors converted on load)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether rows of H are no whole vectors: then a tile takes many more registers."""
+        return self.hidden_size % 16 != 0
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -154,7 +159,8 @@ def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
     else:
         # Each row block reads the weights from L2: (2 + 2R/BLOCK_T) passes over x, balanced at
         # BLOCK_T = 2R.
-        block_t = 64 if block_r == 16 or (problem.wide and block_r == 128) else 128
+        short = block_r == 128 and (problem.wide or problem.ragged)
+        block_t = 64 if block_r == 16 or short else 128
         block_h = 32 if problem.wide else 64
         stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
         config = LaunchConfig(block_t, block_h, block_r, 4 if block_r == 16 else 8, stages)
@@ -169,16 +175,16 @@ def _split(problem: Problem, device: Device) -> Split:
         narrow = LaunchConfig(block_t, 32, block_r, 8, 2)
         return split_plan(problem, device, narrow, replace(narrow, block_h=64), 1)
     plans = []
-    for block_t in (16,) if tokens <= 16 else (64, 128):
-        block_r = _power_of_two(bottleneck, (16, 64, 128))
+    block_r = _power_of_two(bottleneck, (16, 64, 128))
+    short = problem.wide or (block_r == 128 and problem.ragged)  # for registers
+    for block_t in (16,) if tokens <= 16 else (64,) if short else (64, 128):
         block_h = 32 if problem.wide else 64
         stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
         warps = 8 if max(block_t, block_r) == 128 else 4
         narrow = LaunchConfig(block_t, block_h, block_r, warps, stages)
-        block_h = 64 if problem.wide or block_t == 16 else 128
-        if bottleneck > block_r:  # a comes again with each tile of features
-            block_r = 64
-        widen = LaunchConfig(block_t, block_h, block_r, 4 if block_t == 16 else 8, 3)
+        block_h = 128 if block_t == 64 and not problem.wide else 64
+        units = block_r if bottleneck <= block_r else 64  # a comes with each tile of features
+        widen = LaunchConfig(block_t, block_h, units, 4 if block_t == 16 else 8, 3)
         plans.append(split_plan(problem, device, narrow, widen, 1))
     return min(plans, key=lambda plan: split_cost(problem, device, plan))
 
@@ -248,8 +254,10 @@ def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
         large = device.shared_memory > 200 * 1024
         block_h = 128 if large and not problem.wide else 64
         # wgmma has its operands in shared memory, so two blocks fit the registers of an SM. On the
-        # other architectures fragments take up to 255 registers a thread, and 128 would spill.
-        blocks, registers = (2, 128) if large else (1, MOST_REGISTERS)
+        # other architectures fragments take up to 255 registers a thread, and 128 would spill; so
+        # do the addresses of ragged rows.
+        two = large and not problem.ragged
+        blocks, registers = (2, 128) if two else (1, MOST_REGISTERS)
         stages = _stages(problem, device, 32 * 2 * (block_h + block_r), blocks)
         config = LaunchConfig(32, block_h, block_r, 8, stages, blocks, registers)
     return weights_plan(problem, device, config, config.blocks_per_sm)

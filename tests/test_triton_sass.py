@@ -1,0 +1,121 @@
+"""Machine code of the kernels that the bf16 headline shapes launch, for sm_90 and sm_80: what is
+under way while a loop computes, and what is not in it.
+"""
+
+import functools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton_sass
+from triton_sass import Instruction, Loop
+
+from adapterkern.backends.triton.backend import TritonBackend
+from adapterkern.backends.triton.compile_only import compile_only
+from adapterkern.backends.triton.launch_config import Device
+from adapterkern.backends.triton.mixes import uniform
+from adapterkern.spec import Needs, Outputs
+
+DEVICES = {80: Device(108, 163 * 1024), 90: Device(132, 227 * 1024)}
+SHAPES = (
+    *((16384, 1024, 64), (16384, 4096, 64), (2048, 1024, 64), (2048, 4096, 64)),
+    *((16, 1024, 64), (16, 4096, 64)),
+)
+# Groups of copies that are under way at least while a loop computes, of the loops with a product in
+# their order.
+IN_FLIGHT = {
+    "bottleneck_fwd_kernel": (2, 1),
+    "bottleneck_fwd_down_kernel": (2,),
+    "bottleneck_fwd_up_kernel": (1,),
+    "bottleneck_bwd_dx_kernel": (2, 1),
+    "bottleneck_bwd_split_dz_kernel": (2,),
+    "bottleneck_bwd_split_dx_kernel": (1,),
+    "bottleneck_bwd_dw_kernel": (2,),
+}
+
+
+@functools.cache
+def kernels(capability: int) -> dict[tuple[str, bytes], list[Instruction]]:
+    """Return the instructions of every kernel that one of the shapes launches."""
+    found = {}
+    for sizes in SHAPES:
+        call, backend = uniform(torch.bfloat16).call(*sizes), TritonBackend()
+        with compile_only(capability, DEVICES[capability]) as launches:
+            outputs, saved = backend.forward(call, save=True)
+            dy = Outputs(torch.empty_like(outputs.y))
+            backend.backward(call, saved, dy, Needs(True, True, True, True, True))
+        for launch in launches:
+            key = launch.kernel, launch.cubin
+            found[key] = found.get(key) or triton_sass.parse(triton_sass.disassemble(launch.cubin))
+    return found
+
+
+def product_loops(instructions: list[Instruction]) -> list[Loop]:
+    found = triton_sass.loops(instructions)
+    return [loop for loop in found if loop.count("HGMMA", "HMMA")]
+
+
+@pytest.fixture(params=DEVICES, ids=lambda capability: f"sm_{capability}")
+def code(request):
+    return kernels(request.param)
+
+
+def test_headline_shapes_reach_every_kernel(code):
+    assert {name for name, _ in code} == {*IN_FLIGHT, "bottleneck_bwd_dw_sum_kernel"}
+
+
+def test_product_loops_load_by_asynchronous_copies_alone(code):
+    """Vectors of the bias alone are narrower than 16 bytes a thread."""
+    for (name, _), instructions in code.items():
+        loops = product_loops(instructions)
+        assert len(loops) == len(IN_FLIGHT.get(name, ())), name
+        for loop in loops:
+            assert loop.count("LDG") == 0, (name, loop.summary())
+            assert sum(copy.width == 16 for copy in loop.named("LDGSTS")) >= 2, loop.summary()
+
+
+def test_product_loops_have_copies_under_way_while_they_compute(code):
+    for (name, _), instructions in code.items():
+        for loop, least in zip(product_loops(instructions), IN_FLIGHT.get(name, ()), strict=True):
+            assert loop.stages_in_flight >= least, (name, loop.summary())
+
+
+def test_partial_gradients_are_summed_with_four_vectors_under_way(code):
+    for (name, _), instructions in code.items():
+        if name == "bottleneck_bwd_dw_sum_kernel":
+            wide = [
+                loop
+                for loop in triton_sass.loops(instructions)
+                if sum(load.width == 16 for load in loop.named("LDG")) >= 8
+            ]
+            assert len(wide) == 2, name  # dW_down and dW_up
+            for loop in wide:
+                assert loop.loads_before_use() >= 4, loop.summary()
+
+
+def test_weight_gradients_have_no_activation(code):
+    for (name, _), instructions in code.items():
+        if name == "bottleneck_bwd_dw_kernel":
+            assert not any(instruction.name == "MUFU" for instruction in instructions)
+        if name == "bottleneck_bwd_dx_kernel":  # so the name is what the activation compiles to
+            assert any(instruction.name == "MUFU" for instruction in instructions)
+
+
+def test_no_loop_keeps_registers_in_memory_and_nothing_is_double(code):
+    for (name, _), instructions in code.items():
+        for loop in triton_sass.loops(instructions):
+            assert loop.count("LDL", "STL") == 0, (name, loop.summary())
+        double = [one for one in instructions if one.name in ("DADD", "DMUL", "DFMA", "DSETP")]
+        assert not double, (name, double)
+
+
+def test_steps_of_the_hot_loops_stay_short(code):
+    """Instructions a warp and a step; on Hopper, where wgmma takes whole tiles."""
+    if code is not kernels(90):
+        pytest.skip("a step of mma.sync has as many more as its tile has fragments")
+    most = {"bottleneck_bwd_dx_kernel": (96, 210), "bottleneck_bwd_dw_kernel": (230,)}
+    for (name, _), instructions in code.items():
+        for loop, limit in zip(product_loops(instructions), most.get(name, ()), strict=False):
+            assert len(loop.instructions) <= limit, (name, loop.summary())
