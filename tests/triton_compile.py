@@ -160,6 +160,7 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
         into = absent("z_ptr", "a_ptr") if parts else absent("partial_ptr")
         out = absent("a_ptr") if parts else absent("partial_ptr", "z_ptr")
         out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, added, dy)
+        out |= {"SUM_STAGES": launch_config.sum_stages(widen, device)}
         yield "bottleneck_fwd_down_kernel", narrow, into
         yield "bottleneck_fwd_up_kernel", widen, out
     if isinstance(dx_plan, RowBlock):
@@ -170,6 +171,7 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
         into = absent("dz_ptr", "a_ptr") if parts else absent("partial_ptr")
         out = {} if parts else absent("partial_ptr", "a_ptr")
         out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, dy.element_size(), x)
+        out |= {"SUM_STAGES": launch_config.sum_stages(widen, device)}
         yield "bottleneck_bwd_split_dz_kernel", narrow, into
         yield "bottleneck_bwd_split_dx_kernel", widen, out
     plan = launch_config.weight_gradient_plan(weights_problem, device)

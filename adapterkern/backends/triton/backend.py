@@ -32,6 +32,7 @@ from adapterkern.backends.triton.launch_config import (
     cdiv,
     out_stages,
     sum_config,
+    sum_stages,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
 from adapterkern.spec import (
@@ -150,6 +151,7 @@ class TritonBackend(Backend):
             ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
             ONE_TILE=bottleneck <= config.block_r,
             **_out_stages(config, call.up_weight, y, x if call.add_input else residual, skip),
+            SUM_STAGES=sum_stages(config, _device(x.device)),
             **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 
@@ -178,15 +180,9 @@ class TritonBackend(Backend):
         return out._replace(**added_gradients(upstream, needs))
 
     def _dx_row_block(
-        self,
-        call: AdapterCall,
-        z: Tensor,
-        dy: Tensor,
-        dx: Tensor | None,
-        dz: Tensor | None,
-        a: Tensor | None,
-        config: LaunchConfig,
-    ) -> None:
+        self, call: AdapterCall, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None,
+        a: Tensor | None, config: LaunchConfig,
+    ) -> None:  # fmt: skip
         bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
             dy, z, packed(call.down_weight), packed(call.up_weight),
             packed(call.scaling), _scale(call), dx, dz, a,
@@ -197,15 +193,9 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def _dx_split(
-        self,
-        call: AdapterCall,
-        z: Tensor,
-        dy: Tensor,
-        dx: Tensor | None,
-        dz: Tensor | None,
-        a: Tensor | None,
-        plan: Split,
-    ) -> None:
+        self, call: AdapterCall, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None,
+        a: Tensor | None, plan: Split,
+    ) -> None:  # fmt: skip
         num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
         wants_dz = dx is not None or dz is not None
         partial, splits, features = None, plan.num_splits, plan.features_per_split
@@ -235,6 +225,7 @@ class TritonBackend(Backend):
             num_tokens, hidden, bottleneck, splits, features, dy.stride(0), z.stride(0),
             **_activations(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
             **_out_stages(config, call.down_weight, dx, dy if call.add_input else None),
+            SUM_STAGES=sum_stages(config, _device(z.device)),
             **_dtypes(call), **_units(call), **_tiles(call, config),
         )  # fmt: skip
 

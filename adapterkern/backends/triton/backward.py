@@ -189,6 +189,7 @@ def finished_dz(
     partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
     num_tokens, bottleneck_size, num_splits, stride_unit_token,
     ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
+    SUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of dz from the partial sums of da, of which the first feature slice stores dz and a
     for the weight gradients; or, where H was not sliced, dz itself.
@@ -199,7 +200,7 @@ def finished_dz(
         z = load_units(z_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
         da = sum_partials(
             partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
-            EVEN_R,
+            EVEN_R, SUM_STAGES,
         )  # fmt: skip
         dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
         dz = dz.to(DTYPE)
@@ -228,7 +229,7 @@ def bottleneck_bwd_split_dx_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, ADD_INPUT: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
     ONE_TILE: tl.constexpr,          # BLOCK_R >= R
-    OUT_STAGES: tl.constexpr,
+    OUT_STAGES: tl.constexpr, SUM_STAGES: tl.constexpr,  # of the loops over features and splits
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Split form, second half: dx from dz. Grid: token blocks, slices of the features (one without
@@ -241,7 +242,7 @@ def bottleneck_bwd_split_dx_kernel(
         dz = finished_dz(
             partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
             num_tokens, bottleneck_size, num_splits, stride_unit_token,
-            ACTIVATION, DERIVATIVE, DTYPE, EVEN_R,
+            ACTIVATION, DERIVATIVE, DTYPE, EVEN_R, SUM_STAGES,
         )  # fmt: skip
     first = tl.program_id(1) * features_per_program
     last = tl.minimum(first + features_per_program, hidden_size)
@@ -254,7 +255,7 @@ def bottleneck_bwd_split_dx_kernel(
                 dz = finished_dz(
                     partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
                     num_tokens, bottleneck_size, num_splits, stride_unit_token,
-                    ACTIVATION, DERIVATIVE, DTYPE, EVEN_R,
+                    ACTIVATION, DERIVATIVE, DTYPE, EVEN_R, SUM_STAGES,
                 )  # fmt: skip
                 if dx_ptr is not None:
                     w_down = load_down_tile(

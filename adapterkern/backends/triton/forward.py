@@ -173,7 +173,7 @@ def bottleneck_fwd_down_kernel(
 def finished_bottleneck(
     partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
     num_tokens, bottleneck_size, num_splits, stride_unit_token,
-    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr, SUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of a from the partial sums of z, of which the first feature slice stores z for the
     backward; or, where H was not sliced, a itself.
@@ -183,7 +183,7 @@ def finished_bottleneck(
     else:
         z = load_vector(down_bias_ptr, unit, bottleneck_size)[None, :] + sum_partials(
             partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
-            EVEN_R,
+            EVEN_R, SUM_STAGES,
         )  # fmt: skip
         z = z.to(DTYPE)
         if z_ptr is not None:
@@ -207,7 +207,7 @@ def bottleneck_fwd_up_kernel(
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
     ONE_TILE: tl.constexpr,                            # BLOCK_R >= R
-    OUT_STAGES: tl.constexpr,
+    OUT_STAGES: tl.constexpr, SUM_STAGES: tl.constexpr,  # of the loops over features and splits
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Split form, second half: y from z. Grid: token blocks, slices of the features.
@@ -221,7 +221,8 @@ def bottleneck_fwd_up_kernel(
     if ONE_TILE:
         a = finished_bottleneck(
             partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
-            num_tokens, bottleneck_size, num_splits, stride_unit_token, ACTIVATION, DTYPE, EVEN_R,
+            num_tokens, bottleneck_size, num_splits, stride_unit_token,
+            ACTIVATION, DTYPE, EVEN_R, SUM_STAGES,
         )  # fmt: skip
     first = tl.program_id(1) * features_per_program
     last = tl.minimum(first + features_per_program, hidden_size)
@@ -239,7 +240,7 @@ def bottleneck_fwd_up_kernel(
                 a = finished_bottleneck(
                     partial_ptr, a_ptr, down_bias_ptr, z_ptr, token, unit,
                     num_tokens, bottleneck_size, num_splits, stride_unit_token,
-                    ACTIVATION, DTYPE, EVEN_R,
+                    ACTIVATION, DTYPE, EVEN_R, SUM_STAGES,
                 )  # fmt: skip
                 w_up = load_up_tile(
                     up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H

@@ -140,6 +140,11 @@ def out_stages(
     return 1
 
 
+def sum_stages(config: LaunchConfig, device: Device) -> int:
+    """Stages of the loop that adds up partial sums: 4, or as many as shared memory holds."""
+    return min(4, 1 + device.shared_memory // (4 * config.block_t * config.block_r))
+
+
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     """Plan y of the forward, and dz and dx of the backward, whose products mirror the forward's.

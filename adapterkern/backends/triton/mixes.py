@@ -91,7 +91,7 @@ def mixes(kind: str, problem: Problem, device: Device) -> list[Mix]:
 
 def widest(kind: str, problem: Problem, device: Device) -> Mix:
     """Return the mix that most often asks for the most shared memory: float32 wherever it may be,
-    and no scaling, whose product with dy would keep dy's tiles out of the pipeline.
+    and no scaling, whose vector takes less than 1 KB.
     """
 
     def width(mix: Mix) -> int:

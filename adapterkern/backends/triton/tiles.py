@@ -97,7 +97,7 @@ def awaited(product):
 @triton.jit
 def sum_partials(
     partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
-    EVEN_R: tl.constexpr,
+    EVEN_R: tl.constexpr, SUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum a tile of the [S, T, R] float32 partial products in the order of the splits."""
     offsets, mask = unit_offsets(
@@ -105,7 +105,7 @@ def sum_partials(
     )
     step = num_tokens.to(tl.int64) * (stride_unit_token // 8 * 8)
     total = tl.zeros(offsets.shape, tl.float32)
-    for _ in tl.range(0, num_splits, num_stages=4):  # the loads of three splits are in flight
+    for _ in tl.range(0, num_splits, num_stages=SUM_STAGES):
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
         offsets += step
     return total
