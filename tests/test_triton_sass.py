@@ -13,7 +13,7 @@ import triton_sass
 from triton_sass import Instruction, Loop
 
 from adapterkern.backends.triton.backend import TritonBackend
-from adapterkern.backends.triton.compile_only import compile_only
+from adapterkern.backends.triton.compile_only import Launch, compile_only
 from adapterkern.backends.triton.launch_config import Device
 from adapterkern.backends.triton.mixes import uniform
 from adapterkern.spec import Needs, Outputs
@@ -41,15 +41,20 @@ def kernels(capability: int) -> dict[tuple[str, bytes], list[Instruction]]:
     """Return the instructions of every kernel that one of the shapes launches."""
     found = {}
     for sizes in SHAPES:
-        call, backend = uniform(torch.bfloat16).call(*sizes), TritonBackend()
-        with compile_only(capability, DEVICES[capability]) as launches:
-            outputs, saved = backend.forward(call, save=True)
-            dy = Outputs(torch.empty_like(outputs.y))
-            backend.backward(call, saved, dy, Needs(True, True, True, True, True))
-        for launch in launches:
+        for launch in launches_of(capability, *sizes):
             key = launch.kernel, launch.cubin
             found[key] = found.get(key) or triton_sass.parse(triton_sass.disassemble(launch.cubin))
     return found
+
+
+def launches_of(capability: int, tokens: int, hidden: int, bottleneck: int) -> list[Launch]:
+    """Return the launches of a forward and of a backward with all gradients."""
+    call, backend = uniform(torch.bfloat16).call(tokens, hidden, bottleneck), TritonBackend()
+    with compile_only(capability, DEVICES[capability]) as launches:
+        outputs, saved = backend.forward(call, save=True)
+        dy = Outputs(torch.empty_like(outputs.y))
+        backend.backward(call, saved, dy, Needs(True, True, True, True, True))
+    return launches
 
 
 def product_loops(instructions: list[Instruction]) -> list[Loop]:
@@ -122,3 +127,33 @@ def test_steps_of_the_hot_loops_stay_short(code):
     for (name, _), instructions in code.items():
         for loop, limit in zip(product_loops(instructions), most.get(name, ()), strict=False):
             assert len(loop.instructions) <= limit, (name, loop.summary())
+
+
+def narrow_loads(launch: Launch, least: int = 16) -> list[str]:
+    """Return the loads and copies in product loops of fewer than `least` bytes, but for copies of a
+    bias, which are 4 bytes wide."""
+    instructions = triton_sass.parse(triton_sass.disassemble(launch.cubin))
+    return [
+        load.text
+        for loop in product_loops(instructions)
+        for load in (*loop.named("LDG"), *loop.named("LDGSTS"))
+        if load.width < least and not (load.name == "LDGSTS" and load.width == 4)
+    ]
+
+
+@pytest.mark.parametrize("bottleneck", [24, 40, 104])
+def test_weights_load_in_whole_vectors_where_8_divides_r(bottleneck):
+    """Triton itself looks for 16 alone."""
+    for launch in launches_of(90, 16384, 1024, bottleneck):
+        assert not narrow_loads(launch), launch.kernel
+
+
+@pytest.mark.parametrize("bottleneck", [5, 10, 100])
+def test_rows_of_units_load_in_whole_vectors_whatever_r_is(bottleneck):
+    """dz and a in the weight gradients: 16 bytes a thread, or its share of a tile of 16 units, 4.
+    The rows of W_up show what else there would be: elements of 2 bytes, where R is odd."""
+    launches = {launch.kernel: launch for launch in launches_of(90, 16384, 1024, bottleneck)}
+    least = 16 if bottleneck > 16 else 4
+    assert not narrow_loads(launches["bottleneck_bwd_dw_kernel"], least)
+    if bottleneck == 5:
+        assert narrow_loads(launches["bottleneck_bwd_dx_kernel"], least)

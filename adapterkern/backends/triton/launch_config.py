@@ -116,7 +116,8 @@ def _stages(problem: Problem, device: Device, elements: int, blocks_per_sm: int)
     half precision, of which one block must fit.
     """
     element = 4 if problem.wide else 2
-    fit = device.shared_memory // (blocks_per_sm * element * elements)
+    room = device.shared_memory // blocks_per_sm - 8 * 1024  # for changes of layout
+    fit = room // (element * elements)
     if not device.small:
         fit = min(fit, device.shared_memory // (4 * elements))
     return max(2, min(4, fit))
