@@ -10,7 +10,7 @@ from adapterkern.backends.triton import backend as triton_backend
 from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.parity import Case, check_case, grid, options, refusals
-from adapterkern.spec import Needs, Outputs
+from adapterkern.spec import Needs, Outputs, Saved
 
 pytestmark = pytest.mark.interpreter
 triton = get("triton")
@@ -69,6 +69,25 @@ def test_triton_offsets_survive_rows_beyond_2_to_the_31_elements(run_as, form):
     far_call = case.make_call({**near, "x": views[0], "residual": views[1]})
     for expected, got in zip(_run(call, dy), _run(far_call, views[2]), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("form", ["row_block", "split_features"])
+def test_triton_takes_a_z_that_was_packed_meanwhile(run_as, form):
+    """As a hook on saved tensors may return it; here rows of 20 come 24 elements apart, and what
+    lies between them is NaN."""
+    run_as(form)
+    case = Case(dtype=torch.bfloat16, **FORMS[form].sizes)
+    call = case.make_call(case.draw("cpu", seed=0))
+    upstream = Outputs(case.draw_grad_output(call, seed=0))
+    _, saved = triton.forward(call, save=True)
+    assert saved.z.stride() == (24, 1)
+    needs = Needs(True, True, True, True, True)
+    expected = triton.backward(call, saved, upstream, needs)
+    saved.z.as_strided((saved.z.shape[0], 4), (24, 1), 20).fill_(torch.nan)
+    for z in (saved.z, saved.z.contiguous()):
+        found = triton.backward(call, Saved(z), upstream, needs)
+        for gradient, other in zip(found, expected, strict=True):
+            assert gradient is None or torch.equal(gradient, other)
 
 
 def _run(call, dy) -> list[torch.Tensor]:

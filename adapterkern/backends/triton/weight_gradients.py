@@ -36,7 +36,13 @@ def bottleneck_bwd_dw_kernel(
     last = tl.minimum(first + tokens_per_split, num_tokens)
 
     d_down = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    d_up = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)  # transposed: see below
+    # A dy that is converted is the second factor of G^T = a^T dy, which goes through shared memory;
+    # as the first of G = dy^T a it would meet the fault that `awaited` is about.
+    CONVERTED: tl.constexpr = dy_ptr.dtype.element_ty != DTYPE
+    if CONVERTED:
+        d_up = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    else:
+        d_up = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
     # The bias sums stay whole tiles until the end: a reduction across warps costs a barrier a step.
     dz_total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     dy_total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
@@ -55,12 +61,15 @@ def bottleneck_bwd_dw_kernel(
             dy = load_rows(dy_ptr, token, feature, stride_dy_token, last, hidden_size, EVEN_H)
         if up_ptr is not None:
             a = load_units(a_ptr, token, unit, stride_unit_token, last, bottleneck_size, EVEN_R)
-            # A dy that is converted goes through shared memory as the second factor; as the first
-            # it would meet the fault that `awaited` is about.
-            d_up = tl.dot(tl.trans(a), dy.to(DTYPE), d_up, input_precision=PRECISION)
+            if CONVERTED:
+                d_up = tl.dot(tl.trans(a), dy.to(DTYPE), d_up, input_precision=PRECISION)
+            else:
+                d_up = tl.dot(tl.trans(dy), a, d_up, input_precision=PRECISION)
         if up_bias_ptr is not None:
             dy_total += dy.to(tl.float32)
 
+    if not CONVERTED:
+        d_up = tl.trans(d_up)
     d_up = scaled(d_up, scaling_ptr, scale, feature[None, :], hidden_size, CHANNEL_SCALING)
     in_features = feature < hidden_size
     in_units = unit < bottleneck_size
