@@ -284,4 +284,4 @@ def weights_plan(
 def sum_config(bottleneck_size: int) -> LaunchConfig:
     """The sum of the partial weight gradients: small tiles, because its loads are all it does."""
     block_r = _power_of_two(bottleneck_size, (16, 32, 64))
-    return LaunchConfig(1, 512 // block_r, block_r, 4, 2, 4)
+    return LaunchConfig(1, 512 // block_r, block_r, 4, 2, 2)
