@@ -1,6 +1,5 @@
 """Capabilities, allocation and launch of the Triton kernels."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -19,6 +18,8 @@ from adapterkern.backends.base import (
     scaling_gradient,
     zero_gradients,
 )
+from adapterkern.backends.repeat import options_of
+from adapterkern.backends.triton import tuned
 from adapterkern.backends.triton.launch_config import (
     SUM,
     Device,
@@ -37,6 +38,7 @@ from adapterkern.spec import (
     Outputs,
     Saved,
     added_gradients,
+    tensor_values,
 )
 
 try:
@@ -44,6 +46,7 @@ try:
 
     from adapterkern.backends.triton import backward as bwd
     from adapterkern.backends.triton import forward as fwd
+    from adapterkern.backends.triton import launcher
     from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 
     _IMPORT_ERROR = None
@@ -87,24 +90,33 @@ class TritonBackend(Backend):
         )
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
+        if call.x.numel() == 0:
+            return empty_outputs(call, save)
+        y, z = launcher.run(
+            tensor_values(call),
+            (save, tuned.generation, *options_of(call)),
+            lambda recording: self._forward(call, save, recording),
+        )
+        return Outputs(y), Saved(z)
+
+    def _forward(self, call: AdapterCall, save: bool, recording) -> tuple[Tensor, Tensor | None]:
         outputs, saved = empty_outputs(call, save)
+        y, z = recording.own(outputs.y), recording.own(saved.z)
         x = rows(call.x)
-        if x.shape[0] == 0:
-            return outputs, saved
         device = _device(x.device)
         plan = token_plan(forward_problem(call, x, device), device)
-        with _on(x.device):
-            if isinstance(plan, RowBlock):
-                self._forward_row_block(call, x, outputs.y, saved.z, plan.kernel)
-            else:
-                self._forward_split(call, x, outputs.y, saved.z, plan)
-        return outputs, saved
+        if isinstance(plan, RowBlock):
+            self._forward_row_block(recording, call, x, y, z, plan.kernel)
+        else:
+            self._forward_split(recording, call, x, y, z, plan)
+        return y, z
 
     def _forward_row_block(
-        self, call, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
+        self, recording, call, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
     ) -> None:
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
-        fwd.bottleneck_fwd_kernel[(cdiv(x.shape[0], config.block_t),)](
+        recording.launch(
+            fwd.bottleneck_fwd_kernel, (cdiv(x.shape[0], config.block_t),),
             x, packed(call.down_weight), packed(call.up_weight),
             packed(call.down_bias), packed(call.up_bias), residual, skip,
             packed(call.scaling), call.scale, y, z,
@@ -114,26 +126,31 @@ class TritonBackend(Backend):
             **_tiles(call, config),
         )  # fmt: skip
 
-    def _forward_split(self, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
+    def _forward_split(
+        self, recording, call, x: Tensor, y: Tensor, z: Tensor | None, plan: Split
+    ) -> None:
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
         residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
         down_bias = packed(call.down_bias)
         partial = None
         if plan.num_splits > 1:
-            partial = x.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
+            shape = plan.num_splits, num_tokens, bottleneck
+            partial = recording.own(x.new_empty(shape, dtype=torch.float32))
         elif z is None:
-            z = x.new_empty((num_tokens, bottleneck), dtype=call.compute_dtype)
+            z = recording.own(x.new_empty((num_tokens, bottleneck), dtype=call.compute_dtype))
         config = plan.narrow
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
-        fwd.bottleneck_fwd_down_kernel[grid](
+        recording.launch(
+            fwd.bottleneck_fwd_down_kernel, grid,
             x, packed(call.down_weight), down_bias, z if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0),
             **_dtypes(call), PARTIAL=partial is not None, **_tiles(call, config),
         )  # fmt: skip
         config = plan.widen
         blocks = cdiv(num_tokens, config.block_t), cdiv(hidden, config.block_h)
-        fwd.bottleneck_fwd_up_kernel[blocks](
+        recording.launch(
+            fwd.bottleneck_fwd_up_kernel, blocks,
             partial, z, x, packed(call.up_weight), down_bias, packed(call.up_bias),
             residual, skip, packed(call.scaling), call.scale, y,
             num_tokens, hidden, bottleneck, plan.num_splits,
@@ -145,27 +162,41 @@ class TritonBackend(Backend):
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        x, dy, z = rows(call.x), rows(upstream.y), saved.z
-        if x.shape[0] == 0:
+        if call.x.numel() == 0:
             return zero_gradients(call, upstream, needs)
-        assert z is not None
-        out = empty_gradients(call, needs._replace(scaling=False))
-        dz = torch.empty_like(z) if needs.down_weight or needs.down_bias else None
-        device = _device(x.device)
-        with _on(x.device):
-            if needs.dz:
-                plan = token_plan(dx_problem(call, dy, device), device)
-                if isinstance(plan, RowBlock):
-                    self._dx_row_block(call, z, dy, out.x, dz, plan.kernel)
-                else:
-                    self._dx_split(call, z, dy, out.x, dz, plan)
-            if needs.parameters:
-                sums = self._weight_gradients(call, x, dy, z, dz, out, needs)
-                out = out._replace(scaling=scaling_gradient(call, sums))
+        inputs = *tensor_values(call), saved.z, upstream.y
+        *computed, sums = launcher.run(
+            inputs,
+            (needs, tuned.generation, *options_of(call)),
+            lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+        )
+        out = Gradients(*computed)._replace(scaling=scaling_gradient(call, sums))
         return out._replace(**added_gradients(upstream, needs))
+
+    def _backward(
+        self, call: AdapterCall, z: Tensor | None, dy: Tensor, needs: Needs, recording
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients but for the scaling's, of which the last result holds the sums."""
+        assert z is not None
+        x, dy, sums = rows(call.x), rows(dy), None
+        out = empty_gradients(call, needs._replace(residual=False, skip=False, scaling=False))
+        for gradient in out:
+            recording.own(gradient)
+        dz = recording.own(torch.empty_like(z)) if needs.down_weight or needs.down_bias else None
+        device = _device(x.device)
+        if needs.dz:
+            plan = token_plan(dx_problem(call, dy, device), device)
+            if isinstance(plan, RowBlock):
+                self._dx_row_block(recording, call, z, dy, out.x, dz, plan.kernel)
+            else:
+                self._dx_split(recording, call, z, dy, out.x, dz, plan)
+        if needs.parameters:
+            sums = self._weight_gradients(recording, call, x, dy, z, dz, out, needs)
+        return *out, sums
 
     def _dx_row_block(
         self,
+        recording,
         call: AdapterCall,
         z: Tensor,
         dy: Tensor,
@@ -173,7 +204,8 @@ class TritonBackend(Backend):
         dz: Tensor | None,
         config: LaunchConfig,
     ) -> None:
-        bwd.bottleneck_bwd_dx_kernel[(cdiv(dy.shape[0], config.block_t),)](
+        recording.launch(
+            bwd.bottleneck_bwd_dx_kernel, (cdiv(dy.shape[0], config.block_t),),
             dy, z, packed(call.down_weight), packed(call.up_weight),
             packed(call.scaling), call.scale, dx, dz,
             dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0),
@@ -182,19 +214,28 @@ class TritonBackend(Backend):
         )  # fmt: skip
 
     def _dx_split(
-        self, call, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None, plan: Split
+        self,
+        recording,
+        call,
+        z: Tensor,
+        dy: Tensor,
+        dx: Tensor | None,
+        dz: Tensor | None,
+        plan: Split,
     ) -> None:
         num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
         partial = None
         if plan.num_splits > 1:
-            partial = z.new_empty((plan.num_splits, num_tokens, bottleneck), dtype=torch.float32)
+            shape = plan.num_splits, num_tokens, bottleneck
+            partial = recording.own(z.new_empty(shape, dtype=torch.float32))
         elif dz is None:
-            dz = torch.empty_like(z)
+            dz = recording.own(torch.empty_like(z))
         derivative = DERIVATIVES[call.activation]
         config = plan.narrow
         token_blocks = cdiv(num_tokens, config.block_t)
         grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
-        bwd.bottleneck_bwd_split_dz_kernel[grid](
+        recording.launch(
+            bwd.bottleneck_bwd_split_dz_kernel, grid,
             dy, z, packed(call.up_weight), packed(call.scaling), call.scale,
             dz if partial is None else partial,
             num_tokens, hidden, bottleneck, plan.features_per_split, dy.stride(0),
@@ -205,7 +246,8 @@ class TritonBackend(Backend):
             return
         config = plan.widen
         feature_blocks = cdiv(hidden, config.block_h) if dx is not None else 1
-        bwd.bottleneck_bwd_split_dx_kernel[cdiv(num_tokens, config.block_t), feature_blocks](
+        recording.launch(
+            bwd.bottleneck_bwd_split_dx_kernel, (cdiv(num_tokens, config.block_t), feature_blocks),
             partial, dz, dy, z, packed(call.down_weight), dx,
             num_tokens, hidden, bottleneck, plan.num_splits, dy.stride(0),
             derivative, **_dtypes(call), ADD_INPUT=call.add_input, **_tiles(call, config),
@@ -213,6 +255,7 @@ class TritonBackend(Backend):
 
     def _weight_gradients(
         self,
+        recording,
         call: AdapterCall,
         x: Tensor,
         dy: Tensor,
@@ -235,13 +278,14 @@ class TritonBackend(Backend):
             wanted = (needs.down_weight, needs.up_weight or needs.scaling, needs.down_bias,
                       needs.up_bias or (needs.scaling and call.up_bias is not None))  # fmt: skip
             sums = [
-                p.new_empty((plan.num_splits, *p.shape), dtype=torch.float32)
+                recording.own(p.new_empty((plan.num_splits, *p.shape), dtype=torch.float32))
                 if want and p is not None
                 else None
                 for p, want in zip(parameters, wanted, strict=True)
             ]
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
-        bwd.bottleneck_bwd_dw_kernel[grid](
+        recording.launch(
+            bwd.bottleneck_bwd_dw_kernel, grid,
             x, dy, z, dz, packed(call.scaling), call.scale, *sums,
             num_tokens, hidden, bottleneck, plan.tokens_per_split, x.stride(0), dy.stride(0),
             VALUES[call.activation], **_dtypes(call), PARTIAL=partial, **_channel(call),
@@ -249,9 +293,12 @@ class TritonBackend(Backend):
         )  # fmt: skip
         if not partial:
             return None
-        d_scaling = x.new_empty(hidden, dtype=torch.float32) if needs.scaling else None
+        d_scaling = (
+            recording.own(x.new_empty(hidden, dtype=torch.float32)) if needs.scaling else None
+        )
         units = bottleneck if needs.scaling else SUM.block_r
-        bwd.bottleneck_bwd_dw_sum_kernel[cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)](
+        recording.launch(
+            bwd.bottleneck_bwd_dw_sum_kernel, (cdiv(hidden, SUM.block_h), cdiv(bottleneck, units)),
             *sums, packed(call.up_weight), packed(call.up_bias),
             packed(call.scaling), call.scale, *out, d_scaling,
             hidden, bottleneck, plan.num_splits, units,
@@ -304,13 +351,6 @@ _gpu = functools.cache(device_of)
 
 def _device(device: torch.device) -> Device:
     return cpu_device if device.type == "cpu" else _gpu(device.index)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever device its pointers are on."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _dtypes(call: AdapterCall) -> dict:
