@@ -111,29 +111,27 @@ LIKE_ANOTHER = {"three-dimensions", "x-aligned-to-8-bytes"}  # in what is launch
 COPIES = {"transposed"}  # before it launches, so it is not repeated
 
 
-def run(given, save=True, needs=ALL):
-    """Both passes of a call. Returns what they allocate and give out, by name."""
+def launched(gpu, given, save=True, needs=ALL):
+    """The launches of both passes of a call, described; without `save` of the forward alone."""
+    del gpu.launches[:]
     call = make_call(**given)
     outputs, saved = get("triton").forward(call, save)
-    named = {n: t for n, t in zip(call._fields, call, strict=True) if torch.is_tensor(t)}
-    named["y"] = outputs.y
+    named = call.tensors() | outputs._asdict() | saved._asdict()
+    launches = described(gpu, named)
     if save:
-        dy = torch.zeros_like(outputs.y)
-        gradients = get("triton").backward(call.for_backward(), saved, Outputs(dy), needs)
-        named |= {"z": saved.z, "dy": dy}
-        named |= {f"d_{n}": g for n, g in gradients._asdict().items() if g is not None}
-        for other in ("d_residual", "d_skip", "d_scaling"):  # dy itself twice, and a sum of sums
-            named.pop(other, None)
-    return named
+        upstream = Outputs(torch.zeros_like(outputs.y))
+        gradients = get("triton").backward(call.for_backward(), saved, upstream, needs)
+        named |= {f"d_{name}": gradient for name, gradient in gradients._asdict().items()}
+        del named["d_scaling"]  # computed from what the launches wrote
+        launches += described(gpu, {**named, "dy": upstream.y})
+    return launches
 
 
-def described(launches, named):
-    """Launches with the names of tensors in place of their addresses. Scratch memory is named by
-    the order in which it is first seen.
+def described(gpu, named):
+    """The launches so far, with the names of tensors in place of their addresses. Scratch memory is
+    named by the order in which it is seen.
     """
-    names = {}
-    for name, value in named.items():
-        names.setdefault(value.data_ptr(), name)
+    names = {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
 
     def describe(name, value):
         if name.endswith("_ptr") and value is not None:
@@ -142,10 +140,18 @@ def described(launches, named):
             return names.setdefault(address, f"scratch {len(names)}")
         return type(value), str(value)  # 1, 1.0 and True are three values, and so are 0.0 and -0.0
 
-    return [
+    launches = [
         (n.kernel, n.grid, n.cubin, {k: describe(k, v) for k, v in n.arguments.items()})
-        for n in launches
+        for n in gpu.launches
     ]
+    del gpu.launches[:]
+    return launches
+
+
+def both_passes(given):
+    call = make_call(**given)
+    outputs, saved = get("triton").forward(call, save=True)
+    get("triton").backward(call, saved, Outputs(torch.zeros_like(outputs.y)), ALL)
 
 
 class Counted:
@@ -164,13 +170,6 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch):
     return Counted(monkeypatch)
-
-
-def launched(gpu, given, **options):
-    """The launches of `run`, described."""
-    del gpu.launches[:]
-    named = run(given, **options)
-    return described(gpu.launches, named)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_the_precision_of_float32_products_is_that_of_the_moment(counted):
         try:
             for precision in ("highest", "high", "highest", "high"):
                 torch.set_float32_matmul_precision(precision)
-                run(given)
+                both_passes(given)
                 seen.append({a["PRECISION"] for a in arguments_of(gpu) if "PRECISION" in a})
                 del gpu.launches[:]
         finally:
@@ -267,7 +266,7 @@ def test_another_gpu_gets_its_own_kernels():
     for capability in (90, 80, 90):
         with fake_gpu(replace(SMALL, capability=capability)) as gpu:
             for _ in range(2):
-                run(given)
+                both_passes(given)
         assert architectures(gpu) == {capability}
 
 
@@ -278,10 +277,10 @@ def architectures(gpu):
 def test_a_gpu_in_the_place_of_another_gets_its_own_kernels():
     given = parts(*ROW_BLOCK)
     with fake_gpu(replace(SMALL)) as outer:
-        run(given)
+        both_passes(given)
         with fake_gpu(replace(SMALL, capability=80)) as inner:
-            run(given)
-        run(given)
+            both_passes(given)
+        both_passes(given)
     assert (architectures(outer), architectures(inner)) == ({90}, {80})
     assert len(outer.launches) == 2 * len(inner.launches)
 
@@ -290,7 +289,7 @@ def test_a_stand_in_is_forgotten_with_what_it_recorded():
     """Its launches hold their tensors."""
     with fake_gpu(replace(SMALL)) as gpu:
         given = parts(*ROW_BLOCK)
-        run(given)
+        both_passes(given)
     x = weakref.ref(given["x"])
     del given, gpu
     gc.collect()
