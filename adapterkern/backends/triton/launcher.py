@@ -17,13 +17,19 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from adapterkern import _env
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, Results
+
+try:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    _source = inspect.getsource(JITFunction.run)
+except (ImportError, AttributeError, OSError, TypeError):  # nothing below then asks for a name
+    _source = ""
 
 # What `JITFunction.run` does with a compiled kernel in Triton 3.5.1 to 3.9.0, and all settings that
 # it reads. `is_plain` asks for those that change a launch; the homomorphic casts do so together
@@ -54,14 +60,7 @@ def layout_problem(source: str) -> str | None:
     )
 
 
-def _source() -> str:
-    try:
-        return inspect.getsource(JITFunction.run)
-    except (OSError, TypeError, AttributeError):  # a Triton without its sources, or without `run`
-        return ""
-
-
-PROBLEM = layout_problem(_source())
+PROBLEM = layout_problem(_source)
 _hooks: list[list] = []  # the hooks of every kernel that was launched: lists that Triton changes
 
 
