@@ -166,8 +166,8 @@ class CudaBackend(Backend):
             _stream(call.x.device),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
         )
-        out = Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling))
-        return out._replace(**added_gradients(upstream, needs))
+        added = added_gradients(upstream, needs)
+        return Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling), **added)
 
     def _backward(
         self,

@@ -170,8 +170,8 @@ class TritonBackend(Backend):
             (needs, tuned.generation, *options_of(call)),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
         )
-        out = Gradients(*computed)._replace(scaling=scaling_gradient(call, sums))
-        return out._replace(**added_gradients(upstream, needs))
+        added = added_gradients(upstream, needs)
+        return Gradients(*computed)._replace(scaling=scaling_gradient(call, sums), **added)
 
     def _backward(
         self, call: AdapterCall, z: Tensor | None, dy: Tensor, needs: Needs, recording
