@@ -18,6 +18,8 @@ class Copies(Recording):
     def launch(self, source, target, nbytes, stream):
         arguments = (source.data_ptr(), target.data_ptr(), nbytes, stream)
         move(*arguments)
+        if not self._keeps:
+            return
         slots = [self.slot(address) for address in arguments[:2]]
         self.step(move, (*slots, nbytes, STREAM))
 
@@ -54,17 +56,22 @@ def copy(repeats, x, other, stream=3, options=(), through=None):
     return repeats.run((x, None, other), options, stream, code)
 
 
+def repeated(repeats):
+    """How many kinds of calls are repeated."""
+    return sum(isinstance(known, repeat.Repeat) for known in repeats._known.values())
+
+
 def test_a_repetition_reads_and_writes_the_memory_of_its_own_call(repeats):
     kept = []
-    for call in range(3):
+    for call in range(4):
         x, other = torch.randn(5, 4), torch.randn(7)
         first, second, absent = copy(repeats, x, other, stream=call)
         kept.append((x, first))
         assert torch.equal(first, x)
         assert torch.equal(second, other)
         assert absent is None
-    assert repeats.runs == 1
-    assert streams == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert repeats.runs == 2
+    assert streams == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert all(torch.equal(x, result) for x, result in kept)  # no result was written again
 
 
@@ -83,32 +90,32 @@ def test_a_repetition_reads_and_writes_the_memory_of_its_own_call(repeats):
 )
 def test_another_kind_of_call_is_run_and_not_repeated(repeats, change):
     parts = torch.randn(5, 4), torch.randn(7)
-    copy(repeats, *parts)
+    for _ in range(2):
+        copy(repeats, *parts)
+        copy(repeats, *change(*parts))
+        copy(repeats, *parts, options=("another",))
+    assert repeats.runs == 6
     copy(repeats, *change(*parts))
-    assert repeats.runs == 2
-    copy(repeats, *parts, options=("another",))
-    assert repeats.runs == 3
-    copy(repeats, *change(*parts))
     copy(repeats, *parts)
-    assert repeats.runs == 3
+    assert repeats.runs == 6
 
 
 def test_tensors_of_one_address_are_told_apart_when_they_no_longer_share_it(repeats):
     x = torch.randn(5, 4)
-    copy(repeats, x, x)
-    first, second, _ = copy(repeats, x, torch.zeros_like(x))
-    assert torch.equal(first, x)
-    assert not second.any()
-    first, second, _ = copy(repeats, x, x)
-    assert torch.equal(second, x)
+    for _ in range(3):
+        first, second, _ = copy(repeats, x, torch.zeros_like(x))
+        assert torch.equal(first, x)
+        assert not second.any()
+        first, second, _ = copy(repeats, x, x)
+        assert torch.equal(second, x)
 
 
 def test_a_call_that_copies_first_is_run_every_time(repeats):
-    for _ in range(2):
+    for _ in range(3):
         x = torch.randn(4, 5).T
         (first,) = repeats.run((x,), (), 0, functools.partial(copied, x))
         assert torch.equal(first, x)
-    assert not repeats._known
+    assert repeated(repeats) == 0
 
 
 def copied(x, recording):
@@ -128,10 +135,11 @@ def each_copied(tensors, recording):
 def test_which_of_three_tensors_are_one_is_told_apart(repeats):
     x, other = torch.randn(4), torch.randn(4)
     calls = [(x, x, other), (x, other, other), (x, other, x), (x, other, torch.randn(4))]
-    for tensors in calls * 2:
+    for tensors in calls * 3:
         results = repeats.run(tensors, (), 0, functools.partial(each_copied, tensors))
         assert all(torch.equal(t, r) for t, r in zip(tensors, results, strict=True))
     assert len(repeats._known) == len(calls)
+    assert repeated(repeats) == len(calls)
 
 
 @pytest.mark.parametrize("owned", [False, True])
@@ -143,8 +151,24 @@ def test_a_result_is_new_memory(repeats, owned):
         result = recording.own(torch.empty(5)) if owned else x
         return result, result
 
-    repeats.run((x,), (), 0, code)
-    assert not repeats._known
+    for _ in range(3):
+        repeats.run((x,), (), 0, code)
+    assert repeated(repeats) == 0
+
+
+@pytest.mark.parametrize("view", [lambda room: room[:4], lambda room: room[4:]])
+def test_memory_in_two_pieces_is_not_made_twice(repeats, view):
+    x = torch.randn(4)
+
+    def code(recording):
+        room, result = recording.own(torch.empty(8)), recording.own(torch.empty(4))
+        recording.launch(x, recording.own(view(room)), 16, 0)
+        recording.launch(view(room), result, 16, 0)
+        return (result,)
+
+    for _ in range(3):
+        repeats.run((x,), (), 0, code)
+    assert repeated(repeats) == 0
 
 
 def test_padded_rows_are_padded_to_the_end(repeats):
@@ -156,12 +180,12 @@ def test_padded_rows_are_padded_to_the_end(repeats):
         recording.launch(x, result, x.nbytes, 0)
         return (result,)
 
-    for _ in range(2):
+    for _ in range(3):
         (result,) = repeats.run((x,), (), 0, code)
         assert torch.equal(result, x[:, :5])
         assert result.stride() == (8, 1)
         assert result.untyped_storage().nbytes() == x.nbytes
-    assert len(repeats._known) == 1
+    assert repeated(repeats) == 1
 
 
 def test_parts_of_scratch_memory_keep_their_place(repeats):
@@ -174,10 +198,10 @@ def test_parts_of_scratch_memory_keep_their_place(repeats):
         recording.launch(room, result, 32, 0)
         return (result,)
 
-    for _ in range(2):
+    for _ in range(3):
         (result,) = repeats.run((x,), (), 0, code)
         assert torch.equal(result, x)
-    assert len(repeats._known) == 1
+    assert repeated(repeats) == 1
 
 
 def test_scratch_memory_is_one_piece_without_overlap(repeats, monkeypatch):
@@ -189,7 +213,8 @@ def test_scratch_memory_is_one_piece_without_overlap(repeats, monkeypatch):
             recording.launch(x, recording.own(torch.empty(size)), 4, 0)
         return (None,)
 
-    repeats.run((x,), (), 0, code)
+    for _ in range(2):
+        repeats.run((x,), (), 0, code)
     targets = []
     monkeypatch.setattr(ctypes, "memmove", lambda target, source, size: targets.append(target))
     repeats.run((x,), (), 0, code)
@@ -200,17 +225,19 @@ def test_memory_that_is_not_aligned_is_not_given_to_a_kernel_that_was_made_for_i
     repeats, monkeypatch
 ):
     parts = torch.randn(4), torch.randn(4)
-    copy(repeats, *parts)
+    for _ in range(3):
+        copy(repeats, *parts)
+    assert repeats.runs == 2
     monkeypatch.setattr(repeat.Layout, "make", lambda layout, x: torch.empty(5)[1:])
     first, _, _ = copy(repeats, *parts)
-    assert repeats.runs == 2
+    assert repeats.runs == 3
     assert torch.equal(first, parts[0])
 
 
 def test_first_memory_that_is_not_aligned_is_not_remembered(repeats):
-    for _ in range(2):
+    for _ in range(4):
         copy(repeats, torch.randn(4), torch.randn(4), through=lambda x: torch.empty(5)[1:])
-    assert repeats.runs == 2
+    assert repeats.runs == 4
 
 
 def test_what_a_step_holds_lives_until_it_is_forgotten(repeats):
@@ -224,12 +251,13 @@ def test_what_a_step_holds_lives_until_it_is_forgotten(repeats):
         return (None,)
 
     seen: list[weakref.ref] = []
-    repeats.run((torch.zeros(1),), (), 0, code)
+    for _ in range(2):
+        repeats.run((torch.zeros(1),), (), 0, code)
     gc.collect()
-    assert seen[0]() is not None
+    assert [binary() is not None for binary in seen] == [False, True]
     repeats.clear()
     gc.collect()
-    assert seen[0]() is None
+    assert seen[1]() is None
 
 
 def test_a_call_that_raises_is_not_remembered(repeats):
@@ -242,7 +270,9 @@ def test_a_call_that_raises_is_not_remembered(repeats):
 
 
 def test_few_kinds_are_kept(repeats, monkeypatch):
-    monkeypatch.setattr(repeat, "_MOST_REPEATS", 3)
+    monkeypatch.setattr(repeat, "_MOST_KINDS", 3)
     for size in range(1, 8):
-        copy(repeats, torch.randn(size), torch.randn(4))
+        for _ in range(2):
+            copy(repeats, torch.randn(size), torch.randn(4))
         assert len(repeats._known) <= 3
+    assert repeats.runs == 14

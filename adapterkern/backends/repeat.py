@@ -1,10 +1,10 @@
 """The host work of a call, done once: later calls like it fill in addresses and launch.
 
 What a backend decides in Python (plans, grids, strides, flags) follows from the options of a call
-and from the layout of its tensors. `Repeats` keys on all of that. The first call of a kind runs the
-backend's own code, which tells a `Recording` of the memory that it makes and of its launches; the
-next ones make the same memory and launch with the same arguments but for addresses and the stream.
-A layer that is one of many with the same sizes finds the recording of the first.
+and from the layout of its tensors. `Repeats` keys on all of that. The second call of a kind runs
+the backend's own code as the first did, but tells a `Recording` of the memory that it makes and of
+its launches; the next ones make the same memory and launch with the same arguments but for
+addresses and the stream. All layers of the same sizes share one recording.
 
 A recording that does not know where an address comes from is not kept, as after a copy of a tensor
 with gaps: such calls run the backend's code every time, and are right all the same.
@@ -22,7 +22,8 @@ from adapterkern.spec import AdapterCall, option_values
 
 ALIGNMENT = 16  # bytes: Triton compiles one kernel for addresses that divide by it, one for others
 _SCRATCH_ALIGNMENT = 256  # bytes, as cudaMalloc gives at least
-_MOST_REPEATS = 1024  # kept; a process that sees more kinds of calls records some of them again
+_MOST_KINDS = 1024  # known; a process that sees more kinds of calls records some of them again
+_SEEN, _ORDINARY = "seen", "ordinary"  # once, and not to be repeated
 
 Results = Sequence[Any]  # tensors and None
 
@@ -111,11 +112,13 @@ class Recording:
 
     def own(self, tensor: Tensor | None) -> Any:
         """Note memory that was made for this call; a repetition makes it anew."""
-        if tensor is not None:
-            self._keeps = self._keeps and tensor.storage_offset() == 0
-            if tensor.numel() > 0:
-                self._slots[tensor.data_ptr()] = Slot("made", len(self._made))
-            self._made.append(tensor)
+        if tensor is None or tensor.numel() == 0:
+            return tensor
+        address = tensor.data_ptr()
+        if tensor.storage_offset() > 0 or address in self._slots:
+            self._keeps = False  # a part or a second view of other memory
+        self._slots[address] = Slot("made", len(self._made))
+        self._made.append(tensor)
         return tensor
 
     def slot(self, address: int) -> Slot | int:
@@ -137,9 +140,11 @@ class Recording:
 
     def finish(self, results: Results) -> Repeat | None:
         """The repetition of what ran, None where the run cannot be repeated."""
+        if not self._keeps:
+            return None
         places = [None if r is None else self._slots.get(r.data_ptr()) for r in results]
         returned = {place.number for place in places if place is not None and place.table == "made"}
-        if not self._keeps or len(returned) < sum(result is not None for result in results):
+        if len(returned) < sum(result is not None for result in results):
             return None
         if not _aligned([tensor.data_ptr() for tensor in self._made]):
             return None
@@ -178,7 +183,7 @@ class Repeats(Generic[Kind]):
 
     def __init__(self, recording: type[Kind]) -> None:
         self._recording = recording
-        self._known: dict[tuple, Repeat] = {}
+        self._known: dict[tuple, Repeat | str] = {}
 
     def run(
         self,
@@ -187,7 +192,7 @@ class Repeats(Generic[Kind]):
         stream: int,
         code: Callable[[Kind], Results],
     ) -> Results:
-        """Repeat what `code` did for the last call of this kind, or run it and note it.
+        """Repeat what `code` did for an earlier call of this kind, or run it.
 
         Args:
             inputs: all tensors that the launches read, x first, on one device.
@@ -202,16 +207,20 @@ class Repeats(Generic[Kind]):
         x: Any = inputs[0]
         key = options, x.device, _pattern(addresses), *layouts
         known = self._known.get(key)
-        results = None if known is None else known(x, addresses, stream)
-        if results is not None:
-            return results
-        recording = self._recording(addresses)
+        if isinstance(known, Repeat):
+            results = known(x, addresses, stream)
+            if results is not None:
+                return results
+        # To note a call takes as long as the call: not for one that comes once, as some number of
+        # tokens may.
+        recording = self._recording(addresses, keeps=known is _SEEN)
         results = code(recording)
-        repeat = recording.finish(results)
-        if repeat is not None:
-            if len(self._known) >= _MOST_REPEATS:
+        if known is _SEEN:
+            self._known[key] = recording.finish(results) or _ORDINARY
+        elif known is None:
+            if len(self._known) >= _MOST_KINDS:
                 self._known.clear()
-            self._known[key] = repeat
+            self._known[key] = _SEEN
         return results
 
     def clear(self) -> None:

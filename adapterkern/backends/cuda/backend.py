@@ -65,6 +65,8 @@ class Launches(Recording):
         """Call the extension's `function` with the bytes of a struct."""
         send = functools.partial(_send, function, layout, device.index or 0)
         send(_stream(device), *flat(params))
+        if not self._keeps:
+            return
         slots = [(self.slot(v[0]), *v[1:]) if isinstance(v, tuple) else v for v in params]
         self.step(send, (STREAM, *flat(slots)))
 

@@ -85,7 +85,7 @@ class Launches(Recording):
 
 
 _repeats = Repeats(Launches)
-forget = _repeats.clear  # when the plans of a launch change: its key holds none
+forget = _repeats.clear  # for a stand-in of the driver, which its recordings would keep alive
 
 
 def is_plain() -> bool:
