@@ -12,13 +12,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
 from fake_gpu import FakeGpu, fake_gpu
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from adapterkern.backends import get
-from adapterkern.backends.triton import backward, compile_only, forward, launcher, tuned
+from adapterkern.backends.triton import compile_only, forward, launcher, tuned
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem
 from adapterkern.backends.triton.tuned import Entry
 from adapterkern.spec import Needs, Outputs, make_call
@@ -433,9 +435,30 @@ def test_an_unknown_triton_has_a_reason_without_its_source():
     assert "launches kernels in another way" in launcher.layout_problem("")
 
 
-def test_every_kernel_names_its_arguments_once():
-    """A repetition puts arguments in the places that their names have in the kernel."""
-    for module in (forward, backward):
-        for name, kernel in vars(module).items():
-            if name.startswith("bottleneck_"):
-                assert len({*kernel.arg_names}) == len(kernel.arg_names)
+@triton.jit
+def add_kernel(x_ptr, y_ptr, size, extra=2.0, BLOCK: tl.constexpr = 16):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < size)
+    tl.store(y_ptr + index, x + extra, mask=index < size)
+
+
+def test_arguments_by_name_and_by_default_come_to_their_places(counted):
+    def code(recording):
+        y = recording.own(torch.empty_like(x))
+        recording.launch(add_kernel, (3,), x, size=40, y_ptr=y, num_warps=2)
+        return (y,)
+
+    with fake_gpu(replace(SMALL)) as gpu:
+        for _ in range(3):
+            x = tensor(40)
+            (y,) = launcher.run((x,), (), code)
+            launch = described(gpu, {"x": x, "y": y})[0]
+            assert (launch[0], launch[1]) == ("add_kernel", (3, 1, 1))
+            assert launch[3] == {
+                "x_ptr": "x",
+                "y_ptr": "y",
+                "size": (int, "40"),
+                "extra": (float, "2.0"),
+                "BLOCK": (int, "16"),
+            }
+    assert counted.runs == 2

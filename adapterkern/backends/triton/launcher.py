@@ -78,7 +78,7 @@ class Launches(Recording):
         if not any(kernel.pre_run_hooks is hooks for hooks in _hooks):
             _hooks.append(kernel.pre_run_hooks)
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-        values = [given[name] for name in kernel.arg_names]
+        values = [given.get(parameter.name, parameter.default) for parameter in kernel.params]
         bound = [self.slot(v.data_ptr()) if isinstance(v, Tensor) else v for v in values]
         where = *(*grid, 1, 1)[:3], STREAM, compiled.function, compiled.packed_metadata
         self.step(compiled.run, (*where, None, None, None, *bound), compiled)  # None: no hooks
