@@ -117,9 +117,11 @@ class BackwardParams(NamedTuple):
         return BACKWARD.pack(*flat(self))
 
 
-def _layout(views: int, integers: int) -> struct.Struct:
-    return struct.Struct(f"={3 * views + integers}qd")
+def _layout(kind: type) -> struct.Struct:
+    """The layout of a struct, from the annotations of its fields."""
+    codes = {View: "qqq", int: "q", float: "d"}
+    return struct.Struct("=" + "".join(codes[field] for field in kind.__annotations__.values()))
 
 
-FORWARD = _layout(11, 11)
-BACKWARD = _layout(19, 13)
+FORWARD = _layout(ForwardParams)
+BACKWARD = _layout(BackwardParams)
