@@ -112,7 +112,7 @@ class Recording:
 
     def own(self, tensor: Tensor | None) -> Any:
         """Note memory that was made for this call; a repetition makes it anew."""
-        if tensor is None or tensor.numel() == 0:
+        if tensor is None or tensor.numel() == 0 or not self._keeps:
             return tensor
         address = tensor.data_ptr()
         if tensor.storage_offset() > 0 or address in self._slots:

@@ -214,7 +214,7 @@ class CudaBackend(Backend):
         if needs.parameters:
             tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
-        for tensor in (*out, d_scaling, *room.values(), sums):  # which live until the launch
+        for tensor in (*out, d_scaling, *room.values(), sums):
             recording.own(tensor)
         params = BackwardParams(
             **_views(inputs | written | room),
