@@ -110,6 +110,22 @@ def _or(public: Callable, *sample: Any) -> Callable[[_Function], _Function]:
     return choose
 
 
+def _current_stream(device: int) -> int:
+    return 0 if device < 0 else torch.cuda.current_stream(device).cuda_stream
+
+
+@_or(_current_stream, -1)
+def current_stream(device: int) -> int:
+    """The stream on which a GPU's launches are queued, without a `torch.cuda.Stream` around it.
+
+    device: its index; the choice between the two ways asks for -1, which is no device.
+    """
+    if device < 0 and torch.version.cuda is None:  # built without CUDA, it lacks the name
+        return 0
+    raw = _C._cuda_getCurrentRawStream
+    return 0 if device < 0 else raw(device)
+
+
 @_or(lambda: True)  # the caller then asks for the device at hand
 def may_autocast() -> bool:
     """Whether autocast is on for some device, at a third of the time of asking for one."""

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import adapterkern as ak
+from adapterkern.backends import get
 from adapterkern.ops import run as run_op
-from adapterkern.spec import make_call
+from adapterkern.spec import Needs, Outputs, make_call
+from benchmarks.free_launches import NAMES, free_launches
 
 HIDDEN, BOTTLENECK, TOKENS = 64, 8, 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,3 +73,41 @@ def test_backward(benchmark, adapter, kind):
     dy = torch.ones_like(y)
     gradients = benchmark(torch.autograd.grad, y, leaves, dy, retain_graph=True)
     assert len(gradients) == len(leaves)
+
+
+@pytest.fixture(params=NAMES)
+def backend(request):
+    """A kernel backend: on a GPU as it is, elsewhere with launches that do nothing."""
+    if DEVICE == "cpu":
+        pytest.importorskip("triton" if "triton" in request.param else "torch")
+        with free_launches(request.param) as free:
+            yield free
+    elif request.param == "triton-row-block":
+        pytest.skip("so few tokens take the other form on a whole GPU")
+    else:
+        chosen = get(request.param)
+        if reason := chosen.unavailable_reason():
+            pytest.skip(reason)
+        yield chosen
+
+
+@torch.no_grad()
+def test_backend_forward(benchmark, backend, adapter):
+    call = call_of(adapter)
+    outputs, saved = benchmark(backend.forward, call, True)
+    assert outputs.y.shape == call.x.shape
+    assert saved.z.shape == (TOKENS, BOTTLENECK)
+
+
+@torch.no_grad()
+def test_backend_backward(benchmark, backend, adapter):
+    call, needs = call_of(adapter), Needs(*[True] * 5)
+    outputs, saved = backend.forward(call, True)
+    gradients = benchmark(backend.backward, call, saved, Outputs(outputs.y), needs)
+    assert sum(gradient is not None for gradient in gradients) == 5
+
+
+def call_of(adapter):
+    down, up = adapter.down_proj, adapter.up_proj
+    x = torch.randn(TOKENS, HIDDEN, device=DEVICE)
+    return make_call(x, down.weight, up.weight, down.bias, up.bias)

@@ -34,7 +34,9 @@ ROOMS = (
     "__main__",
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
-BEHIND_KERNELS = {"backends.base", "spec", "validation", "activations", "_env"}
+BEHIND_KERNELS = {
+    "backends.base", "backends.repeat", "spec", "validation", "activations", "_torch", "_env"
+}  # fmt: skip
 
 # Third parties, and the only places that import them.
 CONFINED = {

@@ -78,6 +78,7 @@ HEALTHY = {
         "filesystem": "ext4",
         "network": False,
     },
+    "launches": {"problem": None},
     "tuned": {
         "folder": "/home/me/.cache/adapterkern/tuned",
         "files": [
@@ -248,6 +249,7 @@ def test_render_tells_what_the_machine_has():
         "built by nvcc 13.0.88 for sm_80, sm_90a, compute_90; holds no adapter kernels yet" in out
     )
     assert "cuda:0 NVIDIA H100, capability 9.0, 79.2 GiB, runs sm_90a of the extension" in out
+    assert "launches     repeated with new addresses alone" in out
     assert "tuned        /home/me/h100.json: 25 entries from NVIDIA H100, used here" in out
     assert "/package/a100.json: 7 entries from NVIDIA A100, for other GPUs" in out
     assert "on cuda: float32 -> cuda, float16 -> cuda, bfloat16 -> cuda" in out
@@ -328,6 +330,11 @@ def test_a_healthy_machine_has_no_problems():
             id="network-cache",
         ),
         pytest.param(
+            machine(launches={"problem": "triton 9 launches kernels in another way."}),
+            "triton 9 launches kernels in another way.",
+            id="unknown-launches",
+        ),
+        pytest.param(
             machine(tuned={"problems": ["a.json is not JSON."]}),
             "tuned launch configurations left out: a.json is not JSON.",
             id="damaged-table",
@@ -393,6 +400,13 @@ def test_probe_cache_obeys_tritons_variables(tmp_path, monkeypatch):
     assert probes.probe_cache()["folder"] == str(tmp_path / ".triton" / "cache")
     (tmp_path / ".triton").write_text("a file where a folder should be")
     assert probes.probe_cache()["writable"] is False
+
+
+def test_probe_launches_tells_what_the_launcher_found(monkeypatch):
+    launcher = pytest.importorskip("adapterkern.backends.triton.launcher")
+    assert probes.probe_launches() == {"problem": None}
+    monkeypatch.setattr(launcher, "PROBLEM", "unknown")
+    assert probes.probe_launches() == {"problem": "unknown"}
 
 
 def test_probe_tuned_tells_which_files_serve_the_gpus_here(tmp_path, monkeypatch):

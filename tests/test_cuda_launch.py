@@ -196,3 +196,77 @@ def test_partial_sums_are_the_only_scratch_memory(recorder):
     long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(long) == 2  # y and dx
     assert len(allocated) == 2 + 2 + 4 + 1 + 1  # and z, dz, 4 gradients, their sums, d(scaling)
+
+
+KINDS = {
+    "plain": {},
+    "more-tokens": {"tokens": 301},
+    "no-skip": {"skip": None},
+    "float16": {"dtype": torch.float16},
+    "scale": {"scaling": None},
+    "minus-zero": {"scaling": None, "scale": -0.0},
+    "zero": {"scaling": None, "scale": 0.0},
+    "scalar": {"channel": False},
+    "relu": {"activation": "relu"},
+    "strided": {"x": torch.zeros(300, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]},
+    "x-as-skip": {"x": torch.zeros(300, HIDDEN, dtype=torch.bfloat16), "skip": "x"},
+    "transposed": {"x": torch.zeros(HIDDEN, 300, dtype=torch.bfloat16).T},
+}
+
+
+def sent(recorder, kind):
+    """What the passes of a call send, with the names of tensors in place of their addresses."""
+    changes = {"tokens": 300} | KINDS[kind]
+    if changes.get("skip") == "x":
+        changes["skip"] = changes["x"]
+    call = make_call(**changes)
+    outputs, saved = get("cuda").forward(call, save=True)
+    named = call.tensors() | outputs._asdict() | saved._asdict()
+    launches = described(recorder, named)
+    upstream = Outputs(torch.zeros_like(outputs.y))
+    gradients = get("cuda").backward(call.for_backward(), saved, upstream, ALL)
+    named |= {f"d_{n}": g for n, g in gradients._asdict().items() if n != "scaling"}
+    return launches + described(recorder, {**named, "dy": upstream.y})
+
+
+def described(recorder, named):
+    """The launches so far; scratch memory is named by the order in which it is seen."""
+    names = {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
+    names[0] = "nothing"
+    fields = []
+    for params, *queue in recorder.launches:
+        for field, value in params._asdict().items():
+            if isinstance(value, tuple):
+                assert value[0] % 16 == 0
+                value = (names.setdefault(value[0], f"scratch {len(names)}"), *value[1:])
+            fields.append((field, str(value), *queue))
+    recorder.launches.clear()
+    return fields
+
+
+def test_a_repeated_call_sends_what_the_first_one_sent(recorder, monkeypatch):
+    """But for addresses, and whatever was sent between the two."""
+    backend, ran = get("cuda"), []
+    first = {}
+    for kind in KINDS:
+        backend._repeats.clear()
+        first[kind] = sent(recorder, kind)
+    assert len({str(fields) for fields in first.values()}) == len(KINDS)
+    for name in ("_forward", "_backward"):
+        code = getattr(backend, name)
+        monkeypatch.setattr(backend, name, lambda *args, code=code: ran.append(1) or code(*args))
+    backend._repeats.clear()
+    for _ in range(4):
+        ran.clear()
+        for kind in KINDS:
+            assert sent(recorder, kind) == first[kind], kind
+    assert len(ran) == 2  # both passes of the one kind that copies x first
+
+
+def test_a_repeated_call_goes_to_the_stream_of_the_moment(recorder, monkeypatch):
+    streams = []
+    for stream in (6, 7, 8):
+        monkeypatch.setattr(cuda_backend, "_stream", lambda device, at=stream: at)
+        get("cuda").forward(make_call(300), save=False)
+        streams.append(recorder.launches[-1][2])
+    assert streams == [6, 7, 8]

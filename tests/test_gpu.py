@@ -67,6 +67,21 @@ def test_fifty_runs_of_a_row_block_give_the_same_bits(backend, dtype):
 
 
 @pytest.mark.parametrize("tokens", [4, 4096])
+def test_repeated_launches_read_and_write_the_memory_of_their_own_call(backend, tokens):
+    """The launches of two inputs in turns, from the third call on with addresses alone changed."""
+    inputs = [tensors((tokens,), 768, 48, HALF, seed=seed) for seed in range(2)]
+    seen = []
+    for number in range(6):
+        with ak.use_backend(backend):
+            y, computed = gradients(ak.bottleneck_adapter, on_gpu(inputs[number % 2]))
+        seen.append([y.clone(), *(gradient.clone() for gradient in computed.values())])
+    for number in range(2, 6):
+        pairs = zip(seen[number % 2], seen[number], strict=True)
+        assert all(torch.equal(first, later) for first, later in pairs)
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize("tokens", [4, 4096])
 def test_forward_and_backward_replay_from_a_cuda_graph(backend, tokens):
     arguments = on_gpu(tensors((tokens,), 768, 48, HALF))
     leaves = list(arguments.values())

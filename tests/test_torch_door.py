@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,3 +160,11 @@ def test_the_package_is_right_by_public_ways_alone():
     )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout
+
+
+@pytest.mark.parametrize("way", [_torch.current_stream, _torch.PUBLIC["current_stream"]])
+def test_the_current_stream_is_that_of_the_device_asked_for(way, monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda at: 70 + at, raising=False)
+    streams = {at: SimpleNamespace(cuda_stream=70 + at) for at in range(3)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.get)
+    assert [way(at) for at in range(3)] == [70, 71, 72]

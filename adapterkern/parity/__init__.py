@@ -131,9 +131,11 @@ def _run(
 
 
 def differing_bits(
-    case: Case, backend: str, device: torch.device | str = "cpu", runs: int = 2
+    case: Case, backend: str, device: torch.device | str = "cpu", runs: int = 4
 ) -> list[str]:
-    """Return the tensors whose bits differ among `runs` runs of `backend` on the same inputs."""
+    """Return the tensors whose bits differ among `runs` runs of `backend` on the same inputs: from
+    the third on a kernel backend repeats the launches of the second (`backends/repeat.py`).
+    """
     tensors = case.draw(device, seed=0)
     dy = case.draw_grad_output(case.make_call(tensors), seed=0)
     with case.matmul_precision():

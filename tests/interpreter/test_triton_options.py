@@ -6,7 +6,7 @@ import torch
 from forms import FORMS
 
 from adapterkern.backends import get
-from adapterkern.backends.triton import backend as triton_backend
+from adapterkern.backends.triton import launches as triton_launches
 from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.parity import Case, check_case, grid, options, refusals
@@ -137,16 +137,16 @@ def _tanh_approximation_of_gelu_derivative(monkeypatch):
 
 def _last_block_of_tokens_not_launched(monkeypatch):
     """Leave memory unwritten, which is NaN here."""
-    monkeypatch.setattr(triton_backend, "cdiv", lambda a, b: max(1, a // b))
+    monkeypatch.setattr(triton_launches, "cdiv", lambda a, b: max(1, a // b))
 
 
 def _no_mask_on_the_features_of_x_and_dy(monkeypatch):
     """The last row's read runs over the end of the tensor, into the NaN that surrounds it; as the
     weights' masks are in place, nothing else would show. The kernels with 32 features a tile are
     those that only read along H."""
-    tiles = triton_backend._tiles
+    tiles = triton_launches._tiles
     monkeypatch.setattr(
-        triton_backend,
+        triton_launches,
         "_tiles",
         lambda call, config: (
             tiles(call, config) | ({"EVEN_H": True} if config.block_h == 32 else {})

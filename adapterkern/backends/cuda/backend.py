@@ -1,11 +1,14 @@
 """Capabilities, allocation and launch of the CUDA kernels."""
 
 import functools
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapterkern import _torch
 from adapterkern.backends.base import (
     FIRST_FEATURES,
     Backend,
@@ -30,13 +33,17 @@ from adapterkern.backends.cuda.launch_config import (
 )
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
+    BACKWARD,
     DTYPES,
+    FORWARD,
     NOTHING,
     TFLOAT32,
     BackwardParams,
     ForwardParams,
+    flat,
     view,
 )
+from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
 from adapterkern.spec import (
     AdapterCall,
     AdapterSpec,
@@ -45,7 +52,29 @@ from adapterkern.spec import (
     Outputs,
     Saved,
     added_gradients,
+    tensor_values,
 )
+
+
+class Launches(Recording):
+    """The launch of one call."""
+
+    def launch(
+        self, function: Callable, layout: struct.Struct, params: tuple, device: torch.device
+    ) -> None:
+        """Call the extension's `function` with the bytes of a struct."""
+        send = functools.partial(_send, function, layout, device.index or 0)
+        send(_stream(device), *flat(params))
+        if not self._keeps:
+            return
+        slots = [(self.slot(v[0]), *v[1:]) if isinstance(v, tuple) else v for v in params]
+        self.step(send, (STREAM, *flat(slots)))
+
+
+def _send(
+    function: Callable, layout: struct.Struct, device: int, stream: int, *fields: float
+) -> None:
+    function(layout.pack(*fields), device, stream)
 
 
 class CudaBackend(Backend):
@@ -60,6 +89,7 @@ class CudaBackend(Backend):
     def __init__(self, kernels: Any = None, device: Device | None = None) -> None:
         """Run the extension, or CPU tensors on `kernels` in its place, planned for `device`."""
         self._kernels, self._planned_device = kernels, device
+        self._repeats = Repeats(Launches)
         self._unavailable = None
         if kernels is not None:
             self.devices = frozenset({"cpu"})  # type: ignore[misc]
@@ -91,11 +121,23 @@ class CudaBackend(Backend):
         return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
-        kernels = self._loaded_kernels()
+        self._check_loaded()
+        if call.x.numel() == 0:
+            return empty_outputs(call, save)
+        y, z = self._repeats.run(
+            tensor_values(call),
+            (save, *options_of(call)),
+            _stream(call.x.device),
+            lambda recording: self._forward(call, save, recording),
+        )
+        return Outputs(y), Saved(z)
+
+    def _forward(
+        self, call: AdapterCall, save: bool, recording: Launches
+    ) -> tuple[Tensor, Tensor | None]:
         outputs, saved = empty_outputs(call, save)
-        device, num_tokens = call.x.device, call.num_tokens
-        if num_tokens == 0:
-            return outputs, saved
+        y, z = recording.own(outputs.y), recording.own(saved.z)
+        num_tokens = call.num_tokens
         # Copies made here stay bound to a name until the launch: addresses keep nothing alive.
         inputs = {
             "x": rows(call.x),
@@ -107,30 +149,50 @@ class CudaBackend(Backend):
             "skip": None if call.skip is None else rows(call.skip),
             "scaling": packed(call.scaling),
         }
-        plan = token_plan(_problem(call, num_tokens), self._device(device))
-        room = {"y": outputs.y, "z": saved.z, "partial": _partial(plan, call, num_tokens)}
+        plan = token_plan(_problem(call, num_tokens), self._device(call.x.device))
+        partial = recording.own(_partial(plan, call, num_tokens))
+        room = {"y": y, "z": z, "partial": partial}
         params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
-        kernels.forward(params.pack(), *_queue(device))
-        return outputs, saved
+        recording.launch(self._kernels.forward, FORWARD, params, call.x.device)
+        return y, z
 
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        kernels = self._loaded_kernels()
-        device, num_tokens, z = call.x.device, call.num_tokens, saved.z
-        if num_tokens == 0:
+        self._check_loaded()
+        if call.x.numel() == 0:
             return zero_gradients(call, upstream, needs)
+        *computed, d_scaling = self._repeats.run(
+            (*tensor_values(call), saved.z, upstream.y),
+            (needs, *options_of(call)),
+            _stream(call.x.device),
+            lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+        )
+        added = added_gradients(upstream, needs)
+        return Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling), **added)
+
+    def _backward(
+        self,
+        call: AdapterCall,
+        z: Tensor | None,
+        dy: Tensor,
+        needs: Needs,
+        recording: Launches,
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients but for the scaling's, of which the last result holds the sums."""
         assert z is not None
+        device, num_tokens = call.x.device, call.num_tokens
         inputs = {
             "x": rows(call.x),
-            "dy": rows(upstream.y),
+            "dy": rows(dy),
             "z": z,
             "down_weight": rows(call.down_weight),
             "up_weight": rows(call.up_weight),
             "up_bias": packed(call.up_bias),
             "scaling": packed(call.scaling),
         }
-        out, d_scaling = empty_gradients(call, needs._replace(scaling=False)), None
+        kept = needs._replace(residual=False, skip=False, scaling=False)
+        out, d_scaling = empty_gradients(call, kept), None
         if needs.scaling:
             d_scaling = call.x.new_empty(call.hidden_size, dtype=torch.float32)
         written = {
@@ -152,6 +214,8 @@ class CudaBackend(Backend):
         if needs.parameters:
             tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
+        for tensor in (*out, d_scaling, *room.values(), sums):
+            recording.own(tensor)
         params = BackwardParams(
             **_views(inputs | written | room),
             **sum_views,
@@ -160,18 +224,15 @@ class CudaBackend(Backend):
             tokens_per_split=tokens.length,
             **_options(call, num_tokens),
         )
-        kernels.backward(params.pack(), *_queue(device))
-        del sums  # kept until here
-        scaling = scaling_gradient(call, d_scaling)
-        return out._replace(scaling=scaling, **added_gradients(upstream, needs))
+        recording.launch(self._kernels.backward, BACKWARD, params, device)
+        return *out, d_scaling
 
     def _device(self, device: torch.device) -> Device:
         return self._planned_device or _gpu(device)
 
-    def _loaded_kernels(self) -> Any:
+    def _check_loaded(self) -> None:
         if self._unavailable is not None or self._kernels is None:
             raise BackendUnsupportedError(f'backend "{self.name}": {self._unavailable}')
-        return self._kernels
 
 
 def _views(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
@@ -252,8 +313,6 @@ def _gpu(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, memory)
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
-    """The index of the device and its current stream, on which a launch is queued."""
-    if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+def _stream(device: torch.device) -> int:
+    """The stream on which the launches of this moment are queued."""
+    return 0 if device.type == "cpu" else _torch.current_stream(device.index)

@@ -1,8 +1,8 @@
 """The structs of csrc/params.h, which a launch receives as bytes; every field is 8 bytes wide."""
 
 import struct
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ def view(tensor: Tensor | None) -> View:
     return tensor.data_ptr(), DTYPES[tensor.dtype], stride
 
 
+def flat(params: Iterable[Any]) -> list[Any]:
+    """The fields of a struct in a row, those of its views too."""
+    fields: list[Any] = []
+    for value in params:
+        fields += value if isinstance(value, tuple) else (value,)
+    return fields
+
+
 class ForwardParams(NamedTuple):
     """The parameters of one forward launch."""
 
@@ -64,7 +72,7 @@ class ForwardParams(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the struct."""
-        return _FORWARD.pack(*chain(*self[:11]), *self[11:])
+        return FORWARD.pack(*flat(self))
 
 
 class BackwardParams(NamedTuple):
@@ -106,12 +114,14 @@ class BackwardParams(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the struct."""
-        return _BACKWARD.pack(*chain(*self[:19]), *self[19:])
+        return BACKWARD.pack(*flat(self))
 
 
-def _layout(views: int, integers: int) -> struct.Struct:
-    return struct.Struct(f"={3 * views + integers}qd")
+def _layout(kind: type) -> struct.Struct:
+    """The layout of a struct, from the annotations of its fields."""
+    codes = {View: "qqq", int: "q", float: "d"}
+    return struct.Struct("=" + "".join(codes[field] for field in kind.__annotations__.values()))
 
 
-_FORWARD = _layout(11, 11)
-_BACKWARD = _layout(19, 13)
+FORWARD = _layout(ForwardParams)
+BACKWARD = _layout(BackwardParams)

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adapterkern.backends.triton import backend
+from adapterkern.backends.triton import backend, launcher
 from adapterkern.backends.triton.launch_config import Device
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -126,3 +126,4 @@ def compile_only(capability: int, device: Device) -> Iterator[list[Launch]]:
     finally:
         vars(driver).update(before)
         backend.cpu_device = planned
+        launcher.forget()  # what holds the stand-in, and with it the recorded launches' tensors

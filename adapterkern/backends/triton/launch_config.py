@@ -59,6 +59,11 @@ class LaunchConfig:
     blocks_per_sm: int = 1
     max_registers: int = MOST_REGISTERS
 
+    @property
+    def maxnreg(self) -> int | None:
+        """The bound in Triton's terms, which has None where there is none."""
+        return None if self.max_registers == MOST_REGISTERS else self.max_registers
+
 
 @dataclass(frozen=True)
 class RowBlock:

@@ -127,6 +127,7 @@ def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
 
 
 _forced: dict[str, Entry] = {}
+generation = 0  # rises with every change of the plans, for who keeps what followed from them
 
 
 @contextlib.contextmanager
@@ -134,11 +135,18 @@ def forced(entry: Entry) -> Iterator[None]:
     """Give every launch of the entry's kind its tiles within the block, for the search."""
     before = dict(_forced)
     _forced[entry.kind] = entry
+    _plans_changed()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _plans_changed()
+
+
+def _plans_changed() -> None:
+    global generation
+    generation += 1
 
 
 def _find(kind: str, problem: Problem, device: Device) -> Any:
@@ -329,3 +337,4 @@ def clear_caches() -> None:
     """Forget what was read, after a file changed."""
     tables_for.cache_clear()
     _look_up.cache_clear()
+    _plans_changed()

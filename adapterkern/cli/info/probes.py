@@ -6,6 +6,7 @@ installation costs those probes alone.
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -143,6 +144,15 @@ def probe_cache() -> dict:
     }
 
 
+def probe_launches() -> dict:
+    """Why launches of Triton kernels cost the host more than they need to, None if they do not."""
+    if importlib.util.find_spec("triton") is None:
+        return {"problem": None}
+    from adapterkern.backends.triton import launcher
+
+    return {"problem": launcher.PROBLEM}
+
+
 def probe_tuned() -> dict:
     """The files of launch configurations in the order in which calls ask them, which of them serve
     a GPU that is here, and why others cannot be read.
@@ -209,6 +219,7 @@ PROBES: dict[str, Callable[[], dict]] = {
     "gpus": probe_gpus,
     "compiler": probe_compiler,
     "cache": probe_cache,
+    "launches": probe_launches,
     "tuned": probe_tuned,
     "backends": probe_backends,
     "choice": probe_choice,

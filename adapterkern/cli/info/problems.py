@@ -113,6 +113,12 @@ def triton_problems(report: dict) -> list[str]:
     return problems
 
 
+def launch_problems(report: dict) -> list[str]:
+    """A Triton whose launches cannot be repeated."""
+    problem = report["launches"]["problem"]
+    return [problem] if problem else []
+
+
 def tuned_problems(report: dict) -> list[str]:
     """Files of launch configurations that no call uses, because they cannot be read."""
     problems = report["tuned"]["problems"]
@@ -137,6 +143,7 @@ RULES: tuple[Callable[[dict], list[str]], ...] = (
     driver_problems,
     gpu_problems,
     triton_problems,
+    launch_problems,
     tuned_problems,
     backend_problems,
 )

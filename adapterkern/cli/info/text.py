@@ -85,6 +85,10 @@ def _cache_text(part: dict) -> list[str]:
     ]
 
 
+def _launches_text(part: dict) -> list[str]:
+    return ["each in Triton's own way" if part["problem"] else "repeated with new addresses alone"]
+
+
 def _tuned_text(part: dict) -> list[str]:
     lines = [
         f"{file['path']}: {file['entries']} entries from {file['gpu']}, "
@@ -115,6 +119,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict], list[str]]], ...] = (
     ("gpus", "gpus", _gpus_text),
     ("C compiler", "compiler", _compiler_text),
     ("triton cache", "cache", _cache_text),
+    ("launches", "launches", _launches_text),
     ("tuned", "tuned", _tuned_text),
     ("backends", "backends", _backends_text),
     ("would run", "choice", _choice_text),

@@ -1,0 +1,264 @@
+"""The launches of the Triton kernels: which arguments each takes for a call and a plan."""
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from adapterkern.backends.base import allow_tf32, empty_units, packed, rows, unit_stride
+from adapterkern.backends.triton import backward as bwd
+from adapterkern.backends.triton import forward as fwd
+from adapterkern.backends.triton import launcher, weight_gradients
+from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.launch_config import (
+    Device,
+    LaunchConfig,
+    Split,
+    WeightGradient,
+    cdiv,
+    out_stages,
+    sum_config,
+    sum_stages,
+)
+from adapterkern.spec import AdapterCall, Gradients, Needs
+
+
+class CallLaunches:
+    """The launches of one call on one device, which `recording` runs and notes."""
+
+    def __init__(self, call: AdapterCall, recording: launcher.Launches, device: Device) -> None:
+        self._call, self._device = call, device
+        self._launch, self._own = recording.launch, recording.own
+
+    def forward_row_block(
+        self, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
+    ) -> None:
+        call = self._call
+        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        self._launch(
+            fwd.bottleneck_fwd_kernel, (cdiv(x.shape[0], config.block_t),),
+            x, packed(call.down_weight), packed(call.up_weight),
+            packed(call.down_bias), packed(call.up_bias), residual, skip,
+            packed(call.scaling), _scale(call), y, z,
+            x.shape[0], call.hidden_size, call.bottleneck_size,
+            x.stride(0), _stride(residual), _stride(skip), unit_stride(call),
+            ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
+            OUT_STAGES=self._out_stages(
+                config, call.up_weight, y, x if call.add_input else residual, skip
+            ),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+
+    def forward_split(self, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
+        call = self._call
+        num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
+        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        down_bias = packed(call.down_bias)
+        partial, a = None, None
+        if plan.num_splits > 1:
+            partial = self._own(empty_units(call, plan.num_splits, num_tokens, dtype=torch.float32))
+        else:
+            a = self._own(empty_units(call, num_tokens))
+        stride_unit = unit_stride(call)
+        config = plan.narrow
+        token_blocks = cdiv(num_tokens, config.block_t)
+        grid = token_blocks, cdiv(bottleneck, config.block_r), plan.num_splits
+        self._launch(
+            fwd.bottleneck_fwd_down_kernel, grid,
+            x, packed(call.down_weight), down_bias, partial, z if partial is None else None, a,
+            num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0), stride_unit,
+            ACTIVATION=VALUES[call.activation],
+            **_dtypes(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+        config = plan.widen
+        slices = cdiv(hidden, plan.features_per_program)
+        self._launch(
+            fwd.bottleneck_fwd_up_kernel, (cdiv(num_tokens, config.block_t), slices),
+            partial, a, x, packed(call.up_weight), down_bias, packed(call.up_bias),
+            residual, skip, packed(call.scaling), _scale(call), y, None if partial is None else z,
+            num_tokens, hidden, bottleneck, plan.num_splits, plan.features_per_program,
+            x.stride(0), _stride(residual), _stride(skip), stride_unit,
+            ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
+            ONE_TILE=bottleneck <= config.block_r,
+            OUT_STAGES=self._out_stages(
+                config, call.up_weight, y, x if call.add_input else residual, skip
+            ),
+            SUM_STAGES=sum_stages(config, self._device),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+
+    def dx_row_block(
+        self, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None,
+        a: Tensor | None, config: LaunchConfig,
+    ) -> None:  # fmt: skip
+        call = self._call
+        self._launch(
+            bwd.bottleneck_bwd_dx_kernel, (cdiv(dy.shape[0], config.block_t),),
+            dy, z, packed(call.down_weight), packed(call.up_weight),
+            packed(call.scaling), _scale(call), dx, dz, a,
+            dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0), z.stride(0),
+            **_activations(call), ADD_INPUT=call.add_input,
+            OUT_STAGES=self._out_stages(
+                config, call.down_weight, dx, dy if call.add_input else None
+            ),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+
+    def dx_split(
+        self, z: Tensor, dy: Tensor, dx: Tensor | None, dz: Tensor | None,
+        a: Tensor | None, plan: Split,
+    ) -> None:  # fmt: skip
+        call = self._call
+        num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
+        wants_dz = dx is not None or dz is not None
+        partial, splits, features = None, plan.num_splits, plan.features_per_split
+        if not wants_dz:  # a alone, which no slice of H has a part in
+            splits, features = 1, hidden
+        elif splits > 1:
+            partial = self._own(empty_units(call, splits, num_tokens, dtype=torch.float32))
+        elif dz is None:
+            dz = self._own(empty_units(call, num_tokens))
+        config = plan.narrow
+        grid = cdiv(num_tokens, config.block_t), cdiv(bottleneck, config.block_r), splits
+        first = partial is None  # the kernel that finishes dz and a, and stores them
+        self._launch(
+            bwd.bottleneck_bwd_split_dz_kernel, grid,
+            dy, z, packed(call.up_weight), packed(call.scaling), _scale(call),
+            partial, dz if first else None, a if first else None,
+            num_tokens, hidden, bottleneck, features, dy.stride(0), z.stride(0),
+            **_activations(call),
+            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+        if dx is None and partial is None:
+            return
+        config = plan.widen
+        features = plan.features_per_program if dx is not None else hidden
+        slices = cdiv(hidden, features)
+        self._launch(
+            bwd.bottleneck_bwd_split_dx_kernel, (cdiv(num_tokens, config.block_t), slices),
+            partial, dz, None if first else a, dy, z, packed(call.down_weight), dx,
+            num_tokens, hidden, bottleneck, splits, features, dy.stride(0), z.stride(0),
+            **_activations(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
+            OUT_STAGES=self._out_stages(
+                config, call.down_weight, dx, dy if call.add_input else None
+            ),
+            SUM_STAGES=sum_stages(config, self._device),
+            **_dtypes(call), **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+
+    def weight_gradients(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        dz: Tensor | None,
+        a: Tensor | None,
+        gradients: Gradients,
+        needs: Needs,
+        plan: WeightGradient,
+    ) -> Tensor | None:
+        """Write those of the weights and biases; return the sums over tokens for the scaling."""
+        call = self._call
+        num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
+        down, up = gradients.down_weight, gradients.up_weight
+        down_bias, up_bias = gradients.down_bias, gradients.up_bias
+        config = plan.kernel
+        in_parts = plan.num_splits > 1 or needs.scaling
+
+        def room(output: Tensor | None, like: Tensor | None, wanted: bool = False) -> Tensor | None:
+            """The partial sums of an output; they may be wanted where the output is not."""
+            if not in_parts:
+                return output
+            if like is None or (output is None and not wanted):
+                return None
+            return self._own(like.new_empty((plan.num_splits, *like.shape), dtype=torch.float32))
+
+        # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
+        part_down, part_down_bias = room(down, call.down_weight), room(down_bias, call.down_bias)
+        part_up = room(up, call.up_weight, needs.scaling)
+        part_up_bias = room(up_bias, call.up_bias, needs.scaling)
+        scaling, scale, channel = packed(call.scaling), _scale(call), _channel(call)
+        grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
+        self._launch(
+            weight_gradients.bottleneck_bwd_dw_kernel, grid,
+            x, dy, dz, a, None if in_parts else scaling, None if in_parts else scale,
+            part_down, part_up, part_down_bias, part_up_bias,
+            num_tokens, hidden, bottleneck, plan.tokens_per_split,
+            x.stride(0), dy.stride(0), unit_stride(call),
+            **_dtypes(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
+            **_units(call), **_tiles(call, config),
+        )  # fmt: skip
+        if not in_parts:
+            return None
+        d_scaling = None
+        if needs.scaling:
+            d_scaling = self._own(x.new_empty(hidden, dtype=torch.float32))
+        config = sum_config(bottleneck)
+        unit_blocks = 1 if needs.scaling else cdiv(bottleneck, config.block_r)
+        self._launch(
+            weight_gradients.bottleneck_bwd_dw_sum_kernel,
+            (cdiv(hidden, config.block_h), unit_blocks),
+            part_down, part_up, part_down_bias, part_up_bias,
+            packed(call.up_weight), packed(call.up_bias), scaling, scale,
+            down, up, down_bias, up_bias, d_scaling,
+            hidden, bottleneck, plan.num_splits,
+            **channel, **_units(call), BLOCK_H=config.block_h, BLOCK_R=config.block_r,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return d_scaling
+
+    def _out_stages(
+        self, config: LaunchConfig, weight: Tensor, output: Tensor | None, *loaded: Tensor | None
+    ) -> int:
+        """Of the loop that writes `output`; `loaded` are the tensors [T, H] that it reads."""
+        if output is None:
+            return 1
+        row_bytes = sum(tensor.element_size() for tensor in loaded if tensor is not None)
+        sizes = row_bytes, weight.element_size(), output.element_size()
+        return out_stages(config, self._device, *sizes)
+
+
+def _optional_rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else rows(tensor)
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _scale(call: AdapterCall) -> float | None:
+    """The float that scales the sum; None, which costs the kernels nothing, where it is 1 or
+    `scaling` takes its place."""
+    return None if call.scaling is not None or call.scale == 1.0 else call.scale
+
+
+def _dtypes(call: AdapterCall) -> dict:
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    tf32 = call.compute_dtype == torch.float32 and allow_tf32()
+    return {"DTYPE": types[call.compute_dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def _channel(call: AdapterCall) -> dict:
+    return {"CHANNEL_SCALING": call.scaling is not None and call.scaling.numel() > 1}
+
+
+def _activations(call: AdapterCall) -> dict:
+    return {"ACTIVATION": VALUES[call.activation], "DERIVATIVE": DERIVATIVES[call.activation]}
+
+
+def _units(call: AdapterCall) -> dict:
+    """Rows of W_up begin at multiples of this many elements: vectors of so many load it."""
+    return {"R_MULTIPLE": math.gcd(call.bottleneck_size, 8)}
+
+
+def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
+    return {
+        "EVEN_H": call.hidden_size % config.block_h == 0,
+        "EVEN_R": call.bottleneck_size % config.block_r == 0,
+        "BLOCK_T": config.block_t,
+        "BLOCK_H": config.block_h,
+        "BLOCK_R": config.block_r,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
+    }
