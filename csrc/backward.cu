@@ -24,6 +24,11 @@ struct Scale {
   }
 };
 
+// Whether da is needed, or the activation alone for dW_up, so that dy need not be read.
+__device__ __forceinline__ bool needs_dz(const BackwardParams& params) {
+  return params.dx.data != nullptr || params.dz.data != nullptr;
+}
+
 // Returns the sums of da = du W_up over the features first ... last.
 template <typename Shape>
 __device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
@@ -50,14 +55,27 @@ __device__ __forceinline__ Matrix of_units(const BackwardParams& params, const V
   return {view, params.num_tokens, params.bottleneck_size};
 }
 
-// Loads z, finishes the vector, and stores dz for the weight gradients.
+// Stores a = act(z), which was not saved, for the weight gradients.
+__device__ __forceinline__ void store_activation(const BackwardParams& params,
+                                                 const float (&z)[kVector], int64_t token,
+                                                 int64_t unit) {
+  if (params.a.data == nullptr) return;
+  float a[kVector];
+  copy(a, z);
+  apply_activation(a, params.activation);
+  store_vector(of_units(params, params.a), token, unit, a);
+}
+
+// Loads z, finishes the vector, and stores dz and a for the weight gradients.
 template <typename Scalar>
 __device__ __forceinline__ void finish_unit(const BackwardParams& params, float (&da)[kVector],
-                                            int64_t token, int64_t unit, bool keep_dz) {
+                                            int64_t token, int64_t unit, bool keeps) {
   float z[kVector];
   load_vector(z, of_units(params, params.z), token, unit);
   finish<Scalar>(params, da, z, unit);
-  if (keep_dz) store_vector(of_units(params, params.dz), token, unit, da);
+  if (!keeps) return;
+  store_vector(of_units(params, params.dz), token, unit, da);
+  store_activation(params, z, token, unit);
 }
 
 struct Nothing {};  // dx needs no values per feature
@@ -116,14 +134,14 @@ __device__ __forceinline__ void write_input_gradient(unsigned char* shared,
 }
 
 // The row-block form; grid: token blocks. Global memory per token: read dy (H) and z (R), write dx
-// (H) and dz (R). L2 serves the second read of dy, and both weights.
+// (H), dz and a (R each). L2 serves the second read of dy, and both weights.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_bwd_dx_kernel(const __grid_constant__ BackwardParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const float* sums =
-      read_output_gradient<Shape>(shared, params, first_token, 0, params.hidden_size);
+  const float* sums = read_output_gradient<Shape>(shared, params, first_token, 0,
+                                                  needs_dz(params) ? params.hidden_size : 0);
   for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
       threadIdx.x, [&](int row, int unit) {
         float da[kVector];
@@ -149,8 +167,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
                        first_token, sums);
 }
 
-// Split form, second half: dz, which the first feature block stores, and dx. Grid: token blocks,
-// feature blocks (one if only dz is needed).
+// Split form, second half: dz and a, which the first feature block stores, and dx. Grid: token
+// blocks, feature blocks (one if dx is not needed).
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     bottleneck_bwd_split_dx_kernel(const __grid_constant__ BackwardParams params) {
@@ -200,6 +218,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         },
         [&](const float (&dz)[kVector], int64_t token, int unit) {
           store_vector(of_units(params, params.dz), token, unit, dz);
+          if (params.a.data == nullptr) return;
+          float z[kVector];  // its place holds dz by now
+          load_vector(z, of_units(params, params.z), token, unit);
+          store_activation(params, z, token, unit);
         },
         gradient.direct, [](int64_t) { return Nothing(); },
         [&](auto is_direct, float (&v)[kVector], int64_t token, int64_t feature, Nothing,
@@ -240,7 +262,7 @@ cudaError_t launch_dx(const BackwardParams& params, cudaStream_t stream) {
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   if (!has_formula(params.activation)) return cudaErrorInvalidValue;
-  if (params.dx.data != nullptr || params.dz.data != nullptr) {
+  if (params.dx.data != nullptr || params.dz.data != nullptr || params.a.data != nullptr) {
     const cudaError_t error = switch_dtype(params.compute_dtype, [&](auto type) {
       return switch_block_r(params.bottleneck_size, [&](auto block_r) {
         using Scalar = typename decltype(type)::type;

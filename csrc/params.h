@@ -52,7 +52,8 @@ struct BackwardParams {
   View x, dy, z;                         // in: [T, H], [T, H], [T, R]
   View down_weight, up_weight, up_bias;  // in: [R, H], [H, R], [H] or none
   View scaling;                          // in or none: [1] or [H]
-  View dx, dz;                           // out or none: [T, H], [T, R]
+  View dx;                               // out or none: [T, H]
+  View dz, a;                            // work space or none: [T, R]; a = act(z)
   View partial;                          // work space of the split form: [S, T, R] float32
   View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each
   View sum_down_bias, sum_up_bias;       // work space or none, float32: [S', R], [S', H]

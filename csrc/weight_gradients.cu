@@ -3,7 +3,6 @@
 // same bits.
 #include "weight_gradients.h"
 
-#include "activations.cuh"
 #include "launch.cuh"
 #include "products.cuh"
 #include "static_switch.h"
@@ -31,18 +30,6 @@ struct GradientShape {
   static constexpr int kUnitBytes = tile_bytes<Scalar>(kTokens, kUnits);
   static constexpr int kStageBytes = kUnitBytes + tile_bytes<Scalar>(kTokens, kFeatures);
   static constexpr int kSharedBytes = larger(kStages * kStageBytes, kUnits * kFeatures * 4);
-};
-
-// Recomputes a = act(z), which was not saved; leaves dz unchanged.
-struct Activate {
-  int64_t activation;
-  bool active;
-
-  __device__ __forceinline__ bool is_active() const { return active; }
-  template <int n>
-  __device__ __forceinline__ void operator()(float (&v)[n], int64_t) const {
-    apply_activation(v, activation);
-  }
 };
 
 // The sum over a column of a tile [kTokens, ...] in shared memory.
@@ -78,9 +65,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
       bias_sum.data != nullptr && (is_up ? first_unit == 0 : first_feature == 0);
   if (sum.data == nullptr && !sums_columns) return;
 
-  const Matrix left{is_up ? params.z : params.dz, last, bottleneck_size};  // [T, R]
+  const Matrix left{is_up ? params.a : params.dz, last, bottleneck_size};  // [T, R]
   const Matrix right{is_up ? params.dy : params.x, last, hidden_size};     // [T, H]
-  const Activate activate{params.activation, is_up};
   const auto left_tile = [&](int slot) {
     return reinterpret_cast<Scalar*>(shared + slot * Shape::kStageBytes);
   };
@@ -89,7 +75,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   };
   const auto load = [&](int step, int slot) {
     const int64_t token = first + static_cast<int64_t>(step) * kTokens;
-    load_tile<kTokens, Shape::kUnits, kThreads>(left_tile(slot), left, token, first_unit, activate);
+    load_tile<kTokens, Shape::kUnits, kThreads>(left_tile(slot), left, token, first_unit,
+                                                Unchanged());
     load_tile<kTokens, Shape::kFeatures, kThreads>(right_tile(slot), right, token, first_feature,
                                                    Unchanged());
   };

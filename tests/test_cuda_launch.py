@@ -130,7 +130,8 @@ def test_backward_passes_every_gradient_by_its_name(recorder):
     assert params.channel_scaling == 0
     assert params.token_splits * params.tokens_per_split >= 128 * 132
     for name, width in (("sum_down", HIDDEN), ("sum_up", HIDDEN), ("dz", BOTTLENECK),
-                        ("sum_down_bias", BOTTLENECK), ("sum_up_bias", HIDDEN)):  # fmt: skip
+                        ("a", BOTTLENECK), ("sum_down_bias", BOTTLENECK),
+                        ("sum_up_bias", HIDDEN)):  # fmt: skip
         assert getattr(params, name)[0] != 0, name
         assert getattr(params, name)[2] == width, name
 
@@ -141,8 +142,8 @@ def test_backward_passes_every_gradient_by_its_name(recorder):
         (Needs(x=True), {"dx"}),
         (Needs(down_weight=True), {"dz", "sum_down", "d_down_weight"}),
         (Needs(down_bias=True), {"dz", "sum_down_bias", "d_down_bias"}),
-        (Needs(up_weight=True), {"sum_up", "d_up_weight"}),
-        (Needs(scaling=True), {"sum_up", "sum_up_bias", "d_scaling"}),
+        (Needs(up_weight=True), {"a", "sum_up", "d_up_weight"}),
+        (Needs(scaling=True), {"a", "sum_up", "sum_up_bias", "d_scaling"}),
     ],
     ids=["frozen-adapter", "down-weight", "down-bias", "up-weight", "scaling"],
 )
@@ -156,6 +157,28 @@ def test_backward_gives_room_only_for_what_is_asked_for(recorder, needs, given):
     assert {n for n in views - inputs if getattr(params, n)[0] != 0} == given
     assert [g is not None for g in gradients] == list(needs)
     assert (params.token_splits == 0) == (not needs.parameters)
+
+
+def test_rows_of_dz_and_a_begin_at_sixteen_bytes_whatever_r_is(recorder):
+    call = make_call(
+        5,
+        down_weight=torch.zeros(20, HIDDEN, dtype=torch.bfloat16),
+        up_weight=torch.zeros(HIDDEN, 20, dtype=torch.bfloat16),
+        down_bias=None,
+    )
+    z = torch.zeros(5, 20, dtype=torch.bfloat16)
+    get("cuda").backward(call, Saved(z), Outputs(torch.zeros_like(call.x)), ALL)
+    ((params, *_),) = recorder.launches
+    assert params.dz[1:] == params.a[1:] == (2, 24)
+
+
+def test_activation_alone_needs_no_slices_of_h(recorder):
+    """Where dz is not needed dy is not read for it, so there is nothing to cut."""
+    call = make_call(5)
+    z = torch.zeros(5, BOTTLENECK, dtype=torch.bfloat16)
+    get("cuda").backward(call, Saved(z), Outputs(torch.zeros_like(call.x)), Needs(up_weight=True))
+    ((params, *_),) = recorder.launches
+    assert (params.num_splits, params.num_clusters, params.partial) == (0, 0, view(None))
 
 
 def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once(recorder):
@@ -188,11 +211,11 @@ def test_no_tokens_launch_nothing_and_give_zero_gradients(recorder):
 
 
 def test_partial_sums_are_the_only_scratch_memory(recorder):
-    """Nothing beside outputs, z and dz is as long as the tokens."""
+    """Nothing beside outputs, z, dz and a is as long as the tokens."""
     call = make_call(128 * 132)
     with Allocations() as allocated:
         outputs, saved = get("cuda").forward(call, save=True)
         get("cuda").backward(call, saved, Outputs(outputs.y), ALL)
     long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(long) == 2  # y and dx
-    assert len(allocated) == 2 + 2 + 4 + 1 + 1  # and z, dz, 4 gradients, their sums, d(scaling)
+    assert len(allocated) == 2 + 3 + 4 + 1 + 1  # and z, dz, a, 4 gradients, their sums, d(scaling)

@@ -143,9 +143,13 @@ class CudaBackend(Backend):
         }
         problem = _problem(call, num_tokens)
         plan, tokens = TokenPlan(Slices(0, 0)), Slices(0, 0)
-        room: dict[str, Tensor | None] = {"dz": None, "partial": None}
-        if needs.down_weight or needs.down_bias:
-            room["dz"] = torch.empty_like(z)
+        # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
+        # For a alone the row-block form is right at any size: it then reads nothing but z.
+        room = {
+            "dz": _rows_of_units(z) if needs.down_weight or needs.down_bias else None,
+            "a": _rows_of_units(z) if needs.up_weight or needs.scaling else None,
+            "partial": None,
+        }
         if needs.dz:
             plan = token_plan(problem, self._device(device))
             room["partial"] = _partial(plan, call, num_tokens)
@@ -200,6 +204,12 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
         "num_clusters": plan.num_clusters,
         "cluster_tokens": plan.cluster_tokens,
     }
+
+
+def _rows_of_units(z: Tensor) -> Tensor:
+    """Room like z [T, R], with rows that start at multiples of 16 bytes: any R is copied whole."""
+    num_tokens, bottleneck_size = z.shape
+    return z.new_empty(num_tokens, -(-bottleneck_size // 8) * 8)[:, :bottleneck_size]
 
 
 def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | None:

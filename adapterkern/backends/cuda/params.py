@@ -79,6 +79,7 @@ class BackwardParams(NamedTuple):
     scaling: View
     dx: View
     dz: View
+    a: View
     partial: View
     sum_down: View
     sum_up: View
@@ -106,7 +107,7 @@ class BackwardParams(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes of the struct."""
-        return _BACKWARD.pack(*chain(*self[:19]), *self[19:])
+        return _BACKWARD.pack(*chain(*self[:20]), *self[20:])
 
 
 def _layout(views: int, integers: int) -> struct.Struct:
@@ -114,4 +115,4 @@ def _layout(views: int, integers: int) -> struct.Struct:
 
 
 _FORWARD = _layout(11, 11)
-_BACKWARD = _layout(19, 13)
+_BACKWARD = _layout(20, 13)
