@@ -65,6 +65,7 @@ struct BackwardParams {
   int64_t num_clusters, cluster_tokens;
   int64_t token_splits;  // slices of the tokens, S'; 0: no sums are needed
   int64_t tokens_per_split;
+  int64_t token_stages;  // tiles of the tokens that are in shared memory at once
   int64_t activation, compute_dtype, add_input, channel_scaling;
   double scale;
 };

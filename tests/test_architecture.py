@@ -290,7 +290,7 @@ CSRC_ROOMS = (
     "static_switch.h activations.cuh memory.cuh",
     "tiles.cuh",
     "products.cuh",
-    "row_block.cuh cluster.cuh",
+    "row_block.cuh cluster.cuh gradient_tiles.cuh",
     "forward.h backward.h weight_gradients.h",
     "forward.cu backward.cu weight_gradients.cu probe.cu",
     "bindings.cpp",

@@ -8,9 +8,12 @@ from adapterkern.backends.cuda.launch_config import (
     CLUSTER_EXCHANGE,
     CLUSTER_FEATURES,
     CLUSTER_SIZES,
+    FEW_STAGES,
+    MANY_STAGES,
     PANEL,
     SLICE_FEATURES,
     SLICE_TOKENS,
+    SMALL_MEMORY,
     TOKEN_STEP,
     Device,
     Problem,
@@ -20,14 +23,17 @@ from adapterkern.backends.cuda.launch_config import (
     block_width,
     cdiv,
     cluster_bytes,
+    gradient_bytes,
+    gradient_tile,
     token_plan,
     token_slices,
+    token_stages,
 )
 
 MEMORY = 227 * 1024  # of a block, on compute capability 9.0 and 10.0
 DEVICES = [
     *(Device(num_sms=sms) for sms in (1, 20, 108, 132, 170)),
-    *(Device(num_sms=sms, cluster_memory=MEMORY) for sms in (2, 132, 148)),
+    *(Device(num_sms=sms, cluster_memory=MEMORY, memory=MEMORY) for sms in (2, 132, 148)),
 ]
 PROBLEMS = [
     Problem(tokens, hidden, bottleneck, half)
@@ -120,7 +126,59 @@ def test_few_tokens_of_a_wide_model_are_cut_over_h():
     assert token_plan(Problem(1, 100, 64, True), Device(132)).slices == Slices(1, 128)
 
 
-def test_weight_gradients_of_many_tokens_fill_the_gpu():
-    tokens = token_slices(Problem(16384, 1024, 64, True), Device(132))
-    blocks = 2 * cdiv(1024, 64) * tokens.number
-    assert 132 <= blocks <= 2 * 132
+def gradient_blocks(problem: Problem, device: Device) -> int:
+    units, features = gradient_tile(problem.bottleneck_size, problem.half)
+    tiles = cdiv(problem.hidden_size, features) * cdiv(problem.bottleneck_size, units)
+    return 2 * tiles * token_slices(problem, device).number
+
+
+@pytest.mark.parametrize("hidden", [768, 1024, 2048, 4096, 5120, 8192])
+def test_weight_gradients_of_many_tokens_take_one_wave_of_one_block_an_sm(hidden):
+    blocks = gradient_blocks(Problem(16384, hidden, 64, True), Device(132, MEMORY, MEMORY))
+    assert 0.9 * 132 <= blocks <= 132
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_weight_gradients_are_cut_over_the_tokens_only_within_one_wave(device):
+    for problem in PROBLEMS:
+        if token_slices(problem, device).number > 1:
+            assert gradient_blocks(problem, device) <= device.num_sms
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096])
+@pytest.mark.parametrize("bottleneck", [16, 64, 128])
+def test_weight_gradients_move_little_more_than_x_and_dy(hidden, bottleneck):
+    """Beyond x and dy, read once: the partial sums, written and read once each; and dz and a, which
+    come from L2, once for every block of features."""
+    problem = Problem(16384, hidden, bottleneck, True)
+    slices = token_slices(problem, Device(132, MEMORY, MEMORY)).number
+    units, features = gradient_tile(bottleneck, half=True)
+    assert bottleneck <= units
+    tensors = 2 * 2 * 16384 * hidden
+    partial = slices * 2 * bottleneck * hidden * 4
+    assert 2 * partial <= 0.26 * tensors * bottleneck / 64
+    of_units = 2 * 2 * 16384 * bottleneck * cdiv(hidden, features)
+    assert of_units <= 0.25 * tensors * bottleneck / 64
+
+
+def test_stages_of_the_weight_gradients_follow_the_shared_memory():
+    for problem in PROBLEMS:
+        for memory in (SMALL_MEMORY, 163 * 1024, MEMORY):
+            stages = token_stages(problem, Device(132, 0, memory))
+            used = gradient_bytes(problem.bottleneck_size, problem.half, stages)
+            assert used <= memory
+            assert stages == (FEW_STAGES if memory == SMALL_MEMORY else MANY_STAGES)
+
+
+@pytest.mark.parametrize(
+    ("memory", "bandwidth", "num_sms"),
+    [(MEMORY, 4.3e12, 132), (163 * 1024, 1.8e12, 108), (SMALL_MEMORY, 1.0e12, 84)],
+    ids=["H200", "A100", "8.6 to 12.0"],
+)
+def test_weight_gradients_keep_enough_bytes_under_way(memory, bandwidth, num_sms):
+    """All stages but one are under way, and a byte takes about a microsecond."""
+    for bottleneck in (16, 64, 128):
+        problem = Problem(16384, 4096, bottleneck, True)
+        stages = token_stages(problem, Device(num_sms, 0, memory))
+        under_way = gradient_bytes(bottleneck, True, stages) * (stages - 1) // stages
+        assert under_way >= 1e-6 * bandwidth / num_sms

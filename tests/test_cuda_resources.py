@@ -9,9 +9,6 @@ from pathlib import Path
 import cuda_sass
 
 KB, MB = 1024, 1024 * 1024
-# Bytes of stack by architecture and kernel, 0 elsewhere. This one runs once over the weights, after
-# all that is as long as the tokens.
-STACKS = {("sm_80", "bottleneck_bwd_dw_sum_kernel"): 24}
 LARGEST_BINARY = 20 * MB
 # This leaves out dynamic shared memory, which csrc/row_block.cuh keeps within 99 KB.
 MOST_STATIC_SHARED = 0
@@ -34,15 +31,16 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 def adapter_kernels(arch: str) -> dict[str, dict[str, int]]:
     kernels = {n: used for n, used in resources()[arch].items() if "bottleneck_" in n}
-    # Precisions, tiles, kernels; clusters: dtypes, tiles, tokens, kernels; sums; one for all.
-    assert len(kernels) == 4 * 5 * 6 + 2 * 4 * 2 * 2 + 4 * 2 + 1
+    # Precisions, tiles, kernels; clusters: dtypes, tiles, tokens, kernels; weight gradients:
+    # precisions, tiles, direct or not; their sums.
+    assert len(kernels) == 4 * 5 * 6 + 2 * 4 * 2 * 2 + 4 * 2 * 2 + 1
     return kernels
 
 
 def test_registers_do_not_spill():
     for arch in cuda_sass.archs():
         for name, used in adapter_kernels(arch).items():
-            assert used["STACK"] <= STACKS.get((arch, cuda_sass.kernel_name(name)), 0), (arch, name)
+            assert used["STACK"] == 0, (arch, name)
 
 
 def test_shared_memory_is_all_dynamic():
@@ -62,7 +60,7 @@ def test_products_run_on_tensor_cores_all_but_full_float32():
             if cuda_sass.kernel_name(name)
         }
         fast = {n for n in counts if re.search("__half|__nv_bfloat16|TFloat32", n)}
-        assert len(fast) == 3 * (5 * 6 + 2) + 2 * 4 * 2 * 2, arch
+        assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 4 * 2 * 2, arch
         if arch == "sm_80":  # which has no clusters, so that these kernels are empty
             fast = {n for n in fast if "cluster" not in n}
         assert {n for n, count in counts.items() if count} == fast, arch

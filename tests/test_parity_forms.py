@@ -24,7 +24,10 @@ from adapterkern.parity import Case, grid
 KB = 1024
 SMS, MEMORY = (108, 132, 148), (99 * KB, 163 * KB, 227 * KB)
 TRITON_DEVICES = [triton.Device(*pair) for pair in itertools.product(SMS, MEMORY)]
-CUDA_DEVICES = [cuda.Device(*pair) for pair in itertools.product(SMS, (0, *MEMORY))]
+CUDA_DEVICES = [
+    *(cuda.Device(sms, memory=memory) for sms, memory in itertools.product(SMS, MEMORY)),
+    *(cuda.Device(sms, memory, memory) for sms, memory in itertools.product(SMS, MEMORY)),
+]
 CLASSES = {
     "fp32": Case(torch.float32),
     "tf32": Case(torch.float32, tf32=True),
@@ -100,8 +103,9 @@ def cuda_launches(template, sizes, device) -> Iterator[tuple]:
     whole = sizes["hidden_size"] % 8 == 0, bottleneck % 8 == 0
     yield form, width
     yield form.split()[0], "whole vectors in H, R", whole
-    narrow = "narrow" if bottleneck <= 16 else "wide"
-    yield "weights", narrow, cuda.token_slices(problem, device).number > 1
+    tile = cuda.gradient_tile(bottleneck, problem.half)
+    yield "weights", tile, cuda.token_slices(problem, device).number > 1
+    yield "weights", tile, f"{cuda.token_stages(problem, device)} stages"
     yield "weights", "whole vectors in H, R", whole
 
 
@@ -159,7 +163,7 @@ def missing(cases: list[Case]) -> list[str]:
     found = []
     for key, devices in all_launches().items():
         if without := sorted(map(astuple, devices - reached[key])):
-            places = ", ".join(f"{sms} SMs with {memory // KB} KB" for sms, memory in without)
+            places = ", ".join(f"{sms} SMs with {kb // KB} KB" for sms, *_, kb in without)
             found.append(f"{' '.join(map(str, key))} on {places}")
     return found
 

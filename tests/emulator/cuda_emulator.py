@@ -91,6 +91,12 @@ class Emulator:
     def block_tokens(self, dtype: int, bottleneck_size: int) -> int:
         return self.library.block_tokens(dtype, bottleneck_size)
 
+    def gradient_shape(self, dtype: int, bottleneck_size: int) -> tuple[int, ...]:
+        """The units, features and bytes of one stage of the weight gradients."""
+        out = (ctypes.c_int * 3)()
+        self.library.gradient_shape(ctypes.c_int64(dtype), ctypes.c_int64(bottleneck_size), out)
+        return tuple(out)
+
     def cluster_bytes(self, features: int, tokens: int, bottleneck_size: int) -> int:
         return self.library.cluster_bytes(features, tokens, bottleneck_size)
 

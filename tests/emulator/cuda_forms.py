@@ -20,6 +20,7 @@ class Form:
     feature_slices: int = 0  # of H; 0: the row-block form
     cluster_tokens: int = 0  # 0: not the cluster form
     token_slices: bool = False  # more than one slice of the tokens, in the weight gradients
+    token_stages: int = 3  # of the weight gradients
 
     @property
     def sizes(self) -> dict:
@@ -42,6 +43,9 @@ FORMS = {
     "split": Form(Device(64), 37, 70, 20, feature_slices=1),
     "split_over_h": Form(Device(64), 5, 530, 20, feature_slices=2),
     "token_slices": Form(Device(8), 530, 33, 9, token_slices=True),
+    "many_stages": Form(
+        Device(12, memory=CLUSTER_MEMORY), 600, 300, 20, token_slices=True, token_stages=6
+    ),
     "cluster": Form(Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64),
     "cluster_few": Form(
         Device(14, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16

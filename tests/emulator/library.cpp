@@ -52,3 +52,15 @@ extern "C" int block_tokens(int64_t dtype, int64_t bottleneck_size) {
   });
   return tokens;
 }
+
+// Puts the units, the features and the bytes of one stage of the weight gradients' tile into `out`.
+extern "C" void gradient_shape(int64_t dtype, int64_t bottleneck_size, int* out) {
+  adapterkern::switch_dtype(dtype, [&](auto type) {
+    using Scalar = typename decltype(type)::type;
+    return adapterkern::switch_gradient_shape<Scalar>(bottleneck_size, [&](auto shape) {
+      using Shape = typename decltype(shape)::type;
+      out[0] = Shape::kUnits, out[1] = Shape::kFeatures, out[2] = Shape::kStageBytes;
+      return cudaSuccess;
+    });
+  });
+}

@@ -21,8 +21,11 @@ from adapterkern.backends.cuda.launch_config import (
     block_tokens,
     block_width,
     cluster_bytes,
+    gradient_bytes,
+    gradient_tile,
     token_plan,
     token_slices,
+    token_stages,
 )
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
@@ -74,6 +77,11 @@ def run_as(kernels):
                 assert (slices.number > 1) == form.token_slices
                 return slices
 
+            def checked_token_stages(*arguments):
+                assert token_stages(*arguments) == form.token_stages
+                return form.token_stages
+
+            patch.setattr(cuda_backend, "token_stages", checked_token_stages)
             patch.setattr(cuda_backend, "token_plan", checked_token_plan)
             patch.setattr(cuda_backend, "token_slices", checked_token_slices)
 
@@ -319,6 +327,9 @@ def test_launch_config_knows_the_tiles_of_the_kernels(kernels, dtype):
     for size in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256):
         tokens = kernels.block_tokens(CODES[dtype], size)
         assert tokens == block_tokens(size, half=dtype.itemsize == 2), size
+        units, features, stage = kernels.gradient_shape(CODES[dtype], size)
+        assert (units, features) == gradient_tile(size, half=dtype.itemsize == 2)
+        assert 6 * stage == gradient_bytes(size, dtype.itemsize == 2, stages=6)
 
 
 @pytest.mark.parametrize("tokens", [16, 64])

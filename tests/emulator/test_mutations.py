@@ -9,6 +9,8 @@ from cuda_forms import CLUSTER_MEMORY
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.parity import Case, check_case
 
+HALF = torch.bfloat16
+
 # fault: file, text, replacement
 CLUSTER_FAULTS = {
     "exchange before the sums of every block are there": (
@@ -62,6 +64,74 @@ CLUSTER_FAULTS = {
         "first = 0 * rows",
     ),
 }
+WEIGHT_FAULTS = {
+    "one step of the tokens left out": (
+        "weight_gradients.cu",
+        "min(first + params.tokens_per_split, params.num_tokens)",
+        "min(first + params.tokens_per_split, params.num_tokens) - 1",
+    ),
+    "tiles overwritten while they are read": (
+        "weight_gradients.cu",
+        "    __syncthreads();  // this step's tiles are there, those of the step before are free\n",
+        "",
+    ),
+    "wait for one group too few of many": (
+        "weight_gradients.cu",
+        "copy_async_wait<kManyStages - 2>",
+        "copy_async_wait<kManyStages - 1>",
+    ),
+    "wait for one group too few of few": (
+        "weight_gradients.cu",
+        "copy_async_wait<kFewStages - 2>",
+        "copy_async_wait<kFewStages - 1>",
+    ),
+    "no empty group past the end": (
+        "weight_gradients.cu",
+        "    copy_async_commit();  // an empty group keeps the count of pending groups\n",
+        "    if (to_load > 0) copy_async_commit();\n",
+    ),
+    "loads into the stage in use": ("weight_gradients.cu", "    free = stage;\n", ""),
+    "row mask of a step off by one": (
+        "gradient_tiles.cuh",
+        "row + i * kRowsApart < rows_left ? bytes : 0",
+        "row + i * kRowsApart <= rows_left ? bytes : 0",
+    ),
+    "row mask of a converted step off by one": (
+        "gradient_tiles.cuh",
+        "if (at >= matrix.rows",
+        "if (at > matrix.rows",
+    ),
+    "wrong lane map of the units": (
+        "gradient_tiles.cuh",
+        "a + (k + 8 * high + in_matrix) * Shape::kStrideU + 16 * i + 8 * low",
+        "a + (k + 8 * low + in_matrix) * Shape::kStrideU + 16 * i + 8 * high",
+    ),
+    "wrong lane map of the features": (
+        "gradient_tiles.cuh",
+        "b + (k + 8 * low + in_matrix) * Shape::kStrideF + 8 * (tile + high)",
+        "b + (k + 8 * high + in_matrix) * Shape::kStrideF + 8 * (tile + low)",
+    ),
+    "ones that are not one": (
+        "gradient_tiles.cuh",
+        "0x3C003C00 : 0x3F803F80",
+        "0x3C003C00 : 0x3F813F81",
+    ),
+    "converted tile stored before its products": (
+        "weight_gradients.cu",
+        "    finish(free);\n",
+        "",
+    ),
+    "sums of a slice left out": (
+        "weight_gradients.cu",
+        "if (slice < left)",
+        "if (slice + 1 < left)",
+    ),
+    "gradients read before they are transposed": (
+        "weight_gradients.cu",
+        "tile[line * kSumStride + quad + i] = g[i];\n  __syncthreads();\n",
+        "tile[line * kSumStride + quad + i] = g[i];\n",
+    ),
+}
 FAULTS = {
     "pipeline without its barrier": (
         "tiles.cuh",
@@ -102,11 +172,6 @@ FAULTS = {
         "  store_product(room, kStride, acc);\n",
     ),
     "one slice of H left out": ("row_block.cuh", "split < num_splits", "split < num_splits - 1"),
-    "one step of the tokens left out": (
-        "weight_gradients.cu",
-        "min(first + params.tokens_per_split, params.num_tokens)",
-        "min(first + params.tokens_per_split, params.num_tokens) - 1",
-    ),
     "padded units not cleared": (
         "forward.cu",
         "  clear_padded_units(z, unit, params.bottleneck_size);\n",
@@ -121,6 +186,20 @@ CASES = [
     (
         Device(1),
         Case(torch.bfloat16, "tanh", (70,), hidden_size=200, bottleneck_size=24, nonfinite=True),
+    ),
+]
+# More steps than stages, few and many; tiles that are copied, tiles that are converted from rows at
+# odd addresses, and from float32.
+WEIGHT_CASES = [
+    (
+        Device(8, memory=CLUSTER_MEMORY),
+        Case(dtype=HALF, shape=(530,), hidden_size=264, bottleneck_size=20),
+    ),
+    (Device(1), Case(dtype=HALF, shape=(250,), hidden_size=72, bottleneck_size=20)),
+    (Device(1), Case(dtype=HALF, shape=(250,), hidden_size=75, bottleneck_size=20)),
+    (
+        Device(1),
+        Case(torch.float32, shape=(150,), hidden_size=72, bottleneck_size=20, autocast=HALF),
     ),
 ]
 CLUSTER_CASES = [
@@ -153,18 +232,23 @@ def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
         pytest.skip(cuda_emulator.missing())
     changes = cuda_emulator.narrowed("__nv_bfloat16")
     if fault is not None:
-        file, text, replacement = {**FAULTS, **CLUSTER_FAULTS}[fault]
+        file, text, replacement = {**FAULTS, **WEIGHT_FAULTS, **CLUSTER_FAULTS}[fault]
         changes[file] = [(text, replacement)]
     return cuda_emulator.Emulator(cuda_emulator.build(folder, flags=["-O1"], changes=changes))
 
 
 def test_cases_are_green_without_a_fault(tmp_path):
-    assert not is_red(narrowed_build(tmp_path), CASES + CLUSTER_CASES)
+    assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CASES)
+
+
+@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
+def test_fault_in_the_weight_gradients_turns_their_cases_red(tmp_path, fault):
+    assert is_red(narrowed_build(tmp_path, fault), WEIGHT_CASES)
 
 
 @pytest.mark.parametrize("fault", CLUSTER_FAULTS)

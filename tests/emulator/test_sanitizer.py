@@ -41,10 +41,11 @@ def test_kernels_stay_within_their_tensors(tmp_path):
         ("memory.cuh", "row >= rows", "row > rows"),
         ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
         ("tiles.cuh", "if (exists && row < rows)", "if (exists && row <= rows)"),
+        ("gradient_tiles.cuh", "kRowsApart < rows_left ?", "kRowsApart <= rows_left ?"),
         ("forward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
         ("backward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
     ],
-    ids=["elements", "copied tiles", "converted tiles", "y", "dx"],
+    ids=["elements", "copied tiles", "converted tiles", "gradient tiles", "y", "dx"],
 )
 def test_mask_off_by_one_is_reported(tmp_path, file, mask, off_by_one):
     done = run_sanitized(tmp_path, {file: [(mask, off_by_one)]})

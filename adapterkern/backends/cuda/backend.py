@@ -27,6 +27,7 @@ from adapterkern.backends.cuda.launch_config import (
     TokenPlan,
     token_plan,
     token_slices,
+    token_stages,
 )
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
@@ -162,6 +163,7 @@ class CudaBackend(Backend):
             **_form(plan),
             token_splits=tokens.number,
             tokens_per_split=tokens.length,
+            token_stages=token_stages(problem, self._device(device)),
             **_options(call, num_tokens),
         )
         kernels.backward(params.pack(), *_queue(device))
@@ -209,7 +211,12 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
 def _rows_of_units(z: Tensor) -> Tensor:
     """Room like z [T, R], with rows that start at multiples of 16 bytes: any R is copied whole."""
     num_tokens, bottleneck_size = z.shape
-    return z.new_empty(num_tokens, -(-bottleneck_size // 8) * 8)[:, :bottleneck_size]
+    return z.new_empty(num_tokens, _whole(bottleneck_size))[:, :bottleneck_size]
+
+
+def _whole(size: int) -> int:
+    """`size`, rounded up to whole vectors of eight elements."""
+    return -(-size // 8) * 8
 
 
 def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | None:
@@ -222,23 +229,23 @@ def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | No
 
 def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:
     """Work space in one piece: for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and
-    dy [S, H].
+    dy [S, H]. Rows are filled up to whole tiles of eight, so that sums are stored in vectors.
 
     d(scaling) needs G and the sums of dy even where dW_up and db_up are not asked for.
     """
-    bottleneck, hidden = call.bottleneck_size, call.hidden_size
+    bottleneck, hidden = call.bottleneck_size, _whole(call.hidden_size)
     up_bias = needs.up_bias or (needs.scaling and call.up_bias is not None)
     wanted = (
         ("sum_down", needs.down_weight, bottleneck, hidden),
         ("sum_up", needs.up_weight or needs.scaling, bottleneck, hidden),
-        ("sum_down_bias", needs.down_bias, 1, bottleneck),
+        ("sum_down_bias", needs.down_bias, 1, _whole(bottleneck)),
         ("sum_up_bias", up_bias, 1, hidden),
     )
     offsets, size = {}, 0
     for name, want, height, width in wanted:
         if want:
             offsets[name] = size
-            size += -(-count * height * width // 4) * 4  # so that each begins at 16 bytes
+            size += count * height * width
     room = torch.empty(size, dtype=torch.float32, device=call.x.device)
     address, code = room.data_ptr(), DTYPES[torch.float32]
     views = {
@@ -256,10 +263,11 @@ def _problem(call: AdapterCall, num_tokens: int) -> Problem:
 @functools.cache
 def _gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    module, memory = extension.load().module, 0
-    if module is not None and extension.runs_clusters(properties.major, properties.minor):
-        memory = module.shared_memory(device.index)
-    return Device(properties.multi_processor_count, memory)
+    module = extension.load().module
+    assert module is not None
+    memory = module.shared_memory(device.index)
+    clusters = extension.runs_clusters(properties.major, properties.minor)
+    return Device(properties.multi_processor_count, memory if clusters else 0, memory)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:

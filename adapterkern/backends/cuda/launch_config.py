@@ -1,7 +1,7 @@
 """Launch configurations are a pure function of (problem, device).
 
 No number here has been tuned on a GPU yet. The tile sizes are those of csrc/row_block.cuh,
-csrc/cluster.cuh and csrc/weight_gradients.cu.
+csrc/cluster.cuh and csrc/gradient_tiles.cuh.
 """
 
 import functools
@@ -12,6 +12,11 @@ MAX_BOTTLENECK_SIZE = 256  # the widest tile whose sums fit the registers of one
 SLICE_FEATURES = 256  # a shorter slice of H would cost more in partial sums than it gains
 SLICE_TOKENS = 256  # likewise for slices of the tokens, in the weight gradients
 TOKEN_STEP = 32  # tokens of one step in the weight gradients
+# Steps of the weight gradients in shared memory at once. To use 4.3 TB/s at a latency of 1 us, each
+# of 132 SMs must have 33 KB under way: five steps of six are 105 KB, two of three 43 KB, which is
+# enough for the slower memories of the GPUs with less shared memory.
+MANY_STAGES, FEW_STAGES = 6, 3
+SMALL_MEMORY = 99 * 1024  # bytes of shared memory that a block has on every GPU from 8.0 on
 
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
@@ -31,6 +36,7 @@ class Device:
 
     num_sms: int
     cluster_memory: int = 0  # bytes of shared memory of a block in a cluster; 0: no clusters
+    memory: int = SMALL_MEMORY  # bytes of shared memory of a block
 
 
 class Problem(NamedTuple):
@@ -134,16 +140,34 @@ def _length(size: int, number: int, multiple: int = PANEL) -> int:
     return cdiv(cdiv(size, number), multiple) * multiple
 
 
+def gradient_tile(bottleneck_size: int, half: bool) -> tuple[int, int]:
+    """The units and features of a block of the weight gradients, as in csrc/weight_gradients.cu."""
+    if half:
+        return (64 if bottleneck_size <= 64 else 128), 256
+    return (16 if bottleneck_size <= 16 else 64), 128
+
+
+def gradient_bytes(bottleneck_size: int, half: bool, stages: int) -> int:
+    """The shared memory of such a block, as in GradientShape of csrc/gradient_tiles.cuh."""
+    units, features = gradient_tile(bottleneck_size, half)
+    return stages * TOKEN_STEP * (units + 8 + features + 8) * (2 if half else 4)
+
+
+def token_stages(problem: Problem, device: Device) -> int:
+    """The steps of the weight gradients that are in shared memory at once."""
+    many = gradient_bytes(problem.bottleneck_size, problem.half, MANY_STAGES)
+    return MANY_STAGES if many <= device.memory else FEW_STAGES
+
+
 @functools.lru_cache(maxsize=4096)
 def token_slices(problem: Problem, device: Device) -> Slices:
-    """The slices of the tokens that both weight gradients are summed over: as many as fill the GPU
-    once.
+    """The slices of the tokens that both weight gradients are summed over: as many as give each SM
+    one block, since a second one would add to the partial sums and not to the bytes under way.
     """
-    narrow = problem.bottleneck_size <= 16
-    tiles = cdiv(problem.hidden_size, 128 if narrow else 64)
-    tiles *= 1 if narrow else cdiv(problem.bottleneck_size, 64)
+    units, features = gradient_tile(problem.bottleneck_size, problem.half)
+    tiles = cdiv(problem.hidden_size, features) * cdiv(problem.bottleneck_size, units)
     blocks = 2 * tiles  # each computes one product
-    return _slices(problem.num_tokens, 2 * device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
+    return _slices(problem.num_tokens, device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
 
 
 def _slices(size: int, wanted: int, shortest: int, multiple: int) -> Slices:

@@ -99,6 +99,7 @@ class BackwardParams(NamedTuple):
     cluster_tokens: int
     token_splits: int
     tokens_per_split: int
+    token_stages: int
     activation: int
     compute_dtype: int
     add_input: int
@@ -115,4 +116,4 @@ def _layout(views: int, integers: int) -> struct.Struct:
 
 
 _FORWARD = _layout(11, 11)
-_BACKWARD = _layout(20, 13)
+_BACKWARD = _layout(20, 14)
