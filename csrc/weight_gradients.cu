@@ -184,8 +184,10 @@ __device__ __forceinline__ void finish_up(const BackwardParams& params, float* t
 
 // Computes the gradients from the partial sums. Grid: feature blocks, unit blocks, 2 for those of
 // the down- and the up-projection; one unit block if d(scaling)[h] = sum_r G[h, r] W_up[h, r] +
-// b_up[h] sum_t dy[t, h], equation (13), is needed.
-__global__ void __launch_bounds__(kSumThreads)
+// b_up[h] sum_t dy[t, h], equation (13), is needed. The bound of two blocks an SM lets the loads
+// have the registers that they need; without it the compiler issues eleven at once to fit in a
+// third.
+__global__ void __launch_bounds__(kSumThreads, 2)
     bottleneck_bwd_dw_sum_kernel(const __grid_constant__ BackwardParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);
   const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;

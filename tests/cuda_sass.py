@@ -7,6 +7,7 @@ the work: `ptxas` puts rare paths behind the end of a kernel, so that an outer l
 import importlib.util
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -149,6 +150,21 @@ def cuobjdump(*options: str) -> str:
 def sass(arch: str) -> dict[str, list[Instruction]]:
     """The kernels of one architecture; the tool takes ten seconds, so the answer is kept."""
     return parse(cuobjdump("--dump-sass", "--gpu-architecture", arch))
+
+
+@cache
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    """Map architecture to kernel (mangled) to REG, STACK, SHARED."""
+    found: dict = defaultdict(dict)
+    arch = ""
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        if match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        if "REG:" in line:
+            found[arch][name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return found
 
 
 def kernel_name(mangled: str) -> str | None:

@@ -2,8 +2,6 @@
 
 import importlib.util
 import re
-from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 import cuda_sass
@@ -14,23 +12,8 @@ LARGEST_BINARY = 20 * MB
 MOST_STATIC_SHARED = 0
 
 
-@cache
-def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """Map architecture to kernel (mangled) to REG, STACK, SHARED."""
-    found: dict = defaultdict(dict)
-    arch = ""
-    for line in cuda_sass.cuobjdump("--dump-resource-usage").splitlines():
-        if match := re.search(r"arch = (sm_\w+)", line):
-            arch = match[1]
-        if match := re.match(r"\s*Function (\S+):", line):
-            name = match[1]
-        if "REG:" in line:
-            found[arch][name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
-    return found
-
-
 def adapter_kernels(arch: str) -> dict[str, dict[str, int]]:
-    kernels = {n: used for n, used in resources()[arch].items() if "bottleneck_" in n}
+    kernels = {n: used for n, used in cuda_sass.resources()[arch].items() if "bottleneck_" in n}
     # Precisions, tiles, kernels; clusters: dtypes, tiles, tokens, kernels; weight gradients:
     # precisions, tiles, direct or not; their sums.
     assert len(kernels) == 4 * 5 * 6 + 2 * 4 * 2 * 2 + 4 * 2 * 2 + 1

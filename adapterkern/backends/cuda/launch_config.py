@@ -153,6 +153,7 @@ def gradient_bytes(bottleneck_size: int, half: bool, stages: int) -> int:
     return stages * TOKEN_STEP * (units + 8 + features + 8) * (2 if half else 4)
 
 
+@functools.lru_cache(maxsize=4096)
 def token_stages(problem: Problem, device: Device) -> int:
     """The steps of the weight gradients that are in shared memory at once."""
     many = gradient_bytes(problem.bottleneck_size, problem.half, MANY_STAGES)
