@@ -44,7 +44,7 @@ FORMS = {
     "split_over_h": Form(Device(64), 5, 530, 20, feature_slices=2),
     "token_slices": Form(Device(8), 530, 33, 9, token_slices=True),
     "many_stages": Form(
-        Device(12, memory=CLUSTER_MEMORY), 600, 300, 20, token_slices=True, token_stages=6
+        Device(12, memory=CLUSTER_MEMORY), 530, 72, 20, token_slices=True, token_stages=6
     ),
     "cluster": Form(Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64),
     "cluster_few": Form(
