@@ -19,8 +19,8 @@ struct GradientShape {
   static constexpr int kUnits = kUnitsT, kFeatures = kHalf ? 256 : 128, kTokens = 32;
   static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
 
-  // In half precision each fragment of x or dy serves 64 units, or shared memory would be the
-  // limit.
+  // In half precision each fragment of x or dy serves 64 units; with 16, the loads of fragments
+  // from shared memory would take as long as those of x from global memory.
   static constexpr int kUnitsPerWarp = kHalf ? 64 : 16;
   static constexpr int kWarpsAcross = kWarps * kUnitsPerWarp / kUnits;
   static constexpr int kFeaturesPerWarp = kFeatures / kWarpsAcross;
@@ -32,8 +32,8 @@ struct GradientShape {
       kUnitBytes + kTokens * kStrideF * static_cast<int>(sizeof(Scalar));
 };
 
-// The numbers of stages that are compiled; one of them is loaded into, all others are under way or
-// in use. Python chooses by the shared memory of the device, in launch_config.py.
+// The numbers of stages that the kernel can wait for: all but the one in use are under way. Python
+// chooses by the shared memory of the device, in launch_config.py.
 constexpr int kManyStages = 6, kFewStages = 3;
 
 // Copies tiles [kTokens, kColumns] of a matrix, one step of the tokens after the other, by

@@ -55,8 +55,8 @@ struct BackwardParams {
   View dx;                               // out or none: [T, H]
   View dz, a;                            // work space or none: [T, R]; a = act(z)
   View partial;                          // work space of the split form: [S, T, R] float32
-  View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each
-  View sum_down_bias, sum_up_bias;       // work space or none, float32: [S', R], [S', H]
+  View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each,
+  View sum_down_bias, sum_up_bias;       // and [S', R], [S', H]; rows are padded to eights
   View d_down_weight, d_up_weight;       // out or none: [R, H], [H, R]
   View d_down_bias, d_up_bias;           // out or none: [R], [H]
   View d_scaling;                        // out or none: [H] float32
