@@ -300,7 +300,7 @@ CSRC_CONFINED = {
     r"\basm\b": {"ptx.cuh"},
     r"extern __shared__": {"ptx.cuh"},
     r"cudaLaunchKernel|cudaFuncSetAttribute": {"launch.cuh", "probe.cu"},  # which asks real devices
-    r"<<<": {"probe.cu"},
+    r"<<<": set(),
     r"#include <(torch|ATen|c10)": set(),
     r"#include <pybind11": {"bindings.cpp"},
 }

@@ -89,6 +89,8 @@ class CudaBackend(Backend):
                 reasons.append(
                     f"compute capability {major}.{minor} is below 8.0 (no bfloat16 tensor cores)"
                 )
+            elif problem := extension.code_problem(major, minor):
+                reasons.append(problem)
         return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
