@@ -32,6 +32,12 @@ struct GradientShape {
       kUnitBytes + kTokens * kStrideF * static_cast<int>(sizeof(Scalar));
 };
 
+// The two that are compiled for each dtype. A wider bottleneck takes several tiles.
+template <typename Scalar>
+using NarrowGradientShape = GradientShape<Scalar, sizeof(Scalar) == 2 ? 64 : 16>;
+template <typename Scalar>
+using WideGradientShape = GradientShape<Scalar, sizeof(Scalar) == 2 ? 128 : 64>;
+
 // The numbers of stages that the kernel can wait for: all but the one in use are under way. Python
 // chooses by the shared memory of the device, in launch_config.py.
 constexpr int kManyStages = 6, kFewStages = 3;

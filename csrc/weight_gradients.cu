@@ -247,10 +247,9 @@ cudaError_t launch_sums(const BackwardParams& params, cudaStream_t stream) {
 // Calls body(Type<the narrowest shape that holds R, or the widest>()).
 template <typename Scalar, typename Body>
 cudaError_t switch_gradient_shape(int64_t bottleneck_size, Body body) {
-  constexpr bool kHalf = sizeof(Scalar) == 2;
-  constexpr int kNarrow = kHalf ? 64 : 16, kWide = kHalf ? 128 : 64;
-  if (bottleneck_size <= kNarrow) return body(Type<GradientShape<Scalar, kNarrow>>());
-  return body(Type<GradientShape<Scalar, kWide>>());
+  using Narrow = NarrowGradientShape<Scalar>;
+  if (bottleneck_size <= Narrow::kUnits) return body(Type<Narrow>());
+  return body(Type<WideGradientShape<Scalar>>());
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 """The CUDA backend hands its extension addresses, strides and work space, but no copy of x."""
 
+import contextlib
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from allocations import Allocations
 
 from adapterkern.backends import _loaded, get
 from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
 from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
 
@@ -32,7 +35,7 @@ class Recorder:
 
 def unpack(kind, packed: bytes):
     views = sum(annotation not in (int, float) for annotation in kind.__annotations__.values())
-    *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qd", packed)
+    *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qf4x", packed)
     triples = [tuple(numbers[3 * i : 3 * i + 3]) for i in range(views)]
     return kind(*triples, *numbers[3 * views :], scale)
 
@@ -108,9 +111,10 @@ def test_clusters_need_no_work_space(recorder, monkeypatch):
 def test_few_tokens_get_work_space_for_partial_sums(recorder):
     get("cuda").forward(make_call(5), save=False)
     ((params, *_),) = recorder.launches
-    assert (params.num_splits, params.features_per_split) == (1, 256)
+    assert (params.num_splits, params.features_per_split) == (2, 128)
+    assert (params.output_splits, params.features_per_output_split) == (2, 128)
     assert params.partial[0] != 0
-    assert params.partial[1:] == (0, BOTTLENECK)
+    assert params.partial[1:] == (0, 64)  # rows of the width of a tile
     assert params.z == view(None)
 
 
@@ -219,3 +223,41 @@ def test_partial_sums_are_the_only_scratch_memory(recorder):
     long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(long) == 2  # y and dx
     assert len(allocated) == 2 + 3 + 4 + 1 + 1  # and z, dz, a, 4 gradients, their sums, d(scaling)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
+def test_a_launch_on_another_device_is_left_to_torch_to_return_from(monkeypatch, current, entered):
+    """The runtime would make a context on the caller's device, which may have had none."""
+    seen, launched = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext()
+    )
+    cuda_backend._launch(lambda *given: launched.append(given), b"", torch.device("cuda", 1))
+    assert launched == [(b"", 1, 7)]
+    assert seen == entered
+
+
+def a_part_of_a_gpu(monkeypatch, placed):
+    """Make `_gpu` see a GPU of compute capability 9.0 that can place clusters of these sizes."""
+    module = SimpleNamespace(
+        shared_memory=lambda index: 227 * 1024,
+        clusters=lambda index, size, threads, shared_bytes: int(size in placed),
+    )
+    monkeypatch.setattr(extension, "load", lambda: extension.Loaded(module, None))
+    monkeypatch.setattr(extension, "runs_clusters", lambda major, minor: True)
+    properties = SimpleNamespace(multi_processor_count=16, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return cuda_backend._gpu.__wrapped__(torch.device("cuda", 0))
+
+
+def test_sizes_of_clusters_that_a_device_cannot_place_are_not_planned(monkeypatch):
+    """A part of a GPU (MIG, MPS) may have room for none: a launch would fail."""
+    problem = Problem(4096, 1024, 64, True)
+    whole = a_part_of_a_gpu(monkeypatch, {2, 4, 8})
+    assert token_plan(problem, whole).slices.number == 4
+    assert token_plan(problem, a_part_of_a_gpu(monkeypatch, {8})).slices.number != 4
+    none = a_part_of_a_gpu(monkeypatch, set())
+    plan = token_plan(problem, none)
+    assert (plan.num_clusters, plan.large_tiles) == (0, True)

@@ -6,12 +6,8 @@ import cuda_sass
 import pytest
 from cuda_sass import LOCAL_MEMORY, Instruction, Loop
 
-from adapterkern.backends.cuda.launch_config import (
-    FEW_STAGES,
-    MANY_STAGES,
-    TOKEN_STEP,
-    gradient_tile,
-)
+from adapterkern.backends.cuda import launch_config
+from adapterkern.backends.cuda.launch_config import FEW_STAGES, MANY_STAGES, TOKEN_STEP, Problem
 
 THREADS, REGISTERS = 256, 65536  # of a block; of an SM
 WARPS = THREADS // 32
@@ -68,7 +64,8 @@ def test_step_of_half_precision_holds_its_products_and_little_else(arch):
     assert len(chosen) == 4
     for name, code in chosen.items():
         units, loop = int(HALF.search(name)[1]), step_loop(code)
-        assert (units, 256) == gradient_tile(units, half=True)
+        fact = launch_config.facts().gradient(Problem(1, 1, units, True))
+        assert (units, 256) == (fact.units, fact.features)
         copied = 16 * THREADS * loop.count("LDGSTS")
         assert copied == TOKEN_STEP * (units + 256) * 2, name
         products = units * 256 * TOKEN_STEP // (16 * 8 * 16) // WARPS

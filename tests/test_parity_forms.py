@@ -95,15 +95,16 @@ def cuda_launches(template, sizes, device) -> Iterator[tuple]:
     if bottleneck > cuda.MAX_BOTTLENECK_SIZE:
         return
     problem = template._replace(**sizes)
-    plan, width = cuda.token_plan(problem, device), cuda.block_width(bottleneck)
+    plan, width = cuda.token_plan(problem, device), cuda.facts().row_block(problem, device).width
     if plan.num_clusters:
         form = f"cluster of {plan.slices.number}, {plan.cluster_tokens} tokens"
     else:
         form = "split" if plan.slices.number else "row block"
+        form += " of large tiles" if plan.large_tiles else ""
     whole = sizes["hidden_size"] % 8 == 0, bottleneck % 8 == 0
     yield form, width
     yield form.split()[0], "whole vectors in H, R", whole
-    tile = cuda.gradient_tile(bottleneck, problem.half)
+    tile = cuda.facts().gradient(problem)[1:3]
     yield "weights", tile, cuda.token_slices(problem, device).number > 1
     yield "weights", tile, f"{cuda.token_stages(problem, device)} stages"
     yield "weights", "whole vectors in H, R", whole

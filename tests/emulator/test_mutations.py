@@ -29,7 +29,7 @@ CLUSTER_FAULTS = {
         "",
     ),
     "sums of the warps added before they are there": (
-        "cluster.cuh",
+        "cluster_tiles.cuh",
         "  __syncthreads();  // the parts of all warps are there\n",
         "",
     ),
@@ -40,13 +40,19 @@ CLUSTER_FAULTS = {
     ),
     "weight used before it arrives": (
         "cluster.cuh",
-        "    copy_async_wait<1>();  // for the weight out, the first time\n",
+        "    copy_async_wait<1>();  // for z, and for the weight out, the first time\n",
         "",
     ),
-    "no empty group, so a wait for too few": (
+    "no group for z, so a wait for too few": (
         "cluster.cuh",
-        "    copy_async_commit();  // an empty group keeps the count of pending groups\n",
+        "    copy_async_commit();  // even an empty group keeps the count of pending groups\n",
         "",
+    ),
+    "z of the tokens before": ("cluster.cuh", "load_z(block + clusters);", ""),
+    "bias of another feature": (
+        "cluster.cuh",
+        "policy.features(tiles.bias(), tiles.factor(), feature + column)",
+        "policy.features(tiles.bias(), tiles.factor(), column)",
     ),
     "sums of one block left out": (
         "cluster.cuh",
@@ -135,11 +141,20 @@ WEIGHT_FAULTS = {
 FAULTS = {
     "pipeline without its barrier": (
         "tiles.cuh",
-        "copy_async_wait<kStages - 2>();\n      __syncthreads();",
-        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait_for(stages - 2);\n      __syncthreads();",
+        "copy_async_wait_for(stages - 2);",
     ),
-    "pipeline without its wait": ("tiles.cuh", "      copy_async_wait<kStages - 2>();\n", ""),
-    "wait for one group too few": ("tiles.cuh", "wait<kStages - 2>", "wait<kStages - 1>"),
+    "pipeline without its wait": ("tiles.cuh", "      copy_async_wait_for(stages - 2);\n", ""),
+    "wait for one group too few": (
+        "tiles.cuh",
+        "copy_async_wait_for(stages - 2)",
+        "copy_async_wait_for(stages - 1)",
+    ),
+    "a slot of the pipeline left out": (
+        "tiles.cuh",
+        "if (++slot == stages) slot = 0;",
+        "if (++slot == stages) slot = stages > 2;",
+    ),
     "row mask off by one": ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
     "tile not filled up with zeros across": (
         "tiles.cuh",
@@ -161,17 +176,51 @@ FAULTS = {
         "  __syncthreads();  // the sums take the place of tiles that other warps may still read\n",
         "",
     ),
-    "bottleneck read before it is complete": (
-        "row_block.cuh",
-        "  __syncthreads();  // the bottleneck tile is complete, and the sums beside it are read\n",
+    "tiles written while the sums are read": (
+        "adapter_kernels.cuh",
+        "    __syncthreads();  // the sums are read, so that tiles can take their place\n",
+        "",
+    ),
+    "z read before it is there": (
+        "adapter_kernels.cuh",
+        "        copy_async_wait_for(pending);\n        __syncthreads();  // z is there\n",
         "",
     ),
     "output read before other lanes wrote it": (
         "products.cuh",
-        "  store_product(room, kStride, acc);\n  __syncwarp();\n",
-        "  store_product(room, kStride, acc);\n",
+        "room_stride(kChunk), acc, first / 8);\n    __syncwarp();\n",
+        "room_stride(kChunk), acc, first / 8);\n",
     ),
-    "one slice of H left out": ("row_block.cuh", "split < num_splits", "split < num_splits - 1"),
+    "next chunk written while the last is read": (
+        "products.cuh",
+        "    __syncwarp();  // before the next chunk overwrites what other lanes read here\n",
+        "",
+    ),
+    "rows of another step added": (
+        "row_block.cuh",
+        "added.rows[i], first_token, feature);",
+        "added.rows[i], first_token, first);",
+    ),
+    "factor of another step": (
+        "row_block.cuh",
+        "copy(stage.factor(), policy.factor(), kThreads / 2);",
+        "copy(stage.factor(), policy.bias(), kThreads / 2);",
+    ),
+    "second of the added tiles in the place of the first": (
+        "row_block.cuh",
+        "        tile += kAddedBytes<Shape, std::remove_pointer_t<decltype(type)>>;\n",
+        "",
+    ),
+    "one slice of H left out": (
+        "adapter_kernels.cuh",
+        "exists ? params.num_splits : 0",
+        "exists ? params.num_splits - 1 : 0",
+    ),
+    "one slice of the output left out": (
+        "adapter_kernels.cuh",
+        "Policy, Shape>, params.output_splits)",
+        "Policy, Shape>, params.output_splits - 1)",
+    ),
     "padded units not cleared": (
         "forward.cu",
         "  clear_padded_units(z, unit, params.bottleneck_size);\n",
@@ -180,9 +229,20 @@ FAULTS = {
     "derivative of the wrong sign": ("activations.cuh", "+ z * expf(-0.5f", "- z * expf(-0.5f"),
 }
 CASES = [
-    # a device, and a problem that takes each form on it, with every tile partly filled
-    (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=200, bottleneck_size=24)),
-    (Device(64), Case(dtype=torch.bfloat16, shape=(5,), hidden_size=536, bottleneck_size=24)),
+    # A device, and a problem that takes each form on it, with every tile partly filled. The first
+    # takes six steps through five stages: the sums take the place of the tile that is read last.
+    (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=376, bottleneck_size=24)),
+    (
+        Device(64),
+        Case(
+            torch.bfloat16,
+            shape=(5,),
+            hidden_size=536,
+            bottleneck_size=24,
+            scaling="channel",
+            skip=True,
+        ),
+    ),
     (
         Device(1),
         Case(torch.bfloat16, "tanh", (70,), hidden_size=200, bottleneck_size=24, nonfinite=True),

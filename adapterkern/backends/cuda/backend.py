@@ -1,6 +1,7 @@
 """Capabilities, allocation and launch of the CUDA kernels."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from adapterkern.backends.base import (
     scaling_gradient,
     zero_gradients,
 )
-from adapterkern.backends.cuda import extension
+from adapterkern.backends.cuda import extension, launch_config
 from adapterkern.backends.cuda.launch_config import (
+    CLUSTER_SIZES,
     MAX_BOTTLENECK_SIZE,
+    NO_SLICES,
     Device,
     Problem,
-    Slices,
     TokenPlan,
+    row_block_plan,
     token_plan,
     token_slices,
     token_stages,
@@ -47,6 +50,10 @@ from adapterkern.spec import (
     Saved,
     added_gradients,
 )
+
+# Bytes of shared memory of a block on compute capability 8.0: more means large tiles, for which
+# code for 8.0 has no kernels.
+OLDER_MEMORY = 163 * 1024
 
 
 class CudaBackend(Backend):
@@ -110,10 +117,11 @@ class CudaBackend(Backend):
             "skip": None if call.skip is None else rows(call.skip),
             "scaling": packed(call.scaling),
         }
-        plan = token_plan(_problem(call, num_tokens), self._device(device))
+        added = call.x if call.add_input else call.residual, call.skip
+        plan = token_plan(_problem(call, num_tokens, *added), self._device(device))
         room = {"y": outputs.y, "z": saved.z, "partial": _partial(plan, call, num_tokens)}
         params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
-        kernels.forward(params.pack(), *_queue(device))
+        _launch(kernels.forward, params.pack(), device)
         return outputs, saved
 
     def backward(
@@ -144,8 +152,8 @@ class CudaBackend(Backend):
             "d_up_bias": out.up_bias,
             "d_scaling": d_scaling,
         }
-        problem = _problem(call, num_tokens)
-        plan, tokens = TokenPlan(Slices(0, 0)), Slices(0, 0)
+        problem = _problem(call, num_tokens, upstream.y if call.add_input else None)
+        tokens = NO_SLICES
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
@@ -153,9 +161,9 @@ class CudaBackend(Backend):
             "a": _rows_of_units(z) if needs.up_weight or needs.scaling else None,
             "partial": None,
         }
-        if needs.dz:
-            plan = token_plan(problem, self._device(device))
-            room["partial"] = _partial(plan, call, num_tokens)
+        choose = token_plan if needs.dz else row_block_plan
+        plan = choose(problem, self._device(device))
+        room["partial"] = _partial(plan, call, num_tokens)
         if needs.parameters:
             tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
@@ -168,7 +176,7 @@ class CudaBackend(Backend):
             token_stages=token_stages(problem, self._device(device)),
             **_options(call, num_tokens),
         )
-        kernels.backward(params.pack(), *_queue(device))
+        _launch(kernels.backward, params.pack(), device)
         del sums  # kept until here
         scaling = scaling_gradient(call, d_scaling)
         return out._replace(scaling=scaling, **added_gradients(upstream, needs))
@@ -205,8 +213,12 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
     return {
         "num_splits": plan.slices.number,
         "features_per_split": plan.slices.length,
+        "output_splits": plan.output_slices.number,
+        "features_per_output_split": plan.output_slices.length,
         "num_clusters": plan.num_clusters,
         "cluster_tokens": plan.cluster_tokens,
+        "large_tiles": plan.large_tiles,
+        "shared_bytes": plan.shared_bytes,
     }
 
 
@@ -222,10 +234,10 @@ def _whole(size: int) -> int:
 
 
 def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | None:
-    """Work space [S, T, R] of the split form."""
-    if plan.slices.number == 0 or plan.num_clusters > 0:
+    """Work space of the split form, [S, T, R] with R filled up to the width of a tile."""
+    if plan.output_slices.number == 0:
         return None
-    shape = plan.slices.number, num_tokens, call.bottleneck_size
+    shape = plan.slices.number, num_tokens, plan.width
     return torch.empty(shape, dtype=torch.float32, device=call.x.device)
 
 
@@ -257,23 +269,36 @@ def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str
     return room, views
 
 
-def _problem(call: AdapterCall, num_tokens: int) -> Problem:
+def _problem(call: AdapterCall, num_tokens: int, *added: Tensor | None) -> Problem:
+    """The problem of a call, with the tensors that the kernels add to their output."""
     half = call.compute_dtype != torch.float32
-    return Problem(num_tokens, call.hidden_size, call.bottleneck_size, half)
+    tiles = sum(2 if half and t.dtype == torch.float32 else 1 for t in added if t is not None)
+    return Problem(num_tokens, call.hidden_size, call.bottleneck_size, half, tiles)
 
 
 @functools.cache
 def _gpu(device: torch.device) -> Device:
+    """The device as it is for code of the extension, which knows 9.0 and later or does not."""
     properties = torch.cuda.get_device_properties(device)
-    module = extension.load().module
-    assert module is not None
+    num_sms, module = properties.multi_processor_count, extension.load().module
+    if module is None:
+        return Device(num_sms)
     memory = module.shared_memory(device.index)
-    clusters = extension.runs_clusters(properties.major, properties.minor)
-    return Device(properties.multi_processor_count, memory if clusters else 0, memory)
+    if not extension.runs_clusters(properties.major, properties.minor):
+        return Device(num_sms, memory=min(memory, OLDER_MEMORY))
+    # A part of a GPU (MIG, MPS) may have no room for a cluster, or none for the larger sizes.
+    threads = launch_config.facts().clusters[0].threads
+    sizes = tuple(s for s in CLUSTER_SIZES if module.clusters(device.index, s, threads, memory) > 0)
+    return Device(num_sms, memory, memory, sizes)
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
-    """The index of the device and its current stream, on which a launch is queued."""
+def _launch(launch: Callable[[bytes, int, int], None], packed: bytes, device: torch.device) -> None:
+    """Queue a launch on the current stream of its device."""
     if device.type == "cpu":
-        return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+        return launch(packed, 0, 0)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        return launch(packed, device.index, stream)
+    # torch, unlike the runtime, makes no context on the caller's device to return to it.
+    with torch.cuda.device(device):
+        return launch(packed, device.index, stream)

@@ -54,8 +54,12 @@ class ForwardParams(NamedTuple):
     bottleneck_size: int
     num_splits: int
     features_per_split: int
+    output_splits: int
+    features_per_output_split: int
     num_clusters: int
     cluster_tokens: int
+    large_tiles: int
+    shared_bytes: int
     activation: int
     compute_dtype: int
     add_input: int
@@ -95,8 +99,12 @@ class BackwardParams(NamedTuple):
     bottleneck_size: int
     num_splits: int
     features_per_split: int
+    output_splits: int
+    features_per_output_split: int
     num_clusters: int
     cluster_tokens: int
+    large_tiles: int
+    shared_bytes: int
     token_splits: int
     tokens_per_split: int
     token_stages: int
@@ -112,8 +120,8 @@ class BackwardParams(NamedTuple):
 
 
 def _layout(views: int, integers: int) -> struct.Struct:
-    return struct.Struct(f"={3 * views + integers}qd")
+    return struct.Struct(f"={3 * views + integers}qf4x")  # the scale, padded to 8 bytes
 
 
-_FORWARD = _layout(11, 11)
-_BACKWARD = _layout(20, 14)
+_FORWARD = _layout(11, 15)
+_BACKWARD = _layout(20, 18)
