@@ -163,8 +163,8 @@ def missing(cases: list[Case]) -> list[str]:
     reached = reached_by(cases)
     found = []
     for key, devices in all_launches().items():
-        if without := sorted(map(astuple, devices - reached[key])):
-            places = ", ".join(f"{sms} SMs with {kb // KB} KB" for sms, *_, kb in without)
+        if without := sorted(astuple(d)[:3] for d in devices - reached[key]):  # memory comes first
+            places = ", ".join(f"{sms} SMs with {max(more) // KB} KB" for sms, *more in without)
             found.append(f"{' '.join(map(str, key))} on {places}")
     return found
 
