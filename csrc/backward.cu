@@ -1,12 +1,8 @@
-// Backward kernels of dz and dx, equations (5), (9) and (12) of docs/math.md, in the forms of
-// the forward; then the launcher of the whole backward.
+// The backward of dz and dx as a policy of the kernels, equations (5), (9) and (12) of
+// docs/math.md; then the launcher of the whole backward.
 #include "backward.h"
 
-#include "activations.cuh"
-#include "cluster.cuh"
-#include "launch.cuh"
-#include "row_block.cuh"
-#include "static_switch.h"
+#include "adapter_kernels.cuh"
 #include "weight_gradients.h"
 
 namespace adapterkern {
@@ -19,234 +15,105 @@ struct Scale {
 
   __device__ __forceinline__ bool is_active() const { return scaling.channel; }
   template <int n>
-  __device__ __forceinline__ void operator()(float (&v)[n], int64_t feature) const {
-    scaling.multiply(v, feature);
+  __device__ __forceinline__ void load(float (&factors)[n], int64_t feature) const {
+    scaling.load(factors, feature);
   }
 };
 
-// Returns the sums of da = du W_up over the features first ... last.
-template <typename Shape>
-__device__ __forceinline__ float* read_output_gradient(unsigned char* shared,
-                                                       const BackwardParams& params,
-                                                       int64_t first_token, int64_t first,
-                                                       int64_t last) {
-  return multiply_into_bottleneck<Shape, true>(shared, {params.dy, params.num_tokens, last},
-                                               {params.up_weight, last, params.bottleneck_size},
-                                               first_token, first, last, Scale{scaling_of(params)});
+// Whether da is needed, or the activation alone for dW_up, so that dy need not be read.
+__device__ __forceinline__ bool needs_dz(const BackwardParams& params) {
+  return params.dx.data != nullptr || params.dz.data != nullptr;
 }
 
-// dz = da act'(z), equation (9).
-template <typename Scalar>
-__device__ __forceinline__ void finish(const BackwardParams& params, float (&da)[kVector],
-                                       const float (&z)[kVector], int64_t unit) {
-  const Scaling scaling = scaling_of(params);
-  if (!scaling.channel) scaling.multiply(da, 0);
-  apply_derivative(da, z, params.activation);
-  round_to<Scalar>(da);
-  clear_padded_units(da, unit, params.bottleneck_size);
+// Computes dx from v = dz W_down, equation (12), for tensors of any dtype at any address.
+__device__ ADAPTERKERN_RARE void store_any_dx(const BackwardParams& params, const float* from,
+                                              int64_t token, int64_t feature) {
+  float v[kVector];
+  load_whole(v, from);
+  if (params.add_input) {
+    add_vector(v, {params.dy, params.num_tokens, params.hidden_size}, token, feature);
+  }
+  store_vector({params.dx, params.num_tokens, params.hidden_size}, token, feature, v);
 }
 
-__device__ __forceinline__ Matrix of_units(const BackwardParams& params, const View& view) {
-  return {view, params.num_tokens, params.bottleneck_size};
-}
+template <typename ScalarT>
+struct Backward : PolicyBase<BackwardParams> {
+  using Scalar = ScalarT;
+  static constexpr bool kTransposed = true, kReadsZ = true, kHasFeatures = false;
+  static constexpr int kMostAdded = 1;
+  struct OfUnits {
+    float factor;  // of all features; 1 if each has its own
+  };
+  struct Kept {
+    float dz[kVector], a[kVector];
+  };
 
-// Loads z, finishes the vector, and stores dz for the weight gradients.
-template <typename Scalar>
-__device__ __forceinline__ void finish_unit(const BackwardParams& params, float (&da)[kVector],
-                                            int64_t token, int64_t unit, bool keep_dz) {
-  float z[kVector];
-  load_vector(z, of_units(params, params.z), token, unit);
-  finish<Scalar>(params, da, z, unit);
-  if (keep_dz) store_vector(of_units(params, params.dz), token, unit, da);
-}
+  using PolicyBase::PolicyBase;
 
-struct Nothing {};  // dx needs no values per feature
+  __device__ __forceinline__ Matrix rows(int64_t last) const { return of_tokens(params.dy, last); }
+  __device__ __forceinline__ Matrix into(int64_t last) const {
+    return {params.up_weight, last, params.bottleneck_size};
+  }
+  __device__ __forceinline__ Matrix out() const {
+    return {params.down_weight, params.bottleneck_size, params.hidden_size};
+  }
+  __device__ __forceinline__ int64_t features_in() const {
+    return needs_dz(params) ? params.hidden_size : 0;
+  }
+  __device__ __forceinline__ int64_t features_out() const {
+    return params.dx.data != nullptr ? params.hidden_size : 0;
+  }
+  __device__ __forceinline__ Scale transform() const { return {scaling_of(params)}; }
+  __device__ __forceinline__ Matrix z() const { return of_units_of(params.z); }
 
-// Computes dx from v = dz W_down, equation (12).
-template <typename Scalar>
-struct InputGradient {
-  const BackwardParams& params;
-  bool direct;  // dx is direct, and so is dy where it is added from global memory
-
-  __device__ __forceinline__ explicit InputGradient(const BackwardParams& params) : params(params) {
-    direct = params.hidden_size % kVector == 0 && of(params.dx).template is_direct_as<Scalar>() &&
-             (!params.add_input || of(params.dy).template is_direct_as<Scalar>());
+  __device__ __forceinline__ OfUnits of_units(int64_t) const {
+    return {params.channel_scaling ? 1.0f : scaling_of(params).of_all()};
   }
 
-  __device__ __forceinline__ Matrix of(const View& view) const {
-    return {view, params.num_tokens, params.hidden_size};
+  // dz = da act'(z), equation (9); and a = act(z), which was not saved, for the weight gradients.
+  __device__ __forceinline__ void finish(float (&da)[kVector], const OfUnits& of_units,
+                                         const float (&z)[kVector], Kept& kept,
+                                         int64_t unit) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) da[i] *= of_units.factor;
+    copy(kept.a, z);
+    apply_derivative(da, kept.a, params.activation);
+    round_to<Scalar>(da);
+    clear_padded_units(da, unit, params.bottleneck_size);
+    copy(kept.dz, da);
   }
 
-  // `dy` points at the same elements in shared memory; if null, they come from global memory.
-  template <bool kDirect>
-  __device__ __forceinline__ void store(float (&v)[kVector], int64_t token, int64_t feature,
-                                        const Scalar* dy) const {
-    if (token >= params.num_tokens || feature >= params.hidden_size) return;
-    if (params.add_input && dy != nullptr) {
-      add_whole(v, dy);
-    } else if (params.add_input) {
-      if constexpr (kDirect) {
-        add_direct<Scalar>(v, of(params.dy), token, feature);
-      } else {
-        add_vector(v, of(params.dy), token, feature);
-      }
-    }
-    if constexpr (kDirect) {
-      store_direct<Scalar>(of(params.dx), token, feature, v);
-    } else {
-      store_vector(of(params.dx), token, feature, v);
-    }
+  __device__ __forceinline__ void keep(const Kept& kept, int64_t token, int64_t unit) const {
+    store_units<Scalar>(of_units_of(params.dz), token, unit, kept.dz);
+    store_units<Scalar>(of_units_of(params.a), token, unit, kept.a);
+  }
+
+  __device__ __forceinline__ Added added() const {
+    const Matrix dy = of_tokens(params.dy, params.hidden_size);
+    return {params.add_input != 0, {dy, dy}};
+  }
+  __device__ __forceinline__ Matrix output() const {
+    return of_tokens(params.dx, params.hidden_size);
+  }
+  __device__ __forceinline__ bool is_direct() const {
+    return writes_direct<Scalar>(params.dx, added());
+  }
+
+  struct Features {};  // dx needs no values for each feature
+  __device__ __forceinline__ Features features(const void*, const void*, int) const { return {}; }
+  __device__ __forceinline__ void scale(float (&)[kVector], Features) const {}
+  __device__ __forceinline__ void store_any(const float* from, int64_t token,
+                                            int64_t feature) const {
+    store_any_dx(params, from, token, feature);
   }
 };
-
-// Writes dx over the features first ... last from the tile of dz; dy comes from L2.
-template <typename Shape>
-__device__ __forceinline__ void write_input_gradient(unsigned char* shared,
-                                                     const BackwardParams& params,
-                                                     int64_t first_token, int64_t first,
-                                                     int64_t last) {
-  using Scalar = typename Shape::Scalar;
-  const InputGradient<Scalar> gradient(params);
-  multiply_out_of_bottleneck<Shape, true>(
-      shared, {params.down_weight, params.bottleneck_size, params.hidden_size}, first, last,
-      gradient.direct, [](int64_t) { return Nothing(); },
-      [&](auto is_direct, float (&v)[kVector], int row, int64_t feature, Nothing) {
-        gradient.template store<decltype(is_direct)::value>(v, first_token + row, feature, nullptr);
-      });
-}
-
-// The row-block form; grid: token blocks. Global memory per token: read dy (H) and z (R), write dx
-// (H) and dz (R). L2 serves the second read of dy, and both weights.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_bwd_dx_kernel(const __grid_constant__ BackwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const float* sums =
-      read_output_gradient<Shape>(shared, params, first_token, 0, params.hidden_size);
-  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
-      threadIdx.x, [&](int row, int unit) {
-        float da[kVector];
-        load_whole(da, sums + row * Shape::kStrideSum + unit);
-        finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, true);
-        store_bottleneck<Shape>(shared, row, unit, da);
-      });
-  if (params.dx.data != nullptr) {
-    write_input_gradient<Shape>(shared, params, first_token, 0, params.hidden_size);
-  }
-}
-
-// Split form, first half: the sum of da over one slice of H. Grid: token blocks, slices.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_bwd_split_dz_kernel(const __grid_constant__ BackwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const int64_t first = blockIdx.y * params.features_per_split;
-  const int64_t last = min(first + params.features_per_split, params.hidden_size);
-  const float* sums = read_output_gradient<Shape>(shared, params, first_token, first, last);
-  store_partial<Shape>(params.partial, blockIdx.y, params.num_tokens, params.bottleneck_size,
-                       first_token, sums);
-}
-
-// Split form, second half: dz, which the first feature block stores, and dx. Grid: token blocks,
-// feature blocks (one if only dz is needed).
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_bwd_split_dx_kernel(const __grid_constant__ BackwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * Shape::kBlockH;
-  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
-      threadIdx.x, [&](int row, int unit) {
-        float da[kVector];
-        sum_partials(da, params.partial, params.num_splits, params.num_tokens,
-                     params.bottleneck_size, first_token + row, unit);
-        finish_unit<typename Shape::Scalar>(params, da, first_token + row, unit, blockIdx.y == 0);
-        store_bottleneck<Shape>(shared, row, unit, da);
-      });
-  if (params.dx.data != nullptr) {
-    write_input_gradient<Shape>(shared, params, first_token, first,
-                                min(first + Shape::kBlockH, params.hidden_size));
-  }
-}
-
-// The cluster form; grid: the blocks of one cluster after another. Global memory per token is that
-// of the row-block form; nothing is read twice unless a scaling keeps dy itself out of the tile.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    bottleneck_bwd_cluster_dx_kernel(const __grid_constant__ BackwardParams params) {
-  using Scalar = typename Shape::Scalar;
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  if constexpr (kHasClusters) {
-    const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
-    const Scale scale{scaling_of(params)};
-    const InputGradient<Scalar> gradient(params);
-    const bool dy_in_tile = params.dy.dtype == kDTypeOf<Scalar> && !scale.is_active();
-    const View down_weight = params.dx.data != nullptr ? params.down_weight : View{};
-    run_cluster<Shape, true>(
-        shared,
-        {{params.dy, params.num_tokens, hidden_size},
-         {params.up_weight, hidden_size, bottleneck_size},
-         {down_weight, bottleneck_size, hidden_size},
-         params.features_per_split},
-        scale,
-        [&](float (&z)[kVector], int64_t token, int unit) {
-          load_vector(z, of_units(params, params.z), token, unit);
-        },
-        [&](float (&da)[kVector], const float (&z)[kVector], float (&dz)[kVector], int unit) {
-          finish<Scalar>(params, da, z, unit);
-          copy(dz, da);
-        },
-        [&](const float (&dz)[kVector], int64_t token, int unit) {
-          store_vector(of_units(params, params.dz), token, unit, dz);
-        },
-        gradient.direct, [](int64_t) { return Nothing(); },
-        [&](auto is_direct, float (&v)[kVector], int64_t token, int64_t feature, Nothing,
-            const Scalar* dy) {
-          gradient.template store<decltype(is_direct)::value>(v, token, feature,
-                                                              dy_in_tile ? dy : nullptr);
-        });
-  } else {
-    trap();
-  }
-}
-
-template <typename Shape>
-cudaError_t launch_dx(const BackwardParams& params, cudaStream_t stream) {
-  if (params.num_clusters > 0) {
-    return switch_cluster_shape<Shape>(params.cluster_tokens, [&](auto shape) {
-      using Cluster = typename decltype(shape)::type;
-      return launch_cluster<Cluster>(bottleneck_bwd_cluster_dx_kernel<Cluster>, params, stream);
-    });
-  }
-  const auto token_blocks = static_cast<unsigned>(ceil_div(params.num_tokens, Shape::kBlockT));
-  if (params.num_splits == 0) {
-    return launch(bottleneck_bwd_dx_kernel<Shape>, dim3(token_blocks), Shape::kThreads,
-                  Shape::kSharedBytes, params, stream);
-  }
-  const dim3 dz_grid(token_blocks, static_cast<unsigned>(params.num_splits));
-  const cudaError_t error = launch(bottleneck_bwd_split_dz_kernel<Shape>, dz_grid, Shape::kThreads,
-                                   Shape::kSharedBytes, params, stream);
-  if (error != cudaSuccess) return error;
-  const int64_t feature_blocks =
-      params.dx.data == nullptr ? 1 : ceil_div(params.hidden_size, Shape::kBlockH);
-  return launch(bottleneck_bwd_split_dx_kernel<Shape>,
-                dim3(token_blocks, static_cast<unsigned>(feature_blocks)), Shape::kThreads,
-                Shape::kSharedBytes, params, stream);
-}
 
 }  // namespace
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   if (!has_formula(params.activation)) return cudaErrorInvalidValue;
-  if (params.dx.data != nullptr || params.dz.data != nullptr) {
-    const cudaError_t error = switch_dtype(params.compute_dtype, [&](auto type) {
-      return switch_block_r(params.bottleneck_size, [&](auto block_r) {
-        using Scalar = typename decltype(type)::type;
-        return launch_dx<RowBlockShape<Scalar, decltype(block_r)::value>>(params, stream);
-      });
-    });
+  if (params.dx.data != nullptr || params.dz.data != nullptr || params.a.data != nullptr) {
+    const cudaError_t error = launch_adapter<Backward>(params, stream);
     if (error != cudaSuccess) return error;
   }
   return params.token_splits == 0 ? cudaSuccess : launch_weight_gradients(params, stream);

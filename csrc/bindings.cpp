@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "backward.h"
+#include "facts.h"
 #include "forward.h"
 #include "probe.h"
 #include "registry.h"
@@ -28,7 +29,9 @@ void check(cudaError_t error, const std::string& what) {
                            cudaGetErrorString(error) + ")");
 }
 
-// Makes `device` current for its lifetime and restores the caller's device afterwards.
+// Makes `device` current for its lifetime and restores the caller's device afterwards. The runtime
+// then makes a context on the caller's device if there was none, so the backend sets the device
+// itself, with torch, which does not.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -81,6 +84,24 @@ py::tuple kernels() {
   size_t index = 0;
   for (const char* name : kKernels) names[index++] = py::str(name);
   return names;
+}
+
+// Returns (panel, most stages, row blocks, clusters, gradients), the facts in the order of facts.h.
+py::tuple facts() {
+  const Facts all = launch_facts();
+  py::list row_blocks, clusters, gradients;
+  for (const RowBlockFacts& f : all.row_blocks) {
+    row_blocks.append(py::make_tuple(f.half, f.width, f.large, f.tokens, f.threads, f.blocks_per_sm,
+                                     f.least_bytes, f.in_bytes, f.out_bytes, f.added_bytes,
+                                     f.beside_bytes));
+  }
+  for (const ClusterFacts& f : all.clusters) {
+    clusters.append(py::make_tuple(f.width, f.tokens, f.threads, f.panel_bytes, f.beside_bytes));
+  }
+  for (const GradientFacts& f : all.gradients) {
+    gradients.append(py::make_tuple(f.half, f.units, f.features, f.stage_bytes));
+  }
+  return py::make_tuple(all.panel, all.most_stages, row_blocks, clusters, gradients);
 }
 
 void probe(uintptr_t out, int device, uintptr_t stream) {
@@ -147,6 +168,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("device_count", &device_count, "(count, error name, error text).");
   m.def("shared_memory", &shared_memory, py::arg("device"),
         "Bytes of shared memory that one block may ask for.");
+  m.def("facts", &facts, "What a plan of launches has to know of the kernels; see csrc/facts.h.");
   m.def("probe", &probe, py::arg("out"), py::arg("device"), py::arg("stream"),
         "Run the probe kernel: int32[2] at the address `out` becomes (__CUDA_ARCH__, is it \"a\" "
         "code).");

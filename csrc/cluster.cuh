@@ -6,130 +6,28 @@
 // some rows of the bottleneck and stores them in all blocks. So x and the weights are read once.
 #pragma once
 
+#include "cluster_tiles.cuh"
 #include "launch.cuh"
-#include "products.cuh"
-#include "static_switch.h"
+#include "policy.cuh"
 
 namespace adapterkern {
 
-constexpr int kMaxClusterSize = 8;  // blocks; every device with clusters can place them
-constexpr int kMaxClusterBottleneck = 128;
-constexpr int kPanel = 64;  // tiles over a slice are cut into panels of as many features
-
-template <typename ScalarT, int kBlockRT, int kBlockTT>
-struct ClusterShape {
-  using Scalar = ScalarT;
-  static constexpr int kBlockR = kBlockRT, kBlockT = kBlockTT;
-  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-
-  // In the product into the bottleneck the warps divide the tokens, the units, then the features.
-  static constexpr int kWarpsT = kBlockT / 16;
-  static constexpr int kWarpsR = smaller(kWarps / kWarpsT, kBlockR / 16);
-  static constexpr int kWarpsH = kWarps / kWarpsT / kWarpsR;
-  static constexpr int kUnitsPerWarp = kBlockR / kWarpsR;
-  // In the product out of it they divide the tokens and the features.
-  static constexpr int kWarpsOut = kWarps / kWarpsT;
-  static constexpr int kFeaturesPerStep = 32;
-
-  static constexpr int kStrideR = kBlockR + kPadding<Scalar>;
-  static constexpr int kStridePanel = kPanel + kPadding<Scalar>;
-  static constexpr int kRowsPanelBytes = tile_bytes<Scalar>(kBlockT, kPanel);
-  static constexpr int kWidePanelBytes = tile_bytes<Scalar>(kBlockR, kPanel);  // of [R, H]
-  static constexpr int kTallPanelBytes = tile_bytes<Scalar>(kPanel, kBlockR);  // of [H, R]
-  static constexpr int kBottleneckBytes = tile_bytes<Scalar>(kBlockT, kBlockR);
-  static constexpr int kRoomBytes = 16 * kRoomStride<kFeaturesPerStep> * 4;  // of one warp
-  // The sums into the bottleneck, and later the products out of it.
-  static constexpr int kStrideSum = kBlockR + 8;  // rows of a fragment in banks of their own
-  static constexpr int kSumBytes = larger(kWarpsH * kBlockT * kStrideSum * 4, kWarps* kRoomBytes);
-
-  __host__ __device__ static constexpr int shared_bytes(int64_t features) {
-    const int panels = static_cast<int>(features / kPanel);
-    return panels * (2 * kRowsPanelBytes + kWidePanelBytes + kTallPanelBytes) + kBottleneckBytes +
-           kSumBytes;
-  }
-};
-
-// `rows` [T, H] times `into` gives the bottleneck, and that times `out` the output; without `out`
-// there is none. The weights are [R, H] and [H, R], or the other way round if transposed.
-struct ClusterProblem {
-  Matrix rows, into, out;
-  int64_t features;  // features of one block, a multiple of kPanel
-};
-
-// The addresses of one block's tiles.
-template <typename Shape, bool kTransposed>
-struct ClusterTiles {
-  using Scalar = typename Shape::Scalar;
-  static constexpr int kIntoBytes = kTransposed ? Shape::kTallPanelBytes : Shape::kWidePanelBytes;
-  static constexpr int kOutBytes = kTransposed ? Shape::kWidePanelBytes : Shape::kTallPanelBytes;
-  unsigned char* shared;
-  int panels;
-
-  __device__ __forceinline__ Scalar* into(int panel) const {
-    return reinterpret_cast<Scalar*>(shared + panel * kIntoBytes);
-  }
-  __device__ __forceinline__ Scalar* out(int panel) const {
-    return reinterpret_cast<Scalar*>(shared + panels * kIntoBytes + panel * kOutBytes);
-  }
-  __device__ __forceinline__ Scalar* rows(int slot, int panel) const {
-    return reinterpret_cast<Scalar*>(shared + panels * (kIntoBytes + kOutBytes) +
-                                     (slot * panels + panel) * Shape::kRowsPanelBytes);
-  }
-  __device__ __forceinline__ Scalar* bottleneck() const { return rows(2, 0); }
-  __device__ __forceinline__ float* sums() const {
-    return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(bottleneck()) +
-                                    Shape::kBottleneckBytes);
-  }
-};
-
-// sums [kBlockT, kBlockR] = the block's columns of the rows times its part of `into`.
-template <typename Shape, bool kTransposed>
-__device__ __forceinline__ void sum_slice(const ClusterTiles<Shape, kTransposed>& tiles, int slot) {
-  const int warp = threadIdx.x / kWarpSize, row = warp % Shape::kWarpsT * 16;
-  const int part = warp / Shape::kWarpsT / Shape::kWarpsR;
-  const int unit = warp / Shape::kWarpsT % Shape::kWarpsR * Shape::kUnitsPerWarp;
-  float acc[Shape::kUnitsPerWarp / 8][4];
-  clear(acc);
-  for (int step = part; step < tiles.panels * (kPanel / 16); step += Shape::kWarpsH) {
-    const int panel = step / (kPanel / 16), feature = step % (kPanel / 16) * 16;
-    const auto* a = tiles.rows(slot, panel) + row * Shape::kStridePanel + feature;
-    if (kTransposed) {
-      multiply<16, false, false>(acc, a, Shape::kStridePanel,
-                                 tiles.into(panel) + feature * Shape::kStrideR + unit,
-                                 Shape::kStrideR);
-    } else {
-      multiply<16, false, true>(acc, a, Shape::kStridePanel,
-                                tiles.into(panel) + unit * Shape::kStridePanel + feature,
-                                Shape::kStridePanel);
-    }
-  }
-  constexpr int kPartSize = Shape::kBlockT * Shape::kStrideSum;
-  float* const sums = tiles.sums();
-  store_product(sums + part * kPartSize + row * Shape::kStrideSum + unit, Shape::kStrideSum, acc);
-  if (Shape::kWarpsH == 1) return;
-  __syncthreads();  // the parts of all warps are there
-  for (int index = threadIdx.x; index < kPartSize; index += Shape::kThreads) {
-    float sum = sums[index];
-#pragma unroll
-    for (int other = 1; other < Shape::kWarpsH; ++other) sum += sums[other * kPartSize + index];
-    sums[index] = sum;
-  }
-}
-
-// The vectors of the bottleneck that this thread finishes for its block's share of the rows.
+// The vectors of the bottleneck that this thread finishes for its block's share of the rows. It
+// keeps its units.
 template <typename Shape>
 struct Share {
-  static constexpr int kAcross = Shape::kBlockR / kVector;
-  static constexpr int kMost = larger(Shape::kBlockT / 2 * kAcross / Shape::kThreads, 1);
+  static constexpr int kAcross = Shape::kAcross;
+  static_assert(Shape::kThreads % kAcross == 0, "a thread would change its units");
   int rows = Shape::kBlockT / cluster_size(), first = cluster_rank() * rows;
+  int unit = threadIdx.x % kAcross * kVector;
 
-  // Calls body(i, row, unit) for the i-th vector.
+  // Calls body(i, row) for the i-th vector.
   template <typename Body>
   __device__ __forceinline__ void for_each(Body body) const {
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
+    for (int i = 0; i < Shape::kVectors; ++i) {
       const int index = threadIdx.x + i * Shape::kThreads;
-      if (index < rows * kAcross) body(i, first + index / kAcross, index % kAcross * kVector);
+      if (index < rows * kAcross) body(i, first + index / kAcross);
     }
   }
 };
@@ -170,60 +68,147 @@ __device__ __forceinline__ void store_everywhere(const ClusterTiles<Shape, kTran
   for (int block = 0; block < size; ++block) store_remote_16(to, words, block);
 }
 
-// Hands out the bottleneck times the block's part of `out`. `direct`, `features` and `store` are
-// those of hand_out, with features counted within the slice; `store` also receives a pointer to the
-// same elements of the rows.
-template <typename Shape, bool kTransposed, typename Features, typename Store>
-__device__ __forceinline__ void multiply_out(const ClusterTiles<Shape, kTransposed>& tiles,
-                                             int slot, bool direct, Features features,
-                                             Store store) {
+// Loads a vector of T as it is, to be added later.
+template <typename T>
+__device__ __forceinline__ void load_raw(Words<4> (&words)[2], const T* from) {
+#pragma unroll
+  for (int i = 0; i < kVector / (4 * kPerWord<T>); ++i) {
+    words[i] = load_words<Words<4>>(from + i * 4 * kPerWord<T>);
+  }
+}
+
+// v += the vector of T that load_raw loaded.
+template <typename T>
+__device__ __forceinline__ void add_raw(float (&v)[kVector], const Words<4> (&words)[2]) {
+  float more[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector / kPerWord<T>; ++i) {
+    unpack(more + i * kPerWord<T>, words[i / 4].values[i % 4], T());
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] += more[i];
+}
+
+// Writes the output over the block's slice: the bottleneck times the block's part of the weight
+// out, and what is added to it. The rows themselves come from their tile, if it holds them
+// unchanged; loads of what else is added start before the product, all of a lane's together.
+template <bool kDirect, typename Shape, typename Policy>
+__device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kTransposed>& tiles,
+                                            const Policy& policy, int slot, int64_t first_token,
+                                            int64_t first_feature, bool rows_in_tile) {
   constexpr int kFeatures = Shape::kFeaturesPerStep, kSteps = kPanel / kFeatures;
+  using Scalar = typename Shape::Scalar;
+  using Rows = LaneRows<chunk_of(kFeatures)>;
+  static_assert(chunk_of(kFeatures) == kFeatures, "a lane has one column in a step");
   const int warp = threadIdx.x / kWarpSize, first_row = warp % Shape::kWarpsT * 16;
   const auto* a = tiles.bottleneck() + first_row * Shape::kStrideR;
   float* const room = tiles.sums() + warp * (Shape::kRoomBytes / 4);
+  const Rows lane(room);
+  const Added added = policy.added();
+  const int64_t num_tokens = policy.params.num_tokens, hidden_size = policy.params.hidden_size;
   for (int step = warp / Shape::kWarpsT; step < tiles.panels * kSteps; step += Shape::kWarpsOut) {
     const int panel = step / kSteps, in_panel = step % kSteps * kFeatures;
+    const int feature = panel * kPanel + in_panel;  // of the slice
+    const int64_t lane_feature = first_feature + feature + lane.column;
+    const bool exists = lane_feature < hidden_size;
+    Words<4> fetched[Policy::kMostAdded][Rows::kCount][2] = {};  // two hold a vector of float32
+#pragma unroll
+    for (int index = 0; kDirect && index < Policy::kMostAdded; ++index) {
+      if (index >= added.count || (index == 0 && rows_in_tile)) continue;
+      with_type_of<Scalar>(added.rows[index].view, [&](auto* type) {
+        using Type = std::remove_pointer_t<decltype(type)>;
+        lane.for_each_unrolled([&](int i, int row, const float*) {
+          const int64_t token = first_token + first_row + row;
+          if (!exists || token >= num_tokens) return;
+          load_raw(fetched[index][i], added.rows[index].template at<Type>(token, lane_feature));
+        });
+      });
+    }
     float acc[kFeatures / 8][4];
     clear(acc);
-    if (kTransposed) {
+    if constexpr (Policy::kTransposed) {
       multiply<Shape::kBlockR, false, false>(acc, a, Shape::kStrideR, tiles.out(panel) + in_panel,
                                              Shape::kStridePanel);
     } else {
       multiply<Shape::kBlockR, false, true>(
           acc, a, Shape::kStrideR, tiles.out(panel) + in_panel * Shape::kStrideR, Shape::kStrideR);
     }
-    const int feature = panel * kPanel + in_panel;
     const auto* in = tiles.rows(slot, panel) + first_row * Shape::kStridePanel + in_panel;
-    hand_out(
-        room, acc, direct, [&](int column) { return features(feature + column); },
-        [&](auto is_direct, float (&u)[kVector], int row, int column, const auto& of_feature) {
-          store(is_direct, u, first_row + row, feature + column, of_feature,
-                in + row * Shape::kStridePanel + column);
+    hand_out(room, acc, [&](auto rows, int column) {
+      if constexpr (!kDirect) {
+        rows.for_each([&](int row, const float* from) {
+          policy.store_any(from, first_token + first_row + row, first_feature + feature + column);
         });
+        return;
+      }
+      const auto of_feature = policy.features(tiles.bias(), tiles.factor(), feature + column);
+      float u[Rows::kCount][kVector];
+      rows.for_each_unrolled([&](int i, int row, const float* from) {
+        load_whole(u[i], from);
+        policy.scale(u[i], of_feature);
+        if (rows_in_tile) add_whole(u[i], in + row * Shape::kStridePanel + column);
+      });
+#pragma unroll
+      for (int index = 0; index < Policy::kMostAdded; ++index) {
+        if (index >= added.count || (index == 0 && rows_in_tile)) continue;
+        with_type_of<Scalar>(added.rows[index].view, [&](auto* type) {
+          using Type = std::remove_pointer_t<decltype(type)>;
+          rows.for_each_unrolled(
+              [&](int i, int, const float*) { add_raw<Type>(u[i], fetched[index][i]); });
+        });
+      }
+      const Matrix output = policy.output();
+      with_type_of<Scalar>(output.view, [&](auto* type) {
+        using Type = std::remove_pointer_t<decltype(type)>;
+        rows.for_each_unrolled([&](int i, int row, const float*) {
+          const int64_t token = first_token + first_row + row;
+          if (!exists || token >= num_tokens) return;
+          store_whole_global(output.template at<Type>(token, lane_feature), u[i]);
+        });
+      });
+    });
   }
 }
 
-// Walks over the tokens. For every vector of the bottleneck prepare(ahead, token, unit) loads the
-// operands of finish(v, ahead, kept, unit), which turns sums into elements, and
-// keep(kept, token, unit) stores what later kernels read. `direct`, `features` and `store` are
-// those of multiply_out, with features of H.
-// A cluster barrier stands before and after the exchange, the only time when blocks access each
-// other's shared memory: after it a block may overwrite its sums, or exit. The barrier also waits
-// for a thread's global memory accesses, so prepare and keep stand outside.
-template <typename Shape, bool kTransposed, typename Transform, typename Prepare, typename Finish,
-          typename Keep, typename Features, typename Store>
-__device__ __forceinline__ void run_cluster(unsigned char* shared, const ClusterProblem& problem,
-                                            Transform transform, Prepare prepare, Finish finish,
-                                            Keep keep, bool direct, Features features,
-                                            Store store) {
+// Loads the bias and the factor of each feature of the slice as float32, once for all tokens.
+template <typename Shape, typename Policy>
+__device__ __forceinline__ void load_features(const ClusterTiles<Shape, Policy::kTransposed>& tiles,
+                                              const Policy& policy, int64_t first_feature) {
+  if constexpr (Policy::kHasFeatures) {
+#pragma unroll 1
+    for (int feature = threadIdx.x * kVector; feature < tiles.panels * kPanel;
+         feature += Shape::kThreads * kVector) {
+      float v[kVector];
+      load_vector(v, policy.bias(), 0, first_feature + feature);
+      store_whole(tiles.bias() + feature, v);
+      scaling_of(policy.params).load(v, first_feature + feature);
+      store_whole(tiles.factor() + feature, v);
+    }
+  }
+}
+
+// Walks over the tokens. A cluster barrier stands before and after the exchange, the only time when
+// blocks access each other's shared memory: after it a block may overwrite its sums, or exit. The
+// barrier also waits for a thread's global memory accesses, so those of the bottleneck stand
+// outside it: z is copied with the weight out, and later with the output of the tokens before.
+template <typename Shape, typename Policy>
+__device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy& policy) {
   using Scalar = typename Shape::Scalar;
+  constexpr bool kTransposed = Policy::kTransposed;
   constexpr int kThreads = Shape::kThreads, kBlockT = Shape::kBlockT, kBlockR = Shape::kBlockR;
-  const ClusterTiles<Shape, kTransposed> tiles{shared, static_cast<int>(problem.features / kPanel)};
-  const int64_t first_feature = cluster_rank() * problem.features;
-  const int64_t token_blocks = ceil_div(problem.rows.rows, kBlockT);
+  const auto& params = policy.params;
+  const int64_t hidden_size = params.hidden_size;
+  const ClusterTiles<Shape, kTransposed> tiles{
+      shared, static_cast<int>(params.features_per_split / kPanel)};
+  const int64_t first_feature = cluster_rank() * params.features_per_split;
+  const int64_t token_blocks = ceil_div(params.num_tokens, kBlockT);
   const int64_t clusters = gridDim.x / cluster_size();
-  const bool stores = problem.out.view.data != nullptr;
+  const bool writes = policy.features_out() > 0, direct = policy.is_direct();
+  const Matrix all_rows = policy.rows(hidden_size);
+  const bool rows_in_tile = params.add_input && !policy.transform().is_active() &&
+                            all_rows.view.dtype == kDTypeOf<Scalar>;
   const Share<Shape> share;
+  const auto of_units = policy.of_units(share.unit);
 
   const auto load_wide = [&](Scalar* tile, const Matrix& weight, int64_t feature) {
     load_tile<kBlockR, kPanel, kThreads>(tile, weight, 0, feature, Unchanged());
@@ -232,73 +217,71 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Cluster
     load_tile<kPanel, kBlockR, kThreads>(tile, weight, feature, 0, Unchanged());
   };
   const auto load_rows = [&](int64_t block, int slot) {
+#pragma unroll 1
     for (int panel = 0; panel < tiles.panels; ++panel) {
-      load_tile<kBlockT, kPanel, kThreads>(tiles.rows(slot, panel), problem.rows, block * kBlockT,
-                                           first_feature + panel * kPanel, transform);
+      load_tile<kBlockT, kPanel, kThreads>(tiles.rows(slot, panel), all_rows, block * kBlockT,
+                                           first_feature + panel * kPanel, policy.transform());
+    }
+  };
+  const auto load_z = [&](int64_t block) {
+    if constexpr (Policy::kReadsZ) {
+      share.for_each([&](int i, int row) {
+        fetch_units(tiles.z(i), policy.z(), block * kBlockT + row, share.unit);
+      });
     }
   };
 
   int64_t block = blockIdx.x / cluster_size();
   load_rows(block, 0);
+#pragma unroll 1
   for (int panel = 0; panel < tiles.panels; ++panel) {
     const int64_t feature = first_feature + panel * kPanel;
-    if (kTransposed) {
-      load_tall(tiles.into(panel), problem.into, feature);
+    if constexpr (kTransposed) {
+      load_tall(tiles.into(panel), policy.into(hidden_size), feature);
     } else {
-      load_wide(tiles.into(panel), problem.into, feature);
+      load_wide(tiles.into(panel), policy.into(hidden_size), feature);
     }
   }
   copy_async_commit();
-  for (int panel = 0; stores && panel < tiles.panels; ++panel) {
+#pragma unroll 1
+  for (int panel = 0; writes && panel < tiles.panels; ++panel) {
     const int64_t feature = first_feature + panel * kPanel;
-    if (kTransposed) {
-      load_wide(tiles.out(panel), problem.out, feature);
+    if constexpr (kTransposed) {
+      load_wide(tiles.out(panel), policy.out(), feature);
     } else {
-      load_tall(tiles.out(panel), problem.out, feature);
+      load_tall(tiles.out(panel), policy.out(), feature);
     }
   }
+  load_z(block);
   copy_async_commit();
+  load_features<Shape>(tiles, policy, first_feature);
   for (int slot = 0; block < token_blocks; block += clusters, slot ^= 1) {
     copy_async_wait<1>();  // for these rows
     __syncthreads();       // and the sums and the other slot are no longer read
     if (block + clusters < token_blocks) load_rows(block + clusters, slot ^ 1);
     copy_async_commit();
     sum_slice(tiles, slot);
-    float kept[Share<Shape>::kMost][kVector];  // holds `ahead` until finish
-    share.for_each(
-        [&](int i, int row, int unit) { prepare(kept[i], block * kBlockT + row, unit); });
-    copy_async_wait<1>();  // for the weight out, the first time
+    copy_async_wait<1>();  // for z, and for the weight out, the first time
     cluster_barrier();     // the sums of every block are there
-    share.for_each([&](int i, int row, int unit) {
-      float v[kVector];
-      sum_blocks(tiles, v, row, unit);
-      finish(v, kept[i], kept[i], unit);
-      store_everywhere(tiles, v, row, unit);
+    typename Policy::Kept kept[Shape::kVectors];
+    share.for_each([&](int i, int row) {
+      float v[kVector], z[kVector] = {};
+      sum_blocks(tiles, v, row, share.unit);
+      if constexpr (Policy::kReadsZ) load_whole(z, tiles.z(i));
+      policy.finish(v, of_units, z, kept[i], share.unit);
+      store_everywhere(tiles, v, row, share.unit);
     });
     cluster_barrier();  // the bottleneck is complete
-    share.for_each([&](int i, int row, int unit) { keep(kept[i], block * kBlockT + row, unit); });
-    if (stores) {
-      multiply_out(
-          tiles, slot, direct, [&](int feature) { return features(first_feature + feature); },
-          [&](auto is_direct, float (&u)[kVector], int row, int feature, const auto& of_feature,
-              const auto* in) {
-            store(is_direct, u, block * kBlockT + row, first_feature + feature, of_feature, in);
-          });
+    share.for_each(
+        [&](int i, int row) { policy.keep(kept[i], block * kBlockT + row, share.unit); });
+    load_z(block + clusters);
+    copy_async_commit();  // even an empty group keeps the count of pending groups
+    if (writes && direct) {
+      write_slice<true, Shape>(tiles, policy, slot, block * kBlockT, first_feature, rows_in_tile);
+    } else if (writes) {
+      write_slice<false, Shape>(tiles, policy, slot, block * kBlockT, first_feature, false);
     }
-    copy_async_commit();  // an empty group keeps the count of pending groups
   }
-}
-
-// Calls body(Type<the cluster shape with the tiles of this row-block shape>()) if there is one: in
-// half precision, for bottlenecks whose sums cost less to exchange than x costs to read again.
-template <typename Shape, typename Body>
-cudaError_t switch_cluster_shape(int64_t cluster_tokens, Body body) {
-  using Scalar = typename Shape::Scalar;
-  if constexpr (Shape::kHalf && Shape::kBlockR <= kMaxClusterBottleneck) {
-    if (cluster_tokens == 16) return body(Type<ClusterShape<Scalar, Shape::kBlockR, 16>>());
-    if (cluster_tokens == 64) return body(Type<ClusterShape<Scalar, Shape::kBlockR, 64>>());
-  }
-  return cudaErrorInvalidValue;
 }
 
 // Launches `kernel` of this shape, forward or backward.

@@ -1,262 +1,145 @@
-// Forward kernels, equations (1) to (4) of docs/math.md.
-//
-// Three forms of y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up):
-// - row block: a block owns kBlockT tokens and all of R; a = act(z) never leaves the chip.
-// - split, for few tokens: two kernels, partial sums of z over slices of H, then y over blocks of
-//   features.
-// - cluster, from compute capability 9.0 on: each block takes a slice of H, and the blocks exchange
-//   their sums of z on the chip; both weights and x are read once.
+// The forward as a policy of the kernels, equations (1) to (4) of docs/math.md:
+// y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up).
 #include "forward.h"
 
-#include "activations.cuh"
-#include "cluster.cuh"
-#include "launch.cuh"
-#include "row_block.cuh"
-#include "static_switch.h"
+#include "adapter_kernels.cuh"
 
 namespace adapterkern {
 namespace {
 
-// Finishes z: `kept` receives the rounded z for backward, and `z` becomes a = act(z). Both are
-// rounded where eager rounds, because backward recomputes a from the stored z.
-template <typename Scalar>
-__device__ __forceinline__ void finish(const ForwardParams& params, float (&z)[kVector],
-                                       const float (&bias)[kVector], float (&kept)[kVector],
-                                       int64_t unit) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) z[i] += bias[i];
-  round_to<Scalar>(z);
-  copy(kept, z);
-  apply_activation(z, params.activation);
-  clear_padded_units(z, unit, params.bottleneck_size);
-}
-
-__device__ __forceinline__ void load_bias(const ForwardParams& params, float (&bias)[kVector],
-                                          int64_t unit) {
-  load_vector(bias, as_matrix(params.down_bias, params.bottleneck_size), 0, unit);
-}
-
-__device__ __forceinline__ void store_z(const ForwardParams& params, const float (&z)[kVector],
-                                        int64_t token, int64_t unit) {
-  store_vector({params.z, params.num_tokens, params.bottleneck_size}, token, unit, z);
-}
-
-template <typename Scalar>
-__device__ __forceinline__ void finish_unit(const ForwardParams& params, float (&z)[kVector],
-                                            int64_t token, int64_t unit, bool keep_z) {
-  float bias[kVector], kept[kVector];
-  load_bias(params, bias, unit);
-  finish<Scalar>(params, z, bias, kept, unit);
-  if (keep_z) store_z(params, kept, token, unit);
-}
-
-// Computes y from u = a W_up^T, equation (4), in float32 until the single store.
-template <typename Scalar>
-struct Output {
-  struct Features {
-    float bias[kVector], factor[kVector];
-  };
-  const ForwardParams& params;
-  Scaling scaling;
-  bool direct;  // y is direct, and so is all that is added to it from global memory
-
-  __device__ __forceinline__ explicit Output(const ForwardParams& params)
-      : params(params), scaling(scaling_of(params)) {
-    direct = params.hidden_size % kVector == 0 && of(params.y).template is_direct_as<Scalar>() &&
-             (!params.add_input || is_direct_or_none(params.x)) &&
-             is_direct_or_none(params.residual) && is_direct_or_none(params.skip);
-  }
-
-  __device__ __forceinline__ Matrix of(const View& view) const {
+// Computes y from u = a W_up^T, equation (4), in float32 until the single store, for tensors of any
+// dtype at any address.
+__device__ ADAPTERKERN_RARE void store_any_output(const ForwardParams& params, const float* from,
+                                                  int64_t token, int64_t feature) {
+  const auto of = [&](const View& view) -> Matrix {
     return {view, params.num_tokens, params.hidden_size};
-  }
+  };
+  float u[kVector];
+  load_whole(u, from);
+  add_vector(u, as_matrix(params.up_bias, params.hidden_size), 0, feature);
+  scaling_of(params).multiply(u, feature);
+  if (params.add_input) add_vector(u, of(params.x), token, feature);
+  add_vector(u, of(params.residual), token, feature);
+  add_vector(u, of(params.skip), token, feature);
+  store_vector(of(params.y), token, feature, u);
+}
 
-  __device__ __forceinline__ bool is_direct_or_none(const View& view) const {
-    return view.data == nullptr || of(view).template is_direct_as<Scalar>();
-  }
+template <typename ScalarT>
+struct Forward : PolicyBase<ForwardParams> {
+  using Scalar = ScalarT;
+  static constexpr bool kTransposed = false, kReadsZ = false, kHasFeatures = true;
+  static constexpr int kMostAdded = 2;
+  struct OfUnits {
+    float bias[kVector];
+  };
+  struct Kept {
+    float z[kVector];
+  };
 
-  __device__ __forceinline__ Features features(int64_t feature) const {
-    Features found;
-    load_vector(found.bias, as_matrix(params.up_bias, params.hidden_size), 0, feature);
-    scaling.load(found.factor, feature);
+  float factor_of_all;  // unless each feature has a factor of its own
+
+  __device__ __forceinline__ explicit Forward(const ForwardParams& params)
+      : PolicyBase(params), factor_of_all(scaling_of(params).of_all()) {}
+
+  __device__ __forceinline__ Matrix rows(int64_t last) const { return of_tokens(params.x, last); }
+  __device__ __forceinline__ Matrix into(int64_t last) const {
+    return {params.down_weight, params.bottleneck_size, last};
+  }
+  __device__ __forceinline__ Matrix out() const {
+    return {params.up_weight, params.hidden_size, params.bottleneck_size};
+  }
+  __device__ __forceinline__ int64_t features_in() const { return params.hidden_size; }
+  __device__ __forceinline__ int64_t features_out() const { return params.hidden_size; }
+  __device__ __forceinline__ Unchanged transform() const { return {}; }
+
+  __device__ __forceinline__ OfUnits of_units(int64_t unit) const {
+    OfUnits found;
+    load_vector(found.bias, as_matrix(params.down_bias, params.bottleneck_size), 0, unit);
     return found;
   }
 
-  // `x` points at the same elements in shared memory; if null, they come from global memory.
-  template <bool kDirect>
-  __device__ __forceinline__ void store(float (&u)[kVector], int64_t token, int64_t feature,
-                                        const Features& of_feature, const Scalar* x) const {
-    if (token >= params.num_tokens || feature >= params.hidden_size) return;
+  // z becomes a = act(z). Both are rounded where eager rounds, because backward recomputes a from
+  // the stored z.
+  __device__ __forceinline__ void finish(float (&z)[kVector], const OfUnits& of_units,
+                                         const float (&)[kVector], Kept& kept, int64_t unit) const {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) u[i] = (u[i] + of_feature.bias[i]) * of_feature.factor[i];
-    const auto add = [&](const View& view) {
-      if (view.data == nullptr) return;
-      if constexpr (kDirect) {
-        add_direct<Scalar>(u, of(view), token, feature);
-      } else {
-        add_vector(u, of(view), token, feature);
-      }
-    };
-    if (params.add_input && x != nullptr) {
-      add_whole(u, x);
-    } else if (params.add_input) {
-      add(params.x);
-    }
-    add(params.residual);
-    add(params.skip);
-    if constexpr (kDirect) {
-      store_direct<Scalar>(of(params.y), token, feature, u);
-    } else {
-      store_vector(of(params.y), token, feature, u);
-    }
+    for (int i = 0; i < kVector; ++i) z[i] += of_units.bias[i];
+    round_to<Scalar>(z);
+    copy(kept.z, z);
+    apply_activation(z, params.activation);
+    clear_padded_units(z, unit, params.bottleneck_size);
   }
-};
 
-// Writes y over the features first ... last from the bottleneck tile. The down-projection has just
-// read x, so it comes from L2.
-template <typename Shape>
-__device__ __forceinline__ void write_output(unsigned char* shared, const ForwardParams& params,
-                                             int64_t first_token, int64_t first, int64_t last) {
-  using Scalar = typename Shape::Scalar;
-  const Output<Scalar> output(params);
-  multiply_out_of_bottleneck<Shape, false>(
-      shared, {params.up_weight, params.hidden_size, params.bottleneck_size}, first, last,
-      output.direct, [&](int64_t feature) { return output.features(feature); },
-      [&](auto is_direct, float (&u)[kVector], int row, int64_t feature, const auto& of_feature) {
-        output.template store<decltype(is_direct)::value>(u, first_token + row, feature, of_feature,
-                                                          nullptr);
-      });
-}
-
-// Returns the sums of z over the features first ... last.
-template <typename Shape>
-__device__ __forceinline__ float* read_input(unsigned char* shared, const ForwardParams& params,
-                                             int64_t first_token, int64_t first, int64_t last) {
-  return multiply_into_bottleneck<Shape, false>(shared, {params.x, params.num_tokens, last},
-                                                {params.down_weight, params.bottleneck_size, last},
-                                                first_token, first, last, Unchanged());
-}
-
-// The row-block form; grid: token blocks. Global memory per token: read x (H), residual and skip
-// if given (H each), write y (H) and z (R). L2 serves the second read of x, and both weights.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_fwd_kernel(const __grid_constant__ ForwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const float* sums = read_input<Shape>(shared, params, first_token, 0, params.hidden_size);
-  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
-      threadIdx.x, [&](int row, int unit) {
-        float z[kVector];
-        load_whole(z, sums + row * Shape::kStrideSum + unit);
-        finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, true);
-        store_bottleneck<Shape>(shared, row, unit, z);
-      });
-  write_output<Shape>(shared, params, first_token, 0, params.hidden_size);
-}
-
-// Split form, first half: the sum of z over one slice of H. Grid: token blocks, slices.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_fwd_down_kernel(const __grid_constant__ ForwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const int64_t first = blockIdx.y * params.features_per_split;
-  const int64_t last = min(first + params.features_per_split, params.hidden_size);
-  const float* sums = read_input<Shape>(shared, params, first_token, first, last);
-  store_partial<Shape>(params.partial, blockIdx.y, params.num_tokens, params.bottleneck_size,
-                       first_token, sums);
-}
-
-// Split form, second half: y from the partial sums of z, which sit in L2. Grid: token blocks,
-// feature blocks, the first of which stores z.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
-    bottleneck_fwd_up_kernel(const __grid_constant__ ForwardParams params) {
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * Shape::kBlockT;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * Shape::kBlockH;
-  for_each_vector<Shape::kBlockT, Shape::kBlockR, Shape::kThreads>(
-      threadIdx.x, [&](int row, int unit) {
-        float z[kVector];
-        sum_partials(z, params.partial, params.num_splits, params.num_tokens,
-                     params.bottleneck_size, first_token + row, unit);
-        finish_unit<typename Shape::Scalar>(params, z, first_token + row, unit, blockIdx.y == 0);
-        store_bottleneck<Shape>(shared, row, unit, z);
-      });
-  write_output<Shape>(shared, params, first_token, first,
-                      min(first + Shape::kBlockH, params.hidden_size));
-}
-
-// The cluster form; grid: the blocks of one cluster after another. Global memory per token is that
-// of the row-block form; nothing is read twice.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    bottleneck_fwd_cluster_kernel(const __grid_constant__ ForwardParams params) {
-  using Scalar = typename Shape::Scalar;
-  ADAPTERKERN_SHARED_MEMORY(shared);
-  if constexpr (kHasClusters) {
-    const int64_t hidden_size = params.hidden_size, bottleneck_size = params.bottleneck_size;
-    const Output<Scalar> output(params);
-    const bool x_in_tile = params.x.dtype == kDTypeOf<Scalar>;
-    run_cluster<Shape, false>(
-        shared,
-        {{params.x, params.num_tokens, hidden_size},
-         {params.down_weight, bottleneck_size, hidden_size},
-         {params.up_weight, hidden_size, bottleneck_size},
-         params.features_per_split},
-        Unchanged(),
-        [&](float (&bias)[kVector], int64_t, int unit) { load_bias(params, bias, unit); },
-        [&](float (&z)[kVector], const float (&bias)[kVector], float (&kept)[kVector], int unit) {
-          finish<Scalar>(params, z, bias, kept, unit);
-        },
-        [&](const float (&z)[kVector], int64_t token, int unit) {
-          store_z(params, z, token, unit);
-        },
-        output.direct, [&](int64_t feature) { return output.features(feature); },
-        [&](auto is_direct, float (&u)[kVector], int64_t token, int64_t feature,
-            const auto& of_feature, const Scalar* x) {
-          output.template store<decltype(is_direct)::value>(u, token, feature, of_feature,
-                                                            x_in_tile ? x : nullptr);
-        });
-  } else {
-    trap();
+  __device__ __forceinline__ void keep(const Kept& kept, int64_t token, int64_t unit) const {
+    store_units<Scalar>(of_units_of(params.z), token, unit, kept.z);
   }
-}
 
-template <typename Shape>
-cudaError_t launch_shape(const ForwardParams& params, cudaStream_t stream) {
-  if (params.num_clusters > 0) {
-    return switch_cluster_shape<Shape>(params.cluster_tokens, [&](auto shape) {
-      using Cluster = typename decltype(shape)::type;
-      return launch_cluster<Cluster>(bottleneck_fwd_cluster_kernel<Cluster>, params, stream);
+  // x or the residual, and skip.
+  __device__ __forceinline__ Added added() const {
+    const View first = params.add_input ? params.x : params.residual;
+    const bool has_first = first.data != nullptr, has_skip = params.skip.data != nullptr;
+    return {has_first + has_skip,
+            {of_tokens(has_first ? first : params.skip, params.hidden_size),
+             of_tokens(params.skip, params.hidden_size)}};
+  }
+  __device__ __forceinline__ Matrix bias() const {
+    return as_matrix(params.up_bias, params.hidden_size);
+  }
+  __device__ __forceinline__ Matrix factor() const {
+    return params.channel_scaling ? as_matrix(params.scaling, params.hidden_size) : Matrix{};
+  }
+  __device__ __forceinline__ Matrix output() const {
+    return of_tokens(params.y, params.hidden_size);
+  }
+  __device__ __forceinline__ bool is_direct() const {
+    return writes_direct<Scalar>(params.y, added());
+  }
+
+  static __device__ __forceinline__ void load_feature(float (&v)[kVector], const View& view,
+                                                      const void* from, int column) {
+    with_type_of<Scalar>(view, [&](auto* type) {
+      load_whole(v, static_cast<const std::remove_pointer_t<decltype(type)>*>(from) + column);
     });
   }
-  const auto token_blocks = static_cast<unsigned>(ceil_div(params.num_tokens, Shape::kBlockT));
-  if (params.num_splits == 0) {
-    return launch(bottleneck_fwd_kernel<Shape>, dim3(token_blocks), Shape::kThreads,
-                  Shape::kSharedBytes, params, stream);
+
+  struct Features {
+    float bias[kVector], factor[kVector];
+  };
+  // Of the vector at `column` of a tile's bias and factor, which have the types of the tensors, or
+  // in a cluster float32.
+  __device__ __forceinline__ Features features(const void* bias, const void* factor,
+                                               int column) const {
+    Features found = {};
+    if (params.up_bias.data != nullptr) load_feature(found.bias, params.up_bias, bias, column);
+    if (params.channel_scaling) {
+      load_feature(found.factor, params.scaling, factor, column);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) found.factor[i] = factor_of_all;
+    }
+    return found;
   }
-  const dim3 down_grid(token_blocks, static_cast<unsigned>(params.num_splits));
-  const cudaError_t error = launch(bottleneck_fwd_down_kernel<Shape>, down_grid, Shape::kThreads,
-                                   Shape::kSharedBytes, params, stream);
-  if (error != cudaSuccess) return error;
-  const dim3 up_grid(token_blocks,
-                     static_cast<unsigned>(ceil_div(params.hidden_size, Shape::kBlockH)));
-  return launch(bottleneck_fwd_up_kernel<Shape>, up_grid, Shape::kThreads, Shape::kSharedBytes,
-                params, stream);
-}
+  __device__ __forceinline__ Features features(const float* bias, const float* factor,
+                                               int column) const {
+    Features found;
+    load_whole(found.bias, bias + column);
+    load_whole(found.factor, factor + column);
+    return found;
+  }
+  __device__ __forceinline__ void scale(float (&u)[kVector], const Features& of_feature) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) u[i] = (u[i] + of_feature.bias[i]) * of_feature.factor[i];
+  }
+  __device__ __forceinline__ void store_any(const float* from, int64_t token,
+                                            int64_t feature) const {
+    store_any_output(params, from, token, feature);
+  }
+};
 
 }  // namespace
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  if (!has_formula(params.activation)) return cudaErrorInvalidValue;
-  return switch_dtype(params.compute_dtype, [&](auto type) {
-    return switch_block_r(params.bottleneck_size, [&](auto block_r) {
-      using Scalar = typename decltype(type)::type;
-      return launch_shape<RowBlockShape<Scalar, decltype(block_r)::value>>(params, stream);
-    });
-  });
+  return launch_adapter<Forward>(params, stream);
 }
 
 }  // namespace adapterkern

@@ -109,13 +109,19 @@ __device__ __forceinline__ uint32_t pack(const float* v, __half) {
 template <typename T, int n>
 constexpr int kWordsPerAccess = smaller(4, n / kPerWord<T>);
 
+// Loads as many words as W holds; `from` is aligned to them.
+template <typename W>
+__device__ __forceinline__ W load_words(const void* from) {
+  return *static_cast<const W*>(from);
+}
+
 // Loads n elements as float32; `from` is aligned to the bytes that one access moves.
 template <int n, typename T>
 __device__ __forceinline__ void load_whole(float (&v)[n], const T* from) {
   constexpr int kWords = kWordsPerAccess<T, n>, kPer = kWords * kPerWord<T>;
 #pragma unroll
   for (int i = 0; i < n; i += kPer) {
-    const auto words = *reinterpret_cast<const Words<kWords>*>(from + i);
+    const auto words = load_words<Words<kWords>>(from + i);
 #pragma unroll
     for (int j = 0; j < kWords; ++j) unpack(v + i + j * kPerWord<T>, words.values[j], T());
   }
@@ -208,7 +214,8 @@ struct Matrix {
            view.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
 
-  // The same for T or float32, in which residual streams are kept beside half-precision products.
+  // The same for T or float32, in which residual streams and master weights are kept beside
+  // half-precision products.
   template <typename T>
   __device__ __forceinline__ bool is_direct_as() const {
     return is_direct<T>() || is_direct<float>();
@@ -219,18 +226,41 @@ __device__ __forceinline__ Matrix as_matrix(const View& vector, int64_t size) {
   return {{vector.data, vector.dtype, 0}, 1, size};
 }
 
+struct Vector {
+  float values[kVector];
+};
+
+template <int n>
+__device__ __forceinline__ void load_any(float (&v)[n], const void* data, int64_t dtype,
+                                         int64_t offset, int count) {
+  switch (dtype) {
+    case kFloat16:
+      return load_elements(v, static_cast<const __half*>(data) + offset, count);
+    case kBFloat16:
+      return load_elements(v, static_cast<const __nv_bfloat16*>(data) + offset, count);
+    default:
+      return load_elements(v, static_cast<const float*>(data) + offset, count);
+  }
+}
+
+// One instance serves all the rare loads of a kernel.
+__device__ ADAPTERKERN_RARE inline Vector load_any_vector(const void* data, int64_t dtype,
+                                                          int64_t offset, int count) {
+  Vector found;
+  load_any(found.values, data, dtype, offset, count);
+  return found;
+}
+
 // v = matrix[row][column ...], with zeros out of bounds.
 template <int n>
 __device__ __forceinline__ void load_vector(float (&v)[n], const Matrix& matrix, int64_t row,
                                             int64_t column) {
   const int count = matrix.count(row, column, n);
-  switch (matrix.view.dtype) {
-    case kFloat16:
-      return load_elements(v, matrix.at<__half>(row, column), count);
-    case kBFloat16:
-      return load_elements(v, matrix.at<__nv_bfloat16>(row, column), count);
-    default:
-      return load_elements(v, matrix.at<float>(row, column), count);
+  const int64_t offset = row * matrix.view.stride + column;
+  if constexpr (n == kVector) {
+    copy(v, load_any_vector(matrix.view.data, matrix.view.dtype, offset, count).values);
+  } else {
+    load_any(v, matrix.view.data, matrix.view.dtype, offset, count);
   }
 }
 
@@ -260,27 +290,6 @@ __device__ __forceinline__ void add_vector(float (&v)[n], const Matrix& matrix, 
   for (int i = 0; i < n; ++i) v[i] += more[i];
 }
 
-// v += matrix[row][column ...], all within bounds, of a matrix that is direct as T.
-template <typename T, int n>
-__device__ __forceinline__ void add_direct(float (&v)[n], const Matrix& matrix, int64_t row,
-                                           int64_t column) {
-  if (matrix.view.dtype == kDTypeOf<T>) {
-    add_whole(v, matrix.at<T>(row, column));
-  } else {
-    add_whole(v, matrix.at<float>(row, column));
-  }
-}
-
-template <typename T, int n>
-__device__ __forceinline__ void store_direct(const Matrix& matrix, int64_t row, int64_t column,
-                                             const float (&v)[n]) {
-  if (matrix.view.dtype == kDTypeOf<T>) {
-    store_whole_global(matrix.at<T>(row, column), v);
-  } else {
-    store_whole_global(matrix.at<float>(row, column), v);
-  }
-}
-
 // The scaling of each feature: a float, a learned [1] or a learned [H].
 struct Scaling {
   Matrix learned;
@@ -290,10 +299,16 @@ struct Scaling {
   template <int n>
   __device__ __forceinline__ void load(float (&factor)[n], int64_t feature) const {
     if (channel) return load_vector(factor, learned, 0, feature);
-    float one[1] = {scale};
-    if (learned.view.data != nullptr) load_vector(one, learned, 0, 0);
+    const float one = of_all();
 #pragma unroll
-    for (int i = 0; i < n; ++i) factor[i] = one[0];
+    for (int i = 0; i < n; ++i) factor[i] = one;
+  }
+
+  // The factor of every feature, unless each has its own.
+  __device__ __forceinline__ float of_all() const {
+    float one[1] = {scale};
+    if (!channel && learned.view.data != nullptr) load_vector(one, learned, 0, 0);
+    return one[0];
   }
 
   template <int n>
@@ -307,8 +322,8 @@ struct Scaling {
 
 template <typename Params>
 __device__ __forceinline__ Scaling scaling_of(const Params& params) {
-  return {as_matrix(params.scaling, params.channel_scaling ? params.hidden_size : 1),
-          static_cast<float>(params.scale), params.channel_scaling != 0};
+  return {as_matrix(params.scaling, params.channel_scaling ? params.hidden_size : 1), params.scale,
+          params.channel_scaling != 0};
 }
 
 }  // namespace adapterkern

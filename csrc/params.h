@@ -34,17 +34,21 @@ struct ForwardParams {
   View residual, skip;             // in or none: [T, H]
   View scaling;                    // in or none: [1] or [H]
   View y, z;                       // out: [T, H]; [T, R] or none
-  View partial;                    // work space of the split form: [S, T, R] float32
+  View partial;                    // work space of the split form: [S, T, kBlockR] float32
   int64_t num_tokens, hidden_size, bottleneck_size;
   int64_t num_splits;  // slices of H; 0 selects the row-block form
   int64_t features_per_split;
+  int64_t output_splits;  // slices of H in the second kernel of the split form
+  int64_t features_per_output_split;
   int64_t num_clusters;     // clusters of num_splits blocks; 0 selects one of the other forms
   int64_t cluster_tokens;   // tokens that a cluster works on at a time
+  int64_t large_tiles;      // whether a block may have the 227 KB for large tiles
+  int64_t shared_bytes;     // of a block, except in a cluster; what is too little becomes the least
   int64_t activation;       // Activation
   int64_t compute_dtype;    // DType of both products' operands
   int64_t add_input;        // whether x is the residual
   int64_t channel_scaling;  // whether scaling is [H]
-  double scale;             // used if there is no scaling tensor
+  alignas(8) float scale;   // used if there is no scaling tensor
 };
 
 // Equations (5) to (13) of docs/math.md.
@@ -52,20 +56,23 @@ struct BackwardParams {
   View x, dy, z;                         // in: [T, H], [T, H], [T, R]
   View down_weight, up_weight, up_bias;  // in: [R, H], [H, R], [H] or none
   View scaling;                          // in or none: [1] or [H]
-  View dx, dz;                           // out or none: [T, H], [T, R]
-  View partial;                          // work space of the split form: [S, T, R] float32
-  View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each
-  View sum_down_bias, sum_up_bias;       // work space or none, float32: [S', R], [S', H]
+  View dx;                               // out or none: [T, H]
+  View dz, a;                            // work space or none: [T, R]; a = act(z)
+  View partial;                          // work space of the split form: [S, T, kBlockR] float32
+  View sum_down, sum_up;                 // work space or none, float32: [S', R, H] each,
+  View sum_down_bias, sum_up_bias;       // and [S', R], [S', H]; rows are padded to eights
   View d_down_weight, d_up_weight;       // out or none: [R, H], [H, R]
   View d_down_bias, d_up_bias;           // out or none: [R], [H]
   View d_scaling;                        // out or none: [H] float32
   int64_t num_tokens, hidden_size, bottleneck_size;
-  int64_t num_splits, features_per_split;  // of H, for dz and dx; these four as in the forward
-  int64_t num_clusters, cluster_tokens;
+  // The form of the kernels of dz and dx, as in the forward.
+  int64_t num_splits, features_per_split, output_splits, features_per_output_split;
+  int64_t num_clusters, cluster_tokens, large_tiles, shared_bytes;
   int64_t token_splits;  // slices of the tokens, S'; 0: no sums are needed
   int64_t tokens_per_split;
+  int64_t token_stages;  // tiles of the tokens that are in shared memory at once
   int64_t activation, compute_dtype, add_input, channel_scaling;
-  double scale;
+  alignas(8) float scale;
 };
 
 }  // namespace adapterkern

@@ -25,8 +25,10 @@ __global__ void probe_kernel(int* out) {
 }  // namespace
 
 cudaError_t launch_probe(int* out, cudaStream_t stream) {
-  probe_kernel<<<1, 1, 0, stream>>>(out);
-  return cudaGetLastError();
+  // The error of this launch alone: cudaGetLastError would tell an earlier one of another library.
+  void* arguments[] = {&out};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(probe_kernel), dim3(1), dim3(1), arguments,
+                          0, stream);
 }
 
 cudaError_t clusters_that_fit(int size, int threads, int shared_bytes, int* clusters) {

@@ -123,55 +123,82 @@ __device__ __forceinline__ void clear(float (&acc)[kTiles][4]) {
   }
 }
 
-// Stores one warp's product as rows of shared memory, from which it is read back in vectors.
-template <int kTiles>
-__device__ __forceinline__ void store_product(float* to, int stride,
-                                              const float (&acc)[kTiles][4]) {
+// Stores kCount of the tiles of a warp's product, from `first` on, as rows of shared memory, from
+// which they are read back in vectors.
+template <int kCount, int kTiles>
+__device__ __forceinline__ void store_tiles(float* to, int stride, const float (&acc)[kTiles][4],
+                                            int first) {
   const int lane = threadIdx.x % kWarpSize;
   float* upper = to + lane / 4 * stride + lane % 4 * 2;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int tile = 0; tile < kCount; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float pair[2] = {acc[tile][2 * half], acc[tile][2 * half + 1]};
+      const float pair[2] = {acc[first + tile][2 * half], acc[first + tile][2 * half + 1]};
       store_whole(upper + 8 * half * stride + 8 * tile, pair);
     }
   }
 }
 
-// The row stride of a warp's staging buffer in hand_out; it shifts rows by 16 bytes in the banks.
-template <int kColumns>
-constexpr int kRoomStride = kColumns + 4;
+template <int kTiles>
+__device__ __forceinline__ void store_product(float* to, int stride,
+                                              const float (&acc)[kTiles][4]) {
+  store_tiles<kTiles>(to, stride, acc, 0);
+}
 
-// Hands out a warp's product in vectors, through `room`, its staging buffer in shared memory. A
-// lane keeps its columns, calls `features(column)` for them once, and for every row calls
-// store(is direct, u, row, column, features). If all memory is direct the loop is unrolled, so that
-// its loads overlap; the other loop's body holds every dtype and option.
-template <int kTiles, typename Features, typename Store>
-__device__ __forceinline__ void hand_out(float* room, const float (&acc)[kTiles][4], bool direct,
-                                         Features features, Store store) {
-  constexpr int kAcross = 8 * kTiles / kVector, kRowsApart = kWarpSize / kAcross;
-  constexpr int kStride = kRoomStride<8 * kTiles>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int first = lane / kAcross, column = lane % kAcross * kVector;
-  store_product(room, kStride, acc);
-  __syncwarp();
-  const auto of_column = features(column);
-  const auto step = [&](auto is_direct, int row) {
-    float u[kVector];
-    load_whole(u, room + row * kStride + column);
-    store(is_direct, u, row, column, of_column);
-  };
-  if (direct) {
+// A warp's product leaves it in chunks of so many columns, through a room in shared memory whose
+// rows are shifted by 16 bytes in the banks.
+__host__ __device__ constexpr int chunk_of(int columns) { return smaller(columns, 32); }
+__host__ __device__ constexpr int room_stride(int columns) { return chunk_of(columns) + 4; }
+template <int kColumns>
+__host__ __device__ constexpr int room_bytes() {
+  return 16 * room_stride(kColumns) * 4;
+}
+
+// The vectors of a chunk [16, kChunk] that one lane owns: it keeps its columns.
+template <int kChunk>
+struct LaneRows {
+  static constexpr int kAcross = kChunk / kVector, kRowsApart = kWarpSize / kAcross;
+  static constexpr int kCount = larger(16 / kRowsApart, 1);
+  int first, column;  // the first row, and the first column of the vectors
+  const float* room;
+
+  __device__ __forceinline__ explicit LaneRows(const float* room)
+      : first(threadIdx.x % kWarpSize / kAcross),
+        column(threadIdx.x % kWarpSize % kAcross * kVector),
+        room(room + column) {}
+
+  // Calls body(i, row, where its vector of the product is) for the i-th vector.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_unrolled(Body body) const {
 #pragma unroll
-    for (int i = 0; i < 16; i += kRowsApart) {
-      if (kRowsApart <= 16 || first < 16) step(std::true_type(), first + i);
+    for (int i = 0; i < kCount; ++i) {
+      const int row = first + i * kRowsApart;
+      if (kRowsApart <= 16 || row < 16) body(i, row, room + row * room_stride(kChunk));
     }
-  } else {
-#pragma unroll 1
-    for (int row = first; row < 16; row += kRowsApart) step(std::false_type(), row);
   }
-  __syncwarp();  // before the next product overwrites what other lanes read here
+
+  // Calls body(row, where its vector of the product is).
+  template <typename Body>
+  __device__ __forceinline__ void for_each(Body body) const {
+#pragma unroll 1
+    for (int row = first; row < 16; row += kRowsApart) body(row, room + row * room_stride(kChunk));
+  }
+};
+
+// Hands out a warp's product in vectors: calls body(the lane's rows, the first column of its
+// vectors) for every chunk, while the chunk is in `room`.
+template <int kTiles, typename Body>
+__device__ __forceinline__ void hand_out(float* room, const float (&acc)[kTiles][4], Body body) {
+  constexpr int kChunk = chunk_of(8 * kTiles);
+#pragma unroll
+  for (int first = 0; first < 8 * kTiles; first += kChunk) {
+    store_tiles<kChunk / 8>(room, room_stride(kChunk), acc, first / 8);
+    __syncwarp();
+    const LaneRows<kChunk> rows(room);
+    body(rows, first + rows.column);
+    __syncwarp();  // before the next chunk overwrites what other lanes read here
+  }
 }
 
 }  // namespace adapterkern

@@ -13,7 +13,24 @@
 // Declares dynamic shared memory as bytes, aligned to 16 as cp.async and ldmatrix need it.
 #define ADAPTERKERN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 
+// A function for rare cases, kept out of line: their code would fill the loops that call it.
+#define ADAPTERKERN_RARE __noinline__
+
 namespace adapterkern {
+
+// Large tiles need the 227 KB of shared memory that a block has on compute capability 9.0 and 10.x.
+// The PTX that 10.x runs serves 12.x too, which has 99 KB: only code for 9.0 alone has no small
+// ones.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasLargeTiles = true;
+#else
+constexpr bool kHasLargeTiles = false;
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasSmallTiles = false;
+#else
+constexpr bool kHasSmallTiles = true;
+#endif
 
 // Clusters need compute capability 9.0. Where this is false their wrappers must not be called: a
 // kernel tests it with `if constexpr` and otherwise traps, for it should not have been launched.

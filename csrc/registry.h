@@ -7,10 +7,8 @@
 namespace adapterkern {
 
 constexpr std::initializer_list<const char*> kKernels = {
-    "bottleneck_fwd_kernel",          "bottleneck_fwd_down_kernel",
-    "bottleneck_fwd_up_kernel",       "bottleneck_fwd_cluster_kernel",
-    "bottleneck_bwd_dx_kernel",       "bottleneck_bwd_split_dz_kernel",
-    "bottleneck_bwd_split_dx_kernel", "bottleneck_bwd_cluster_dx_kernel",
+    "bottleneck_row_block_kernel",    "bottleneck_split_first_kernel",
+    "bottleneck_split_second_kernel", "bottleneck_cluster_kernel",
     "bottleneck_bwd_dw_kernel",       "bottleneck_bwd_dw_sum_kernel",
 };
 

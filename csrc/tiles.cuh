@@ -5,12 +5,20 @@
 
 namespace adapterkern {
 
-// Leaves vectors unchanged on their way into a tile; an active transform rules out cp.async.
+// Leaves vectors unchanged on their way into a tile. An active transform rules out cp.async, and
+// has factors of its columns, which a thread loads once.
 struct Unchanged {
   __device__ __forceinline__ bool is_active() const { return false; }
   template <int n>
-  __device__ __forceinline__ void operator()(float (&)[n], int64_t) const {}
+  __device__ __forceinline__ void load(float (&)[n], int64_t) const {}
 };
+
+// v *= factors
+template <int n>
+__device__ __forceinline__ void multiply_by(float (&v)[n], const float (&factors)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] *= factors[i];
+}
 
 // Tiles have 16 bytes of padding a row: without it the eight rows of an 8 x 8 matrix would start in
 // the same shared memory bank.
@@ -45,76 +53,118 @@ __device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, in
   }
 }
 
-// load_tile through registers, for a matrix that is direct in its own type and whole vectors wide.
-template <typename Source, int kRows, int kColumns, int kThreads, typename Scalar,
-          typename Transform>
-__device__ __forceinline__ void convert_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
-                                             int64_t first_column, Transform transform) {
-  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
-  constexpr int kStride = kColumns + kPadding<Scalar>;
-  constexpr int kRowsApart = kThreads / kAcross;
-  const int first = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kPer;
-  const bool exists = first_column + column < matrix.columns;
-  const auto rows = static_cast<int>(min(matrix.rows - first_row, int64_t{kRows}));
-  const Source* from = matrix.at<Source>(first_row + first, first_column + column);
-#pragma unroll 4
-  for (int row = first; row < kRows; row += kRowsApart) {
+// A tile's size, and the threads that load it, for the one function that serves every shape.
+struct TileSize {
+  int rows, columns, threads;
+};
+
+// Loads whole vectors of type Source, or if it is void of any dtype from any address.
+template <typename Source, int n>
+__device__ __forceinline__ void load_as(float (&v)[n], const Matrix& matrix, int64_t row,
+                                        int64_t column) {
+  if constexpr (std::is_void_v<Source>) {
+    load_vector(v, matrix, row, column);
+  } else if (row < matrix.rows && column < matrix.columns) {
+    load_whole(v, matrix.at<Source>(row, column));
+  }
+}
+
+// convert_tile of one kind of source. A thread keeps its columns.
+template <typename Source, typename Scalar, typename Transform>
+__device__ __forceinline__ void convert_rows(Scalar* tile, TileSize size, const Matrix& matrix,
+                                             int64_t first_row, int64_t first_column,
+                                             Transform transform) {
+  constexpr int kPer = 16 / sizeof(Scalar);
+  const int across = size.columns / kPer, apart = size.threads / across;
+  const int column = static_cast<int>(threadIdx.x) % across * kPer;
+  float factors[kPer];
+  if (transform.is_active()) transform.load(factors, first_column + column);
+#pragma unroll(std::is_void_v<Source> ? 1 : 4)
+  for (int row = threadIdx.x / across; row < size.rows; row += apart) {
     float v[kPer] = {};
-    if (exists && row < rows) {
-      load_whole(v, from + (row - first) * matrix.view.stride);
-      if (transform.is_active()) transform(v, first_column + column);
-    }
-    store_whole(tile + row * kStride + column, v);
+    load_as<Source>(v, matrix, first_row + row, first_column + column);
+    if (transform.is_active()) multiply_by(v, factors);
+    store_whole(tile + row * (size.columns + kPadding<Scalar>)+column, v);
+  }
+}
+
+// load_tile through registers, for what cp.async cannot copy: another dtype, a transform, odd
+// addresses. One instance serves every tile of a kernel: it is rare, or bound by its conversions.
+template <typename Scalar, typename Transform>
+__device__ ADAPTERKERN_RARE void convert_tile(Scalar* tile, TileSize size, Matrix matrix,
+                                              int64_t first_row, int64_t first_column,
+                                              Transform transform) {
+  const bool whole = matrix.columns % (16 / sizeof(Scalar)) == 0;
+  if (whole && matrix.is_direct<Scalar>()) {
+    convert_rows<Scalar>(tile, size, matrix, first_row, first_column, transform);
+  } else if (sizeof(Scalar) == 2 && whole && matrix.is_direct<float>()) {  // mostly master weights
+    convert_rows<float>(tile, size, matrix, first_row, first_column, transform);
+  } else {
+    convert_rows<void>(tile, size, matrix, first_row, first_column, transform);
   }
 }
 
 // Loads `matrix` from (first_row, first_column) on into a tile of the products' dtype, with zeros
-// out of bounds. The common cases come first; the general loop checks every vector.
+// out of bounds.
 template <int kRows, int kColumns, int kThreads, typename Scalar, typename Transform>
 __device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
                                           int64_t first_column, Transform transform) {
-  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
   if (!transform.is_active() && matrix.is_direct<Scalar>()) {
-    return copy_tile<kRows, kColumns, kThreads>(tile, matrix, first_row, first_column);
-  }
-  if (matrix.columns % kPer == 0) {
-    if (matrix.is_direct<Scalar>()) {
-      return convert_tile<Scalar, kRows, kColumns, kThreads>(tile, matrix, first_row, first_column,
-                                                             transform);
-    }
-    if (sizeof(Scalar) == 2 && matrix.is_direct<float>()) {  // master weights, mostly
-      return convert_tile<float, kRows, kColumns, kThreads>(tile, matrix, first_row, first_column,
-                                                            transform);
-    }
-  }
-#pragma unroll 1
-  for (int index = threadIdx.x; index < kRows * kAcross; index += kThreads) {
-    const int row = index / kAcross, column = index % kAcross * kPer;
-    float v[kPer];
-    load_vector(v, matrix, first_row + row, first_column + column);
-    if (transform.is_active()) transform(v, first_column + column);
-    store_whole(tile + row * (kColumns + kPadding<Scalar>)+column, v);
+    copy_tile<kRows, kColumns, kThreads>(tile, matrix, first_row, first_column);
+  } else {
+    convert_tile(tile, {kRows, kColumns, kThreads}, matrix, first_row, first_column, transform);
   }
 }
 
-// Runs compute(step, slot) for all `steps`, with load(step, slot) kStages - 1 steps ahead of it.
-// The one barrier of a step publishes the tiles of this step and frees those of the step before.
-template <int kStages, typename Load, typename Compute>
-__device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) {
-  for (int step = 1 - kStages; step < steps; ++step) {
+// Copies kColumns elements of a vector that is direct as its type, from `first_column` on, with
+// zeros out of bounds, by the threads from `first_thread` on; of an absent one it copies nothing.
+template <int kColumns, typename Type>
+__device__ __forceinline__ void copy_vector(Type* to, const Matrix& vector, int64_t first_column,
+                                            int first_thread) {
+  constexpr int kPer = 16 / sizeof(Type);
+  const int index = static_cast<int>(threadIdx.x) - first_thread;
+  if (vector.view.data == nullptr || index < 0 || index >= kColumns / kPer) return;
+  const int64_t column = first_column + index * kPer;
+  const int count = vector.count(0, column, kPer);
+  copy_async_16(to + index * kPer, vector.at<Type>(0, column),
+                count * static_cast<int>(sizeof(Type)));
+}
+
+// Waits until at most `pending` of this thread's latest groups are incomplete.
+__device__ __forceinline__ void copy_async_wait_for(int pending) {
+  if (pending >= 4) return copy_async_wait<4>();
+  if (pending == 3) return copy_async_wait<3>();
+  if (pending == 2) return copy_async_wait<2>();
+  if (pending == 1) return copy_async_wait<1>();
+  copy_async_wait<0>();
+}
+
+// Runs compute(step, slot) for all `steps`, with load(step, slot) stages - 1 steps ahead of it. The
+// one barrier of a step publishes the tiles of this step and frees those of the step before. The
+// shared memory of the device decides how many stages there are, so they are counted at run time.
+// `start` runs once, before the first step and if there is none, with the first loads under way.
+template <typename Load, typename Compute, typename Start>
+__device__ __forceinline__ void pipeline(int stages, int steps, Load load, Compute compute,
+                                         Start start) {
+  int slot = 0, ahead_slot = 0;
+  for (int step = 1 - stages; step < larger(steps, 1); ++step) {
+    if (step == 0) start();
     if (step >= 0) {
-      copy_async_wait<kStages - 2>();
+      copy_async_wait_for(stages - 2);
       __syncthreads();
     }
-    const int ahead = step + kStages - 1;
-    if (ahead < steps) load(ahead, ahead % kStages);
+    const int ahead = step + stages - 1;
+    if (ahead < steps) load(ahead, ahead_slot);
     copy_async_commit();  // an empty group past the end keeps the count of pending groups
-    if (step >= 0) compute(step, step % kStages);
+    if (++ahead_slot == stages) ahead_slot = 0;
+    if (step < 0 || step >= steps) continue;
+    compute(step, slot);
+    if (++slot == stages) slot = 0;
   }
 }
 
 // Calls body(row, column) for the vectors of a [kRows, kColumns] tile that `thread` of kThreads
-// owns. The loop is not unrolled: its body holds every dtype and option.
+// owns.
 template <int kRows, int kColumns, int kThreads, typename Body>
 __device__ __forceinline__ void for_each_vector(int thread, Body body) {
   constexpr int kAcross = kColumns / kVector;

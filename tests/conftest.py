@@ -3,12 +3,14 @@
 import os
 import sys
 
+import cuda_facts
 import pytest
 import torch
 
 from adapterkern import dispatch
 from adapterkern.backends import _loaded
 from adapterkern.backends.base import FIRST_FEATURES
+from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.backends.triton import tuned
 from adapterkern.testing import lost_device
@@ -59,6 +61,14 @@ def _no_searches_of_this_user():
     """What `adapterkern tune` has left in the user's cache folder decides nothing in a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuned, "FOLDERS", tuned.FOLDERS[1:])
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _facts_of_the_sources():
+    """Plans of the CUDA kernels are tested without the extension, by what csrc/ says of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_config, "facts", cuda_facts.of_the_sources)
         yield
 
 

@@ -138,6 +138,44 @@ def test_clusters_need_a_device_and_code_for_them(monkeypatch, archs, capability
 
 
 @pytest.mark.parametrize(
+    ("archs", "capability", "code"),
+    [
+        (ARCHS, (8, 0), "sm_80"),
+        (ARCHS, (8, 9), "sm_80"),
+        (ARCHS, (9, 0), "sm_90a"),
+        (ARCHS, (12, 0), "compute_90"),
+        (("sm_80", "sm_86", "compute_80"), (8, 6), "sm_86"),
+        (("sm_86", "compute_80"), (8, 0), "compute_80"),
+        (("sm_90a",), (10, 0), None),
+        ((), (8, 0), None),
+    ],
+)
+def test_code_for_is_what_a_driver_takes(monkeypatch, archs, capability, code):
+    record = extension.BuildRecord(None, "13.0", archs)
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    assert extension.code_for(*capability) == code
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "problem"),
+    [
+        ((9, 0), 13000, None),  # machine code
+        ((12, 0), 13020, None),
+        ((12, 0), 13000, "the CUDA extension has PTX alone for compute capability 12.0, which a "),
+        ((7, 5), 13020, "the CUDA extension has no code for compute capability 7.5 (it has: sm_80"),
+    ],
+)
+def test_ptx_needs_a_driver_as_new_as_its_toolkit(imports, capability, driver, problem):
+    imports["adapterkern._cuda"] = module(driver=driver, runtime=13020)
+    imports["adapterkern._buildinfo"] = SimpleNamespace(REASON=None, NVCC="13.2", ARCHS=ARCHS)
+    found = extension.code_problem(*capability)
+    assert (found is None) == (problem is None)
+    if found is not None:
+        assert found.startswith(problem)
+        assert "ADAPTERKERN_CUDA_ARCHS" in found
+
+
+@pytest.mark.parametrize(
     ("arch", "specific", "major", "archs", "name"),
     [
         (800, False, 8, ARCHS, "sm_80"),
@@ -159,6 +197,17 @@ def test_backend_declines_with_the_one_reason_and_refuses_to_run(imports):
     assert backend.unsupported_reasons(spec=None) == [backend.unavailable_reason()]
     with pytest.raises(BackendUnsupportedError, match="holds no adapter kernels yet"):
         backend.forward(call=None, save=False)
+
+
+def test_backend_declines_a_device_for_which_there_is_no_code(imports, monkeypatch):
+    imports["adapterkern._cuda"] = module(driver=13000, runtime=13020)
+    imports["adapterkern._buildinfo"] = SimpleNamespace(REASON=None, NVCC="13.2", ARCHS=ARCHS)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    spec = SimpleNamespace(bottleneck_size=8, device=torch.device("cuda", 0))
+    (reason,) = CudaBackend().limits(spec)
+    assert "PTX alone for compute capability 12.0" in reason
 
 
 @pytest.mark.gpu

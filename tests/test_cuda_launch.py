@@ -1,6 +1,8 @@
 """The CUDA backend hands its extension addresses, strides and work space, but no copy of x."""
 
+import contextlib
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from allocations import Allocations
 
 from adapterkern.backends import _loaded, get
 from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
 from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
 
@@ -32,7 +35,7 @@ class Recorder:
 
 def unpack(kind, packed: bytes):
     views = sum(annotation not in (int, float) for annotation in kind.__annotations__.values())
-    *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qd", packed)
+    *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qf4x", packed)
     triples = [tuple(numbers[3 * i : 3 * i + 3]) for i in range(views)]
     return kind(*triples, *numbers[3 * views :], scale)
 
@@ -108,9 +111,10 @@ def test_clusters_need_no_work_space(recorder, monkeypatch):
 def test_few_tokens_get_work_space_for_partial_sums(recorder):
     get("cuda").forward(make_call(5), save=False)
     ((params, *_),) = recorder.launches
-    assert (params.num_splits, params.features_per_split) == (1, 256)
+    assert (params.num_splits, params.features_per_split) == (2, 128)
+    assert (params.output_splits, params.features_per_output_split) == (2, 128)
     assert params.partial[0] != 0
-    assert params.partial[1:] == (0, BOTTLENECK)
+    assert params.partial[1:] == (0, 64)  # rows of the width of a tile
     assert params.z == view(None)
 
 
@@ -130,7 +134,8 @@ def test_backward_passes_every_gradient_by_its_name(recorder):
     assert params.channel_scaling == 0
     assert params.token_splits * params.tokens_per_split >= 128 * 132
     for name, width in (("sum_down", HIDDEN), ("sum_up", HIDDEN), ("dz", BOTTLENECK),
-                        ("sum_down_bias", BOTTLENECK), ("sum_up_bias", HIDDEN)):  # fmt: skip
+                        ("a", BOTTLENECK), ("sum_down_bias", BOTTLENECK),
+                        ("sum_up_bias", HIDDEN)):  # fmt: skip
         assert getattr(params, name)[0] != 0, name
         assert getattr(params, name)[2] == width, name
 
@@ -141,8 +146,8 @@ def test_backward_passes_every_gradient_by_its_name(recorder):
         (Needs(x=True), {"dx"}),
         (Needs(down_weight=True), {"dz", "sum_down", "d_down_weight"}),
         (Needs(down_bias=True), {"dz", "sum_down_bias", "d_down_bias"}),
-        (Needs(up_weight=True), {"sum_up", "d_up_weight"}),
-        (Needs(scaling=True), {"sum_up", "sum_up_bias", "d_scaling"}),
+        (Needs(up_weight=True), {"a", "sum_up", "d_up_weight"}),
+        (Needs(scaling=True), {"a", "sum_up", "sum_up_bias", "d_scaling"}),
     ],
     ids=["frozen-adapter", "down-weight", "down-bias", "up-weight", "scaling"],
 )
@@ -156,6 +161,28 @@ def test_backward_gives_room_only_for_what_is_asked_for(recorder, needs, given):
     assert {n for n in views - inputs if getattr(params, n)[0] != 0} == given
     assert [g is not None for g in gradients] == list(needs)
     assert (params.token_splits == 0) == (not needs.parameters)
+
+
+def test_rows_of_dz_and_a_begin_at_sixteen_bytes_whatever_r_is(recorder):
+    call = make_call(
+        5,
+        down_weight=torch.zeros(20, HIDDEN, dtype=torch.bfloat16),
+        up_weight=torch.zeros(HIDDEN, 20, dtype=torch.bfloat16),
+        down_bias=None,
+    )
+    z = torch.zeros(5, 20, dtype=torch.bfloat16)
+    get("cuda").backward(call, Saved(z), Outputs(torch.zeros_like(call.x)), ALL)
+    ((params, *_),) = recorder.launches
+    assert params.dz[1:] == params.a[1:] == (2, 24)
+
+
+def test_activation_alone_needs_no_slices_of_h(recorder):
+    """Where dz is not needed dy is not read for it, so there is nothing to cut."""
+    call = make_call(5)
+    z = torch.zeros(5, BOTTLENECK, dtype=torch.bfloat16)
+    get("cuda").backward(call, Saved(z), Outputs(torch.zeros_like(call.x)), Needs(up_weight=True))
+    ((params, *_),) = recorder.launches
+    assert (params.num_splits, params.num_clusters, params.partial) == (0, 0, view(None))
 
 
 def test_strided_tensors_are_read_in_place_and_odd_ones_copied_once(recorder):
@@ -188,14 +215,14 @@ def test_no_tokens_launch_nothing_and_give_zero_gradients(recorder):
 
 
 def test_partial_sums_are_the_only_scratch_memory(recorder):
-    """Nothing beside outputs, z and dz is as long as the tokens."""
+    """Nothing beside outputs, z, dz and a is as long as the tokens."""
     call = make_call(128 * 132)
     with Allocations() as allocated:
         outputs, saved = get("cuda").forward(call, save=True)
         get("cuda").backward(call, saved, Outputs(outputs.y), ALL)
     long = [t for t in allocated if t.shape[:1] == call.x.shape[:1] and t.shape[-1:] == (HIDDEN,)]
     assert len(long) == 2  # y and dx
-    assert len(allocated) == 2 + 2 + 4 + 1 + 1  # and z, dz, 4 gradients, their sums, d(scaling)
+    assert len(allocated) == 2 + 3 + 4 + 1 + 1  # and z, dz, a, 4 gradients, their sums, d(scaling)
 
 
 KINDS = {
@@ -270,3 +297,44 @@ def test_a_repeated_call_goes_to_the_stream_of_the_moment(recorder, monkeypatch)
         get("cuda").forward(make_call(300), save=False)
         streams.append(recorder.launches[-1][2])
     assert streams == [6, 7, 8]
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
+def test_a_launch_on_another_device_is_left_to_torch_to_return_from(monkeypatch, current, entered):
+    """The runtime would make a context on the caller's device, which may have had none."""
+    seen, launched = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(cuda_backend, "_stream", lambda _: 7)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext()
+    )
+    backend = CudaBackend(kernels=SimpleNamespace())
+    backend._repeats = SimpleNamespace(run=lambda *given: launched.append(given))
+    inputs = (SimpleNamespace(device=torch.device("cuda", 1)),)
+    backend._run(inputs, (), None)
+    assert launched == [(inputs, (), 7, None)]
+    assert seen == entered
+
+
+def a_part_of_a_gpu(monkeypatch, placed):
+    """Make `_gpu` see a GPU of compute capability 9.0 that can place clusters of these sizes."""
+    module = SimpleNamespace(
+        shared_memory=lambda index: 227 * 1024,
+        clusters=lambda index, size, threads, shared_bytes: int(size in placed),
+    )
+    monkeypatch.setattr(extension, "load", lambda: extension.Loaded(module, None))
+    monkeypatch.setattr(extension, "runs_clusters", lambda major, minor: True)
+    properties = SimpleNamespace(multi_processor_count=16, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return cuda_backend._gpu.__wrapped__(torch.device("cuda", 0))
+
+
+def test_sizes_of_clusters_that_a_device_cannot_place_are_not_planned(monkeypatch):
+    """A part of a GPU (MIG, MPS) may have room for none: a launch would fail."""
+    problem = Problem(4096, 1024, 64, True)
+    whole = a_part_of_a_gpu(monkeypatch, {2, 4, 8})
+    assert token_plan(problem, whole).slices.number == 4
+    assert token_plan(problem, a_part_of_a_gpu(monkeypatch, {8})).slices.number != 4
+    none = a_part_of_a_gpu(monkeypatch, set())
+    plan = token_plan(problem, none)
+    assert (plan.num_clusters, plan.large_tiles) == (0, True)

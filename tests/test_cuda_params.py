@@ -4,12 +4,15 @@ import re
 import struct
 from pathlib import Path
 
+import cuda_facts
 import pytest
 import torch
 
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.backends.cuda import extension, params
+from adapterkern.backends.cuda import extension, launch_config, params
+from adapterkern.backends.cuda.launch_config import Device, Problem, read_facts
 
+FACTS = launch_config.facts  # before conftest.py puts those of the sources in its place
 HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "params.h").read_text()
 
 
@@ -17,7 +20,7 @@ def fields_of(struct_name: str) -> list[tuple[str, str]]:
     """Return (name, type) of every field of a struct of csrc/params.h, in order."""
     body = re.search(rf"struct {struct_name} {{(.*?)\n}};", HEADER, re.DOTALL)[1]
     code = re.sub(r"//.*", "", body)
-    declarations = re.findall(r"(View|int64_t|double)\s+([^;]+);", code)
+    declarations = re.findall(r"(View|int64_t|float)\s+([^;]+);", code)
     return [(name.strip(), kind) for kind, names in declarations for name in names.split(",")]
 
 
@@ -28,21 +31,21 @@ def enumerators_of(enum_name: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
 def test_params_have_the_fields_of_the_header_in_its_order(kind):
-    types = {params.View: "View", int: "int64_t", float: "double"}
+    types = {params.View: "View", int: "int64_t", float: "float"}
     ours = [(name, types[kind.__annotations__[name]]) for name in kind._fields]
     assert ours == fields_of(kind.__name__)
 
 
 @pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
 def test_pack_puts_every_field_into_its_place(kind):
-    """Each is 8 bytes wide: three of a view, then integers, and the scale as the one double."""
+    """Each is 8 bytes wide: three of a view, then integers, and the scale as the one float."""
     numbers, given = iter(range(1, 1000)), {}
     for name, field in fields_of(kind.__name__):
         view = tuple(next(numbers) for _ in range(3)) if field == "View" else None
-        given[name] = view or (0.5 if field == "double" else next(numbers))
+        given[name] = view or (0.5 if field == "float" else next(numbers))
     packed = kind(**given).pack()
     count = next(numbers) - 1
-    assert struct.unpack(f"={count}qd", packed) == (*range(1, count + 1), 0.5)
+    assert struct.unpack(f"={count}qf4x", packed) == (*range(1, count + 1), 0.5)
 
 
 def test_codes_are_those_of_the_header():
@@ -72,6 +75,22 @@ def test_extension_refuses_bytes_of_another_struct():
     module, problem = extension.load()
     if module is None:
         pytest.skip(f"needs the extension: {problem}")
-    for function, size in ((module.forward, 45 * 8), (module.backward, 71 * 8)):
+    for function, size in ((module.forward, 49 * 8), (module.backward, 79 * 8)):
         with pytest.raises(ValueError, match=rf"expected the {size} bytes .* got 3"):
             function(b"abc", 0, 0)
+
+
+def test_extension_tells_the_facts_of_the_sources():
+    module, problem = extension.load()
+    if module is None:
+        pytest.skip(f"needs the extension: {problem}")
+    facts = read_facts(module.facts())
+    assert facts == cuda_facts.of_the_sources()
+    assert facts.row_block(Problem(1, 1, 20, True), Device(1)).width == 32
+
+
+def test_a_plan_without_the_extension_says_what_is_missing(monkeypatch):
+    missing = extension.Loaded(None, "the CUDA extension is not built: nvcc not found.")
+    monkeypatch.setattr(extension, "load", lambda: missing)
+    with pytest.raises(RuntimeError, match="nvcc not found"):
+        FACTS.__wrapped__()

@@ -167,7 +167,8 @@ def test_no_transient_tensor_has_the_size_of_x(backend):
     assert peak < of_x + of_z + 0.1 * of_x
     leaves = list(arguments.values())
     _, peak = peak_of(lambda: torch.autograd.grad(y, leaves, grad_output))
-    assert peak < of_x + of_z + 0.5 * of_x  # dx, dz, and the partial sums of the weight gradients
+    # These are dx, dz, a, and the partial sums of the weight gradients.
+    assert peak < of_x + 2 * of_z + 0.5 * of_x
 
 
 @pytest.mark.parametrize("half", [torch.float16, HALF], ids=["fp16", "bf16"])

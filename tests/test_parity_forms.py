@@ -24,7 +24,10 @@ from adapterkern.parity import Case, grid
 KB = 1024
 SMS, MEMORY = (108, 132, 148), (99 * KB, 163 * KB, 227 * KB)
 TRITON_DEVICES = [triton.Device(*pair) for pair in itertools.product(SMS, MEMORY)]
-CUDA_DEVICES = [cuda.Device(*pair) for pair in itertools.product(SMS, (0, *MEMORY))]
+CUDA_DEVICES = [
+    *(cuda.Device(sms, memory=memory) for sms, memory in itertools.product(SMS, MEMORY)),
+    *(cuda.Device(sms, memory, memory) for sms, memory in itertools.product(SMS, MEMORY)),
+]
 CLASSES = {
     "fp32": Case(torch.float32),
     "tf32": Case(torch.float32, tf32=True),
@@ -92,16 +95,18 @@ def cuda_launches(template, sizes, device) -> Iterator[tuple]:
     if bottleneck > cuda.MAX_BOTTLENECK_SIZE:
         return
     problem = template._replace(**sizes)
-    plan, width = cuda.token_plan(problem, device), cuda.block_width(bottleneck)
+    plan, width = cuda.token_plan(problem, device), cuda.facts().row_block(problem, device).width
     if plan.num_clusters:
         form = f"cluster of {plan.slices.number}, {plan.cluster_tokens} tokens"
     else:
         form = "split" if plan.slices.number else "row block"
+        form += " of large tiles" if plan.large_tiles else ""
     whole = sizes["hidden_size"] % 8 == 0, bottleneck % 8 == 0
     yield form, width
     yield form.split()[0], "whole vectors in H, R", whole
-    narrow = "narrow" if bottleneck <= 16 else "wide"
-    yield "weights", narrow, cuda.token_slices(problem, device).number > 1
+    tile = cuda.facts().gradient(problem)[1:3]
+    yield "weights", tile, cuda.token_slices(problem, device).number > 1
+    yield "weights", tile, f"{cuda.token_stages(problem, device)} stages"
     yield "weights", "whole vectors in H, R", whole
 
 
@@ -158,8 +163,8 @@ def missing(cases: list[Case]) -> list[str]:
     reached = reached_by(cases)
     found = []
     for key, devices in all_launches().items():
-        if without := sorted(map(astuple, devices - reached[key])):
-            places = ", ".join(f"{sms} SMs with {memory // KB} KB" for sms, memory in without)
+        if without := sorted(astuple(d)[:3] for d in devices - reached[key]):  # memory comes first
+            places = ", ".join(f"{sms} SMs with {max(more) // KB} KB" for sms, *more in without)
             found.append(f"{' '.join(map(str, key))} on {places}")
     return found
 

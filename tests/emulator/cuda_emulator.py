@@ -1,6 +1,7 @@
 """csrc/ compiled for the CPU: the same kernels, with `include/` in place of the GPU."""
 
 import ctypes
+import itertools
 import platform
 import re
 import shutil
@@ -78,8 +79,6 @@ class Emulator:
         for function in (self.library.emulated_forward, self.library.emulated_backward):
             function.restype = ctypes.c_char_p
             function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint]
-        self.library.block_tokens.argtypes = [ctypes.c_int64] * 2
-        self.library.cluster_bytes.argtypes = [ctypes.c_int64] * 3
         self.seed = ROUND_ROBIN
 
     def forward(self, packed: bytes, device: int, stream: int) -> None:
@@ -88,11 +87,20 @@ class Emulator:
     def backward(self, packed: bytes, device: int, stream: int) -> None:
         _check(self.library.emulated_backward(packed, len(packed), self.seed))
 
-    def block_tokens(self, dtype: int, bottleneck_size: int) -> int:
-        return self.library.block_tokens(dtype, bottleneck_size)
+    def facts(self) -> tuple:
+        return facts_of(self.library)
 
-    def cluster_bytes(self, features: int, tokens: int, bottleneck_size: int) -> int:
-        return self.library.cluster_bytes(features, tokens, bottleneck_size)
+
+def facts_of(library: ctypes.CDLL) -> tuple:
+    """Return what `adapterkern._cuda.facts` would, from a library that holds facts.cpp."""
+    room = (ctypes.c_int64 * 1024)()
+    library.launch_facts(room)
+    numbers = iter(room)
+
+    def rows(width: int) -> list[tuple]:
+        return [tuple(itertools.islice(numbers, width)) for _ in range(next(numbers))]
+
+    return next(numbers), next(numbers), rows(11), rows(5), rows(4)
 
 
 def _check(error: bytes | None) -> None:

@@ -1,12 +1,13 @@
 """The forms of the CUDA kernels, and the smallest problems that show each at work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adapterkern.backends.cuda.launch_config import Device
 
 CLUSTER_MEMORY = 227 * 1024  # of compute capability 9.0
+WITHOUT_CLUSTERS = Device(1, CLUSTER_MEMORY, cluster_sizes=())  # as a part of such a GPU may be
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Form:
     feature_slices: int = 0  # of H; 0: the row-block form
     cluster_tokens: int = 0  # 0: not the cluster form
     token_slices: bool = False  # more than one slice of the tokens, in the weight gradients
+    large_tiles: bool = False
+    token_stages: int = 3  # of the weight gradients
 
     @property
     def sizes(self) -> dict:
@@ -30,23 +33,46 @@ class Form:
         }
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the form has this dtype: clusters multiply in half precision alone."""
-        return self.cluster_tokens == 0 or dtype.itemsize == 2
+        """Whether the form has this dtype: clusters and large tiles are for halves."""
+        return dtype.itemsize == 2 or not (self.cluster_tokens or self.large_tiles)
 
 
 # No size divides evenly into tiles. One cluster walks over three blocks of tokens; of the four
-# blocks of the next one the last has no features; the last form is as wide as clusters get.
+# blocks of the next one the last has no features; the last form is as wide as clusters get. Two
+# forms have the large tiles of the GPUs with clusters. The first takes six steps, so that its five
+# stages are used again.
 FORMS = {
-    "row_block": Form(Device(1), 70, 75, 20),
+    "row_block": Form(Device(1), 70, 331, 20),
     "row_block_wide": Form(Device(1), 37, 70, 150),
+    "row_block_large": Form(WITHOUT_CLUSTERS, 150, 202, 60, large_tiles=True, token_stages=6),
     "split": Form(Device(64), 37, 70, 20, feature_slices=1),
-    "split_over_h": Form(Device(64), 5, 530, 20, feature_slices=2),
+    "split_over_h": Form(Device(64), 5, 530, 20, feature_slices=3),
+    "split_large": Form(
+        replace(WITHOUT_CLUSTERS, num_sms=6),
+        137,
+        1290,
+        60,
+        feature_slices=3,
+        large_tiles=True,
+        token_stages=6,
+    ),
     "token_slices": Form(Device(8), 530, 33, 9, token_slices=True),
-    "cluster": Form(Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64),
+    "many_stages": Form(
+        Device(12, memory=CLUSTER_MEMORY), 530, 72, 20, token_slices=True, token_stages=6
+    ),
+    "cluster": Form(
+        Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64, token_stages=6
+    ),
     "cluster_few": Form(
-        Device(14, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16
+        Device(14, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16, token_stages=6
     ),
     "cluster_of_eight": Form(
-        Device(18, CLUSTER_MEMORY), 20, 1030, 100, feature_slices=8, cluster_tokens=16
+        Device(18, CLUSTER_MEMORY),
+        20,
+        1030,
+        100,
+        feature_slices=8,
+        cluster_tokens=16,
+        token_stages=6,
     ),
 }

@@ -1,6 +1,7 @@
 // The launchers of csrc/ as a shared library for ctypes; structs arrive as the bytes that the
 // Python binding would receive. Each returns nullptr, or why the launch failed.
 #include "backward.cu"
+#include "facts.cpp"
 #include "forward.cu"
 #include "weight_gradients.cu"
 
@@ -25,30 +26,4 @@ extern "C" const char* emulated_forward(const void* packed, size_t bytes, unsign
 
 extern "C" const char* emulated_backward(const void* packed, size_t bytes, unsigned seed) {
   return run(adapterkern::launch_backward, packed, bytes, seed);
-}
-
-// Returns the shared memory of one block of a cluster; 0 if there is no cluster form.
-extern "C" int cluster_bytes(int64_t features, int64_t tokens, int64_t bottleneck_size) {
-  int bytes = 0;
-  adapterkern::switch_block_r(bottleneck_size, [&](auto block_r) {
-    using Shape = adapterkern::RowBlockShape<__nv_bfloat16, decltype(block_r)::value>;
-    return adapterkern::switch_cluster_shape<Shape>(tokens, [&](auto shape) {
-      bytes = decltype(shape)::type::shared_bytes(features);
-      return cudaSuccess;
-    });
-  });
-  return bytes;
-}
-
-// Returns kBlockT for a dtype and a bottleneck_size; 0 if there is no tile.
-extern "C" int block_tokens(int64_t dtype, int64_t bottleneck_size) {
-  int tokens = 0;
-  adapterkern::switch_dtype(dtype, [&](auto type) {
-    return adapterkern::switch_block_r(bottleneck_size, [&](auto block_r) {
-      using Scalar = typename decltype(type)::type;
-      tokens = adapterkern::RowBlockShape<Scalar, decltype(block_r)::value>::kBlockT;
-      return cudaSuccess;
-    });
-  });
-  return tokens;
 }

@@ -18,11 +18,9 @@ from adapterkern.backends.cuda.launch_config import (
     Device,
     Slices,
     TokenPlan,
-    block_tokens,
-    block_width,
-    cluster_bytes,
     token_plan,
     token_slices,
+    token_stages,
 )
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
@@ -31,7 +29,6 @@ from adapterkern.backends.cuda.params import (
     ForwardParams,
     View,
 )
-from adapterkern.backends.cuda.params import DTYPES as CODES
 from adapterkern.parity import (
     Case,
     check_case,
@@ -67,6 +64,7 @@ def run_as(kernels):
                 plan = token_plan(*arguments)
                 assert plan.slices.number == form.feature_slices
                 assert plan.cluster_tokens == form.cluster_tokens
+                assert plan.large_tiles == form.large_tiles
                 return plan
 
             def checked_token_slices(*arguments):
@@ -74,6 +72,11 @@ def run_as(kernels):
                 assert (slices.number > 1) == form.token_slices
                 return slices
 
+            def checked_token_stages(*arguments):
+                assert token_stages(*arguments) == form.token_stages
+                return form.token_stages
+
+            patch.setattr(cuda_backend, "token_stages", checked_token_stages)
             patch.setattr(cuda_backend, "token_plan", checked_token_plan)
             patch.setattr(cuda_backend, "token_slices", checked_token_slices)
 
@@ -117,7 +120,7 @@ def test_cuda_matches_float64_with_every_option(kernels, monkeypatch, case, form
 
 HALVES = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 # These sizes are whole vectors, which are copied unchanged.
-WHOLE = Case(shape=(37,), hidden_size=264, bottleneck_size=24)
+WHOLE = Case(shape=(37,), hidden_size=456, bottleneck_size=24)
 WHOLE_OPTIONS = options(WHOLE, HALVES, every_dtype=False) + [
     replace(WHOLE, dtype=dtype, scaling="channel", layout="rows", grad_layout="rows")
     for dtype in HALVES
@@ -147,6 +150,19 @@ def test_cuda_matches_float64_at_the_edges_of_every_tile(kernels, dtype, bottlen
         dtype=dtype, shape=(131,), hidden_size=136, bottleneck_size=bottleneck, scaling="channel"
     )
     with emulated(kernels):
+        assert not missed(case)
+
+
+@pytest.mark.parametrize("form", ["row_block_large", "split_large"])
+@pytest.mark.parametrize("bottleneck", [33, 64, 65, 128])
+@pytest.mark.parametrize("skip", [False, True])
+def test_cuda_large_tiles_match_float64_at_their_edges(kernels, form, bottleneck, skip):
+    """Whole vectors, five stages or fewer of them, and what is added as one tile or two."""
+    case = Case(
+        dtype=torch.bfloat16, shape=(131,), hidden_size=456, bottleneck_size=bottleneck,
+        scaling="channel", skip=skip,
+    )  # fmt: skip
+    with emulated(kernels, FORMS[form].device):
         assert not missed(case)
 
 
@@ -312,18 +328,3 @@ def test_launchers_refuse_an_activation_without_a_formula(kernels, kind, number)
     for known in ACTIVATIONS.values():
         with grid_error if is_forward else contextlib.nullcontext():
             launch(kind(**{**empty, "activation": known}).pack(), 0, 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_launch_config_knows_the_tiles_of_the_kernels(kernels, dtype):
-    for size in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256):
-        tokens = kernels.block_tokens(CODES[dtype], size)
-        assert tokens == block_tokens(size, half=dtype.itemsize == 2), size
-
-
-@pytest.mark.parametrize("tokens", [16, 64])
-@pytest.mark.parametrize("bottleneck", [1, 17, 64, 128])
-def test_launch_config_knows_the_shared_memory_of_a_cluster(kernels, tokens, bottleneck):
-    for features in (64, 192, 512):
-        expected = kernels.cluster_bytes(features, tokens, bottleneck)
-        assert cluster_bytes(features, tokens, block_width(bottleneck)) == expected > 0

@@ -9,6 +9,8 @@ from cuda_forms import CLUSTER_MEMORY
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.parity import Case, check_case
 
+HALF = torch.bfloat16
+
 # fault: file, text, replacement
 CLUSTER_FAULTS = {
     "exchange before the sums of every block are there": (
@@ -27,7 +29,7 @@ CLUSTER_FAULTS = {
         "",
     ),
     "sums of the warps added before they are there": (
-        "cluster.cuh",
+        "cluster_tiles.cuh",
         "  __syncthreads();  // the parts of all warps are there\n",
         "",
     ),
@@ -38,13 +40,19 @@ CLUSTER_FAULTS = {
     ),
     "weight used before it arrives": (
         "cluster.cuh",
-        "    copy_async_wait<1>();  // for the weight out, the first time\n",
+        "    copy_async_wait<1>();  // for z, and for the weight out, the first time\n",
         "",
     ),
-    "no empty group, so a wait for too few": (
+    "no group for z, so a wait for too few": (
         "cluster.cuh",
-        "    copy_async_commit();  // an empty group keeps the count of pending groups\n",
+        "    copy_async_commit();  // even an empty group keeps the count of pending groups\n",
         "",
+    ),
+    "z of the tokens before": ("cluster.cuh", "load_z(block + clusters);", ""),
+    "bias of another feature": (
+        "cluster.cuh",
+        "policy.features(tiles.bias(), tiles.factor(), feature + column)",
+        "policy.features(tiles.bias(), tiles.factor(), column)",
     ),
     "sums of one block left out": (
         "cluster.cuh",
@@ -62,14 +70,91 @@ CLUSTER_FAULTS = {
         "first = 0 * rows",
     ),
 }
+WEIGHT_FAULTS = {
+    "one step of the tokens left out": (
+        "weight_gradients.cu",
+        "min(first + params.tokens_per_split, params.num_tokens)",
+        "min(first + params.tokens_per_split, params.num_tokens) - 1",
+    ),
+    "tiles overwritten while they are read": (
+        "weight_gradients.cu",
+        "    __syncthreads();  // this step's tiles are there, those of the step before are free\n",
+        "",
+    ),
+    "wait for one group too few of many": (
+        "weight_gradients.cu",
+        "copy_async_wait<kManyStages - 2>",
+        "copy_async_wait<kManyStages - 1>",
+    ),
+    "wait for one group too few of few": (
+        "weight_gradients.cu",
+        "copy_async_wait<kFewStages - 2>",
+        "copy_async_wait<kFewStages - 1>",
+    ),
+    "no empty group past the end": (
+        "weight_gradients.cu",
+        "    copy_async_commit();  // an empty group keeps the count of pending groups\n",
+        "    if (to_load > 0) copy_async_commit();\n",
+    ),
+    "loads into the stage in use": ("weight_gradients.cu", "    free = stage;\n", ""),
+    "row mask of a step off by one": (
+        "gradient_tiles.cuh",
+        "row + i * kRowsApart < rows_left ? bytes : 0",
+        "row + i * kRowsApart <= rows_left ? bytes : 0",
+    ),
+    "row mask of a converted step off by one": (
+        "gradient_tiles.cuh",
+        "if (at >= matrix.rows",
+        "if (at > matrix.rows",
+    ),
+    "wrong lane map of the units": (
+        "gradient_tiles.cuh",
+        "a + (k + 8 * high + in_matrix) * Shape::kStrideU + 16 * i + 8 * low",
+        "a + (k + 8 * low + in_matrix) * Shape::kStrideU + 16 * i + 8 * high",
+    ),
+    "wrong lane map of the features": (
+        "gradient_tiles.cuh",
+        "b + (k + 8 * low + in_matrix) * Shape::kStrideF + 8 * (tile + high)",
+        "b + (k + 8 * high + in_matrix) * Shape::kStrideF + 8 * (tile + low)",
+    ),
+    "ones that are not one": (
+        "gradient_tiles.cuh",
+        "0x3C003C00 : 0x3F803F80",
+        "0x3C003C00 : 0x3F813F81",
+    ),
+    "converted tile stored before its products": (
+        "weight_gradients.cu",
+        "    finish(free);\n",
+        "",
+    ),
+    "sums of a slice left out": (
+        "weight_gradients.cu",
+        "if (slice < left)",
+        "if (slice + 1 < left)",
+    ),
+    "gradients read before they are transposed": (
+        "weight_gradients.cu",
+        "tile[line * kSumStride + quad + i] = g[i];\n  __syncthreads();\n",
+        "tile[line * kSumStride + quad + i] = g[i];\n",
+    ),
+}
 FAULTS = {
     "pipeline without its barrier": (
         "tiles.cuh",
-        "copy_async_wait<kStages - 2>();\n      __syncthreads();",
-        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait_for(stages - 2);\n      __syncthreads();",
+        "copy_async_wait_for(stages - 2);",
     ),
-    "pipeline without its wait": ("tiles.cuh", "      copy_async_wait<kStages - 2>();\n", ""),
-    "wait for one group too few": ("tiles.cuh", "wait<kStages - 2>", "wait<kStages - 1>"),
+    "pipeline without its wait": ("tiles.cuh", "      copy_async_wait_for(stages - 2);\n", ""),
+    "wait for one group too few": (
+        "tiles.cuh",
+        "copy_async_wait_for(stages - 2)",
+        "copy_async_wait_for(stages - 1)",
+    ),
+    "a slot of the pipeline left out": (
+        "tiles.cuh",
+        "if (++slot == stages) slot = 0;",
+        "if (++slot == stages) slot = stages > 2;",
+    ),
     "row mask off by one": ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
     "tile not filled up with zeros across": (
         "tiles.cuh",
@@ -91,21 +176,50 @@ FAULTS = {
         "  __syncthreads();  // the sums take the place of tiles that other warps may still read\n",
         "",
     ),
-    "bottleneck read before it is complete": (
-        "row_block.cuh",
-        "  __syncthreads();  // the bottleneck tile is complete, and the sums beside it are read\n",
+    "tiles written while the sums are read": (
+        "adapter_kernels.cuh",
+        "    __syncthreads();  // the sums are read, so that tiles can take their place\n",
+        "",
+    ),
+    "z read before it is there": (
+        "adapter_kernels.cuh",
+        "        copy_async_wait_for(pending);\n        __syncthreads();  // z is there\n",
         "",
     ),
     "output read before other lanes wrote it": (
         "products.cuh",
-        "  store_product(room, kStride, acc);\n  __syncwarp();\n",
-        "  store_product(room, kStride, acc);\n",
+        "room_stride(kChunk), acc, first / 8);\n    __syncwarp();\n",
+        "room_stride(kChunk), acc, first / 8);\n",
     ),
-    "one slice of H left out": ("row_block.cuh", "split < num_splits", "split < num_splits - 1"),
-    "one step of the tokens left out": (
-        "weight_gradients.cu",
-        "min(first + params.tokens_per_split, params.num_tokens)",
-        "min(first + params.tokens_per_split, params.num_tokens) - 1",
+    "next chunk written while the last is read": (
+        "products.cuh",
+        "    __syncwarp();  // before the next chunk overwrites what other lanes read here\n",
+        "",
+    ),
+    "rows of another step added": (
+        "row_block.cuh",
+        "added.rows[i], first_token, feature);",
+        "added.rows[i], first_token, first);",
+    ),
+    "factor of another step": (
+        "row_block.cuh",
+        "copy(stage.factor(), policy.factor(), kThreads / 2);",
+        "copy(stage.factor(), policy.bias(), kThreads / 2);",
+    ),
+    "second of the added tiles in the place of the first": (
+        "row_block.cuh",
+        "        tile += kAddedBytes<Shape, std::remove_pointer_t<decltype(type)>>;\n",
+        "",
+    ),
+    "one slice of H left out": (
+        "adapter_kernels.cuh",
+        "exists ? params.num_splits : 0",
+        "exists ? params.num_splits - 1 : 0",
+    ),
+    "one slice of the output left out": (
+        "adapter_kernels.cuh",
+        "Policy, Shape>, params.output_splits)",
+        "Policy, Shape>, params.output_splits - 1)",
     ),
     "padded units not cleared": (
         "forward.cu",
@@ -115,12 +229,37 @@ FAULTS = {
     "derivative of the wrong sign": ("activations.cuh", "+ z * expf(-0.5f", "- z * expf(-0.5f"),
 }
 CASES = [
-    # a device, and a problem that takes each form on it, with every tile partly filled
-    (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=200, bottleneck_size=24)),
-    (Device(64), Case(dtype=torch.bfloat16, shape=(5,), hidden_size=536, bottleneck_size=24)),
+    # A device, and a problem that takes each form on it, with every tile partly filled. The first
+    # takes six steps through five stages: the sums take the place of the tile that is read last.
+    (Device(1), Case(dtype=torch.bfloat16, shape=(70,), hidden_size=376, bottleneck_size=24)),
+    (
+        Device(64),
+        Case(
+            torch.bfloat16,
+            shape=(5,),
+            hidden_size=536,
+            bottleneck_size=24,
+            scaling="channel",
+            skip=True,
+        ),
+    ),
     (
         Device(1),
         Case(torch.bfloat16, "tanh", (70,), hidden_size=200, bottleneck_size=24, nonfinite=True),
+    ),
+]
+# More steps than stages, few and many; tiles that are copied, tiles that are converted from rows at
+# odd addresses, and from float32.
+WEIGHT_CASES = [
+    (
+        Device(8, memory=CLUSTER_MEMORY),
+        Case(dtype=HALF, shape=(530,), hidden_size=264, bottleneck_size=20),
+    ),
+    (Device(1), Case(dtype=HALF, shape=(250,), hidden_size=72, bottleneck_size=20)),
+    (Device(1), Case(dtype=HALF, shape=(250,), hidden_size=75, bottleneck_size=20)),
+    (
+        Device(1),
+        Case(torch.float32, shape=(150,), hidden_size=72, bottleneck_size=20, autocast=HALF),
     ),
 ]
 CLUSTER_CASES = [
@@ -153,18 +292,23 @@ def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
         pytest.skip(cuda_emulator.missing())
     changes = cuda_emulator.narrowed("__nv_bfloat16")
     if fault is not None:
-        file, text, replacement = {**FAULTS, **CLUSTER_FAULTS}[fault]
+        file, text, replacement = {**FAULTS, **WEIGHT_FAULTS, **CLUSTER_FAULTS}[fault]
         changes[file] = [(text, replacement)]
     return cuda_emulator.Emulator(cuda_emulator.build(folder, flags=["-O1"], changes=changes))
 
 
 def test_cases_are_green_without_a_fault(tmp_path):
-    assert not is_red(narrowed_build(tmp_path), CASES + CLUSTER_CASES)
+    assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CASES)
+
+
+@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
+def test_fault_in_the_weight_gradients_turns_their_cases_red(tmp_path, fault):
+    assert is_red(narrowed_build(tmp_path, fault), WEIGHT_CASES)
 
 
 @pytest.mark.parametrize("fault", CLUSTER_FAULTS)

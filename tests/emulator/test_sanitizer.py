@@ -40,11 +40,23 @@ def test_kernels_stay_within_their_tensors(tmp_path):
     [
         ("memory.cuh", "row >= rows", "row > rows"),
         ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
-        ("tiles.cuh", "if (exists && row < rows)", "if (exists && row <= rows)"),
-        ("forward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
-        ("backward.cu", "if (token >= params.num_tokens", "if (token > params.num_tokens"),
+        ("tiles.cuh", "else if (row < matrix.rows", "else if (row <= matrix.rows"),
+        ("gradient_tiles.cuh", "kRowsApart < rows_left ?", "kRowsApart <= rows_left ?"),
+        ("row_block.cuh", "!exists || token >= num_tokens", "!exists || token > num_tokens"),
+        (
+            "cluster.cuh",
+            "if (!exists || token >= num_tokens) return;\n          load_raw",
+            "if (!exists || token > num_tokens) return;\n          load_raw",
+        ),
     ],
-    ids=["elements", "copied tiles", "converted tiles", "y", "dx"],
+    ids=[
+        "elements",
+        "copied tiles",
+        "converted tiles",
+        "gradient tiles",
+        "y in vectors",
+        "what a cluster adds",
+    ],
 )
 def test_mask_off_by_one_is_reported(tmp_path, file, mask, off_by_one):
     done = run_sanitized(tmp_path, {file: [(mask, off_by_one)]})

@@ -16,20 +16,24 @@ from adapterkern.backends.base import (
     allow_tf32,
     empty_gradients,
     empty_outputs,
+    empty_units,
     packed,
     rows,
     scaling_gradient,
     zero_gradients,
 )
-from adapterkern.backends.cuda import extension
+from adapterkern.backends.cuda import extension, launch_config
 from adapterkern.backends.cuda.launch_config import (
+    CLUSTER_SIZES,
     MAX_BOTTLENECK_SIZE,
+    NO_SLICES,
     Device,
     Problem,
-    Slices,
     TokenPlan,
+    row_block_plan,
     token_plan,
     token_slices,
+    token_stages,
 )
 from adapterkern.backends.cuda.params import (
     ACTIVATIONS,
@@ -54,6 +58,10 @@ from adapterkern.spec import (
     added_gradients,
     tensor_values,
 )
+
+# Bytes of shared memory of a block on compute capability 8.0: more means large tiles, for which
+# code for 8.0 has no kernels.
+OLDER_MEMORY = 163 * 1024
 
 
 class Launches(Recording):
@@ -118,16 +126,17 @@ class CudaBackend(Backend):
                 reasons.append(
                     f"compute capability {major}.{minor} is below 8.0 (no bfloat16 tensor cores)"
                 )
+            elif problem := extension.code_problem(major, minor):
+                reasons.append(problem)
         return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         self._check_loaded()
         if call.x.numel() == 0:
             return empty_outputs(call, save)
-        y, z = self._repeats.run(
+        y, z = self._run(
             tensor_values(call),
             (save, *options_of(call)),
-            _stream(call.x.device),
             lambda recording: self._forward(call, save, recording),
         )
         return Outputs(y), Saved(z)
@@ -149,7 +158,8 @@ class CudaBackend(Backend):
             "skip": None if call.skip is None else rows(call.skip),
             "scaling": packed(call.scaling),
         }
-        plan = token_plan(_problem(call, num_tokens), self._device(call.x.device))
+        added = call.x if call.add_input else call.residual, call.skip
+        plan = token_plan(_problem(call, num_tokens, *added), self._device(call.x.device))
         partial = recording.own(_partial(plan, call, num_tokens))
         room = {"y": y, "z": z, "partial": partial}
         params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
@@ -162,10 +172,9 @@ class CudaBackend(Backend):
         self._check_loaded()
         if call.x.numel() == 0:
             return zero_gradients(call, upstream, needs)
-        *computed, d_scaling = self._repeats.run(
+        *computed, d_scaling = self._run(
             (*tensor_values(call), saved.z, upstream.y),
             (needs, *options_of(call)),
-            _stream(call.x.device),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
         )
         added = added_gradients(upstream, needs)
@@ -203,14 +212,18 @@ class CudaBackend(Backend):
             "d_up_bias": out.up_bias,
             "d_scaling": d_scaling,
         }
-        problem = _problem(call, num_tokens)
-        plan, tokens = TokenPlan(Slices(0, 0)), Slices(0, 0)
-        room: dict[str, Tensor | None] = {"dz": None, "partial": None}
-        if needs.down_weight or needs.down_bias:
-            room["dz"] = torch.empty_like(z)
-        if needs.dz:
-            plan = token_plan(problem, self._device(device))
-            room["partial"] = _partial(plan, call, num_tokens)
+        problem = _problem(call, num_tokens, dy if call.add_input else None)
+        tokens = NO_SLICES
+        # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
+        # For a alone the row-block form is right at any size: it then reads nothing but z.
+        room = {
+            "dz": empty_units(call, num_tokens) if needs.down_weight or needs.down_bias else None,
+            "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
+            "partial": None,
+        }
+        choose = token_plan if needs.dz else row_block_plan
+        plan = choose(problem, self._device(device))
+        room["partial"] = _partial(plan, call, num_tokens)
         if needs.parameters:
             tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
@@ -222,6 +235,7 @@ class CudaBackend(Backend):
             **_form(plan),
             token_splits=tokens.number,
             tokens_per_split=tokens.length,
+            token_stages=token_stages(problem, self._device(device)),
             **_options(call, num_tokens),
         )
         recording.launch(self._kernels.backward, BACKWARD, params, device)
@@ -229,6 +243,15 @@ class CudaBackend(Backend):
 
     def _device(self, device: torch.device) -> Device:
         return self._planned_device or _gpu(device)
+
+    def _run(self, inputs: tuple, options: tuple, code: Callable[[Launches], Any]) -> Any:
+        """Run a call's launch on the device of x and its current stream."""
+        device = inputs[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # torch, unlike the runtime, makes no context on the caller's device to return to it.
+            with torch.cuda.device(device):
+                return self._run(inputs, options, code)
+        return self._repeats.run(inputs, options, _stream(device), code)
 
     def _check_loaded(self) -> None:
         if self._unavailable is not None or self._kernels is None:
@@ -258,38 +281,47 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
     return {
         "num_splits": plan.slices.number,
         "features_per_split": plan.slices.length,
+        "output_splits": plan.output_slices.number,
+        "features_per_output_split": plan.output_slices.length,
         "num_clusters": plan.num_clusters,
         "cluster_tokens": plan.cluster_tokens,
+        "large_tiles": plan.large_tiles,
+        "shared_bytes": plan.shared_bytes,
     }
 
 
+def _whole(size: int) -> int:
+    """`size`, rounded up to whole vectors of eight elements."""
+    return -(-size // 8) * 8
+
+
 def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | None:
-    """Work space [S, T, R] of the split form."""
-    if plan.slices.number == 0 or plan.num_clusters > 0:
+    """Work space of the split form, [S, T, R] with R filled up to the width of a tile."""
+    if plan.output_slices.number == 0:
         return None
-    shape = plan.slices.number, num_tokens, call.bottleneck_size
+    shape = plan.slices.number, num_tokens, plan.width
     return torch.empty(shape, dtype=torch.float32, device=call.x.device)
 
 
 def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:
     """Work space in one piece: for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and
-    dy [S, H].
+    dy [S, H]. Rows are filled up to whole tiles of eight, so that sums are stored in vectors.
 
     d(scaling) needs G and the sums of dy even where dW_up and db_up are not asked for.
     """
-    bottleneck, hidden = call.bottleneck_size, call.hidden_size
+    bottleneck, hidden = call.bottleneck_size, _whole(call.hidden_size)
     up_bias = needs.up_bias or (needs.scaling and call.up_bias is not None)
     wanted = (
         ("sum_down", needs.down_weight, bottleneck, hidden),
         ("sum_up", needs.up_weight or needs.scaling, bottleneck, hidden),
-        ("sum_down_bias", needs.down_bias, 1, bottleneck),
+        ("sum_down_bias", needs.down_bias, 1, _whole(bottleneck)),
         ("sum_up_bias", up_bias, 1, hidden),
     )
     offsets, size = {}, 0
     for name, want, height, width in wanted:
         if want:
             offsets[name] = size
-            size += -(-count * height * width // 4) * 4  # so that each begins at 16 bytes
+            size += count * height * width
     room = torch.empty(size, dtype=torch.float32, device=call.x.device)
     address, code = room.data_ptr(), DTYPES[torch.float32]
     views = {
@@ -299,18 +331,27 @@ def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str
     return room, views
 
 
-def _problem(call: AdapterCall, num_tokens: int) -> Problem:
+def _problem(call: AdapterCall, num_tokens: int, *added: Tensor | None) -> Problem:
+    """The problem of a call, with the tensors that the kernels add to their output."""
     half = call.compute_dtype != torch.float32
-    return Problem(num_tokens, call.hidden_size, call.bottleneck_size, half)
+    tiles = sum(2 if half and t.dtype == torch.float32 else 1 for t in added if t is not None)
+    return Problem(num_tokens, call.hidden_size, call.bottleneck_size, half, tiles)
 
 
 @functools.cache
 def _gpu(device: torch.device) -> Device:
+    """The device as it is for code of the extension, which knows 9.0 and later or does not."""
     properties = torch.cuda.get_device_properties(device)
-    module, memory = extension.load().module, 0
-    if module is not None and extension.runs_clusters(properties.major, properties.minor):
-        memory = module.shared_memory(device.index)
-    return Device(properties.multi_processor_count, memory)
+    num_sms, module = properties.multi_processor_count, extension.load().module
+    if module is None:
+        return Device(num_sms)
+    memory = module.shared_memory(device.index)
+    if not extension.runs_clusters(properties.major, properties.minor):
+        return Device(num_sms, memory=min(memory, OLDER_MEMORY))
+    # A part of a GPU (MIG, MPS) may have no room for a cluster, or none for the larger sizes.
+    threads = launch_config.facts().clusters[0].threads
+    sizes = tuple(s for s in CLUSTER_SIZES if module.clusters(device.index, s, threads, memory) > 0)
+    return Device(num_sms, memory, memory, sizes)
 
 
 def _stream(device: torch.device) -> int:

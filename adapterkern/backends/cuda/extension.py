@@ -93,23 +93,57 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def code_for(major: int, minor: int) -> str | None:
+    """The compiled architecture that a driver takes for a device of this compute capability.
+
+    Machine code serves its own major version, from its own minor version on; PTX serves every later
+    device, through the driver's compiler; "a" and "f" code serves its own device alone.
+    """
+    device = 10 * major + minor
+    serving = []
+    for arch in build_record().archs:
+        kind, _, name = arch.partition("_")
+        number, specific = int(name.rstrip("af")), name[-1] in "af"
+        serves = number == device if specific else kind != "sm" or number // 10 == major
+        if serves and number <= device:
+            serving.append((kind == "sm", number, specific, arch))
+    return max(serving)[-1] if serving else None
+
+
 def runs_clusters(major: int, minor: int) -> bool:
     """Whether a device of this compute capability runs the kernels with thread-block clusters.
 
     They need code for 9.0 or later. Compute capability 12.x has clusters too, but not the shared
     memory that makes them worth it.
     """
-    device = 10 * major + minor
-    if major not in (9, 10):
-        return False
-    for arch in build_record().archs:
-        kind, _, name = arch.partition("_")
-        number = int(name.rstrip("af"))
-        # Machine code serves its own major version, PTX later ones too, "a" code its own alone.
-        serves = number == device if name[-1] in "af" else kind != "sm" or number // 10 == major
-        if serves and 90 <= number <= device:
-            return True
-    return False
+    code = code_for(major, minor)
+    return major in (9, 10) and code is not None and int(code.partition("_")[2].rstrip("af")) >= 90
+
+
+def code_problem(major: int, minor: int) -> str | None:
+    """Why the loaded extension has no code that runs on a device of this compute capability.
+
+    Machine code runs with any driver of the runtime's major version. A driver compiles PTX only if
+    it is as new as the toolkit that wrote it, to the minor version.
+    """
+    code, module = code_for(major, minor), load().module
+    if code is None:
+        return (
+            f"the CUDA extension has no code for compute capability {major}.{minor} (it has: "
+            f"{', '.join(build_record().archs)}).\n  hint: build it with "
+            f'ADAPTERKERN_CUDA_ARCHS="{major}.{minor}": {REINSTALL}'
+        )
+    if code.startswith("sm_") or module is None:
+        return None
+    driver, runtime = module.driver_version(), module.RUNTIME_VERSION
+    if driver >= runtime:
+        return None
+    return (
+        f"the CUDA extension has PTX alone for compute capability {major}.{minor}, which a driver "
+        f"for CUDA {version_text(runtime)} or later compiles, and this one supports "
+        f"{version_text(driver)}.\n  hint: update the driver, or build machine code: "
+        f'ADAPTERKERN_CUDA_ARCHS="{major}.{minor}" {REINSTALL}'
+    )
 
 
 def code_on(device: torch.device) -> str:

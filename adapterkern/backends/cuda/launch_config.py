@@ -1,21 +1,29 @@
 """Launch configurations are a pure function of (problem, device).
 
-No number here has been tuned on a GPU yet. The tile sizes are those of csrc/row_block.cuh,
-csrc/cluster.cuh and csrc/weight_gradients.cu.
+No number here has been tuned on a GPU yet. The sizes of tiles are facts that the extension tells;
+csrc/facts.h describes them.
 """
 
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from adapterkern.backends.cuda import extension
+
 MAX_BOTTLENECK_SIZE = 256  # the widest tile whose sums fit the registers of one block
-SLICE_FEATURES = 256  # a shorter slice of H would cost more in partial sums than it gains
+SLICE_FEATURES = 128  # a shorter slice of H would cost more to start than it gains
 SLICE_TOKENS = 256  # likewise for slices of the tokens, in the weight gradients
 TOKEN_STEP = 32  # tokens of one step in the weight gradients
+# Steps of the weight gradients in shared memory at once. To use 4.3 TB/s at a latency of 1 us, each
+# of 132 SMs must have 33 KB under way: five steps of six are 105 KB, two of three 43 KB, which is
+# enough for the slower memories of the GPUs with less shared memory.
+MANY_STAGES, FEW_STAGES = 6, 3
 
+SMALL_MEMORY = 99 * 1024  # bytes of shared memory that a block has on every GPU from 8.0 on
+LARGE_MEMORY = 227 * 1024  # on compute capability 9.0 and 10.x, with code for them
+SYSTEM_MEMORY = 1024  # what the system takes of an SM's shared memory for each block
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
-CLUSTER_BOTTLENECK_SIZE = 128  # the widest bottleneck with a cluster form
 CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
 # A cluster lies within one GPC, which leaves some SMs idle: 12 of 132 at 8 blocks, as reported
 # for H100 (github.com/NVIDIA/cutlass/issues/1921). The launch asks the device itself.
@@ -25,12 +33,26 @@ CLUSTER_SMS = 0.9
 CLUSTER_EXCHANGE = 0.5
 
 
+# The most bytes that a split form may move through L2, in passes over x and y: two is the least.
+SPLIT_TRAFFIC = 3.0
+# Blocks share an SM if each still has as many stages: two blocks hide each other's waits, but a
+# pipeline of two stages has a single one under way.
+SHARED_STAGES = 3
+
+
 @dataclass(frozen=True)
 class Device:
     """The properties of a GPU on which a configuration may depend."""
 
     num_sms: int
     cluster_memory: int = 0  # bytes of shared memory of a block in a cluster; 0: no clusters
+    memory: int = SMALL_MEMORY  # bytes of shared memory of a block
+    cluster_sizes: tuple[int, ...] | None = None  # those that it can place; None: all
+
+    @property
+    def block_memory(self) -> int:
+        """The shared memory that one block can have."""
+        return max(self.memory, self.cluster_memory)
 
 
 class Problem(NamedTuple):
@@ -40,6 +62,107 @@ class Problem(NamedTuple):
     hidden_size: int
     bottleneck_size: int
     half: bool  # products in float16 or bfloat16
+    added: int = 1  # tiles of rows that are added to the output: float32 beside half counts twice
+
+
+class RowBlockFacts(NamedTuple):
+    """One shape of the row-block and split forms; csrc/facts.h describes the fields."""
+
+    half: bool
+    width: int
+    large: bool
+    tokens: int
+    threads: int
+    blocks_per_sm: int
+    least_bytes: int
+    in_bytes: int
+    out_bytes: int
+    added_bytes: int
+    beside_bytes: int
+
+    def bytes_for(self, stages: int, added: int) -> int:
+        """The shared memory of a block whose pipelines have so many stages."""
+        out = self.beside_bytes + stages * (self.out_bytes + added * self.added_bytes)
+        return max(self.least_bytes, stages * self.in_bytes, out)
+
+
+class ClusterFacts(NamedTuple):
+    """One shape of the cluster form."""
+
+    width: int
+    tokens: int
+    threads: int
+    panel_bytes: int
+    beside_bytes: int
+
+    def bytes_for(self, features: int) -> int:
+        """The shared memory of a block that has so many features."""
+        return features // PANEL * self.panel_bytes + self.beside_bytes
+
+
+class GradientFacts(NamedTuple):
+    """One shape of the weight gradients."""
+
+    half: bool
+    units: int
+    features: int
+    stage_bytes: int
+
+
+class Facts(NamedTuple):
+    """The shapes of the compiled kernels."""
+
+    most_stages: int
+    row_blocks: tuple[RowBlockFacts, ...]
+    clusters: tuple[ClusterFacts, ...]
+    gradients: tuple[GradientFacts, ...]
+
+    def row_block(self, problem: Problem, device: Device) -> RowBlockFacts:
+        """The narrowest shape that holds R, with the largest tiles that the device has room for."""
+        large = device.block_memory >= LARGE_MEMORY
+        fits = [
+            fact
+            for fact in self.row_blocks
+            if fact.half == problem.half
+            and problem.bottleneck_size <= fact.width
+            and fact.large <= large
+        ]
+        return min(fits, key=lambda fact: (fact.width, not fact.large))
+
+    def cluster(self, problem: Problem, tokens: int) -> ClusterFacts | None:
+        """The narrowest shape of so many tokens that holds R, if there is one."""
+        fits = [
+            fact
+            for fact in self.clusters
+            if problem.half and problem.bottleneck_size <= fact.width and fact.tokens == tokens
+        ]
+        return min(fits, default=None)
+
+    def gradient(self, problem: Problem) -> GradientFacts:
+        """The narrowest shape that holds R in one tile, or the widest, of which R takes more."""
+        ours = sorted(fact for fact in self.gradients if fact.half == problem.half)
+        return next((fact for fact in ours if problem.bottleneck_size <= fact.units), ours[-1])
+
+
+@functools.cache
+def facts() -> Facts:
+    """The shapes of the kernels in the extension, which has to be there."""
+    module, problem = extension.load()
+    if module is None:
+        raise RuntimeError(problem)
+    return read_facts(module.facts())
+
+
+def read_facts(told: tuple) -> Facts:
+    """The facts as `adapterkern._cuda.facts` tells them."""
+    panel, most_stages, row_blocks, clusters, gradients = told
+    assert panel == PANEL
+    return Facts(
+        most_stages,
+        tuple(RowBlockFacts(*row) for row in row_blocks),
+        tuple(ClusterFacts(*row) for row in clusters),
+        tuple(GradientFacts(*row) for row in gradients),
+    )
 
 
 class Slices(NamedTuple):
@@ -47,6 +170,9 @@ class Slices(NamedTuple):
 
     number: int
     length: int
+
+
+NO_SLICES = Slices(0, 0)
 
 
 class TokenPlan(NamedTuple):
@@ -59,6 +185,10 @@ class TokenPlan(NamedTuple):
     slices: Slices
     num_clusters: int = 0
     cluster_tokens: int = 0
+    output_slices: Slices = NO_SLICES  # of H, in the second kernel of the split form
+    large_tiles: bool = False
+    shared_bytes: int = 0  # of a block, except in the cluster form
+    width: int = 0  # of the partial sums of the split form
 
 
 def cdiv(a: int, b: int) -> int:
@@ -66,62 +196,104 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def block_tokens(bottleneck_size: int, half: bool) -> int:
-    """The tokens of one block, as in RowBlockShape of csrc/row_block.cuh."""
-    if half:
-        return 128 if 32 < bottleneck_size <= 128 else 64
-    return 32 if bottleneck_size > 128 else 64
-
-
-def block_width(bottleneck_size: int) -> int:
-    """The units of one block, as in switch_block_r of csrc/static_switch.h."""
-    return next(width for width in (16, 32, 64, 128, 256) if bottleneck_size <= width)
-
-
-def cluster_bytes(features: int, tokens: int, width: int) -> int:
-    """The shared memory of one block, as in ClusterShape of csrc/cluster.cuh: two tiles of x and
-    both weights in panels, the bottleneck, and the sums or the staging buffers of the output.
-    """
-    panel = (2 * tokens * (PANEL + 8) + width * (PANEL + 8) + PANEL * (width + 8)) * 2
-    warps_over_units = min(8 * 16 // tokens, width // 16)
-    warps_over_features = 8 * 16 // tokens // warps_over_units
-    sums = max(warps_over_features * tokens * (width + 8) * 4, 8 * 16 * (32 + 4) * 4)
-    return features // PANEL * panel + tokens * (width + 8) * 2 + sums
-
-
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> TokenPlan:
     """Choose clusters of 64 tokens if they fill half the GPU; else row blocks if they make most of
-    one wave; else clusters of 16 tokens if they all run at once; else two kernels, with as many
-    slices of H as make two blocks an SM.
+    one wave; else clusters of 16 tokens if they all run at once; else two kernels over slices of H.
     """
-    tokens, hidden, bottleneck, half = problem
-    blocks = cdiv(tokens, block_tokens(bottleneck, half))
+    tokens, hidden, bottleneck, *_ = problem
+    blocks = cdiv(tokens, facts().row_block(problem, device).tokens)
     sizes = _cluster_sizes(problem, device, 64)
     filling = [size for size in sizes if 2 * size * cdiv(tokens, 64) >= device.num_sms]
     cheap = [s for s in filling if 1.5 * bottleneck * (s - 1) <= CLUSTER_EXCHANGE * hidden]
     if cheap:
         return _clusters(problem, device, cheap[0], 64)
     if 4 * blocks >= 3 * device.num_sms:
-        return TokenPlan(Slices(0, 0))
+        return row_block_plan(problem, device)
     sizes = _cluster_sizes(problem, device, 16)
     single = [size for size in sizes if size * cdiv(tokens, 16) <= CLUSTER_SMS * device.num_sms]
     if single:
         return _clusters(problem, device, single[-1], 16)
-    return TokenPlan(_slices(hidden, 2 * device.num_sms // blocks, SLICE_FEATURES, PANEL))
+    return _split(problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def row_block_plan(problem: Problem, device: Device) -> TokenPlan:
+    """The row-block form, at any number of tokens."""
+    fact = facts().row_block(problem, device)
+    memory = _block_memory(problem, device, cdiv(problem.num_tokens, fact.tokens))
+    return TokenPlan(NO_SLICES, large_tiles=fact.large, shared_bytes=memory)
+
+
+def _block_memory(problem: Problem, device: Device, blocks: int) -> int:
+    """The shared memory of a block: all that its pipelines can use, or the share that lets as many
+    blocks as there are for an SM run on it at once.
+    """
+    fact = facts().row_block(problem, device)
+    sm_memory = device.block_memory + SYSTEM_MEMORY
+    useful = fact.bytes_for(facts().most_stages, problem.added)
+    for number in range(min(fact.blocks_per_sm, cdiv(blocks, device.num_sms)), 1, -1):
+        share = sm_memory // number - SYSTEM_MEMORY
+        if fact.bytes_for(SHARED_STAGES, problem.added) <= share:
+            return min(share, useful)
+    return min(device.block_memory, useful)
+
+
+def _split(problem: Problem, device: Device) -> TokenPlan:
+    """Two kernels over as many slices of H as fill the GPU once, unless their partial sums would
+    cost more than SPLIT_TRAFFIC allows.
+
+    Of one block an SM each has all of its memory, for five stages under way.
+    """
+    tokens, hidden, *_ = problem
+    fact = facts().row_block(problem, device)
+    blocks = cdiv(tokens, fact.tokens)
+    wanted = max(1, device.num_sms // blocks)
+    while wanted > 1 and split_passes(problem, fact, wanted, wanted) > _most_passes(problem, fact):
+        wanted -= 1
+    slices = _slices(hidden, wanted, SLICE_FEATURES, PANEL)
+    memory = _block_memory(problem, device, blocks * slices.number)
+    return TokenPlan(
+        slices,
+        output_slices=slices,
+        large_tiles=fact.large,
+        shared_bytes=memory,
+        width=fact.width,
+    )
+
+
+def split_passes(problem: Problem, fact: RowBlockFacts, slices: int, outputs: int) -> float:
+    """The bytes that a split form moves through L2, in passes over x and y.
+
+    x and what is added are read by one kernel each, and y is written. A block of tokens reads both
+    weights; every slice writes its partial sums, and every slice of the output reads them all.
+    """
+    tokens, hidden, bottleneck, half, added = problem
+    element = 2 if half else 4
+    rows = tokens * hidden * element
+    weights = 2 * bottleneck * hidden * element * cdiv(tokens, fact.tokens)
+    partials = slices * (1 + outputs) * tokens * fact.width * 4
+    return ((2 + added) * rows + weights + partials) / (2 * rows)
+
+
+def _most_passes(problem: Problem, fact: RowBlockFacts) -> float:
+    """SPLIT_TRAFFIC, or half as much again as the rows and the weights alone where these come near
+    it: of few tokens or wide bottlenecks.
+    """
+    return max(SPLIT_TRAFFIC, 1.5 * split_passes(problem, fact, 0, 0))
 
 
 def _cluster_sizes(problem: Problem, device: Device, tokens: int) -> list[int]:
-    """The sizes of clusters whose tiles fit the shared memory."""
-    _, hidden, bottleneck, half = problem
-    if not half or bottleneck > CLUSTER_BOTTLENECK_SIZE:
+    """The sizes of clusters whose tiles fit the shared memory, and that the device can place."""
+    fact = facts().cluster(problem, tokens)
+    if fact is None:
         return []
-    width = block_width(bottleneck)
+    placed = CLUSTER_SIZES if device.cluster_sizes is None else device.cluster_sizes
     return [
         size
-        for size in CLUSTER_SIZES
-        if size * CLUSTER_FEATURES <= hidden
-        and cluster_bytes(_length(hidden, size), tokens, width) <= device.cluster_memory
+        for size in placed
+        if size * CLUSTER_FEATURES <= problem.hidden_size
+        and fact.bytes_for(_length(problem.hidden_size, size)) <= device.cluster_memory
     ]
 
 
@@ -135,15 +307,21 @@ def _length(size: int, number: int, multiple: int = PANEL) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
+def token_stages(problem: Problem, device: Device) -> int:
+    """The steps of the weight gradients that are in shared memory at once."""
+    many = MANY_STAGES * facts().gradient(problem).stage_bytes
+    return MANY_STAGES if many <= device.block_memory else FEW_STAGES
+
+
+@functools.lru_cache(maxsize=4096)
 def token_slices(problem: Problem, device: Device) -> Slices:
-    """The slices of the tokens that both weight gradients are summed over: as many as fill the GPU
-    once.
+    """The slices of the tokens that both weight gradients are summed over: as many as give each SM
+    one block, since a second one would add to the partial sums and not to the bytes under way.
     """
-    narrow = problem.bottleneck_size <= 16
-    tiles = cdiv(problem.hidden_size, 128 if narrow else 64)
-    tiles *= 1 if narrow else cdiv(problem.bottleneck_size, 64)
+    fact = facts().gradient(problem)
+    tiles = cdiv(problem.hidden_size, fact.features) * cdiv(problem.bottleneck_size, fact.units)
     blocks = 2 * tiles  # each computes one product
-    return _slices(problem.num_tokens, 2 * device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
+    return _slices(problem.num_tokens, device.num_sms // blocks, SLICE_TOKENS, TOKEN_STEP)
 
 
 def _slices(size: int, wanted: int, shortest: int, multiple: int) -> Slices:

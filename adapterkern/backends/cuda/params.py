@@ -62,8 +62,12 @@ class ForwardParams(NamedTuple):
     bottleneck_size: int
     num_splits: int
     features_per_split: int
+    output_splits: int
+    features_per_output_split: int
     num_clusters: int
     cluster_tokens: int
+    large_tiles: int
+    shared_bytes: int
     activation: int
     compute_dtype: int
     add_input: int
@@ -87,6 +91,7 @@ class BackwardParams(NamedTuple):
     scaling: View
     dx: View
     dz: View
+    a: View
     partial: View
     sum_down: View
     sum_up: View
@@ -102,10 +107,15 @@ class BackwardParams(NamedTuple):
     bottleneck_size: int
     num_splits: int
     features_per_split: int
+    output_splits: int
+    features_per_output_split: int
     num_clusters: int
     cluster_tokens: int
+    large_tiles: int
+    shared_bytes: int
     token_splits: int
     tokens_per_split: int
+    token_stages: int
     activation: int
     compute_dtype: int
     add_input: int
@@ -119,7 +129,7 @@ class BackwardParams(NamedTuple):
 
 def _layout(kind: type) -> struct.Struct:
     """The layout of a struct, from the annotations of its fields."""
-    codes = {View: "qqq", int: "q", float: "d"}
+    codes = {View: "qqq", int: "q", float: "f4x"}  # the scale is padded to 8 bytes
     return struct.Struct("=" + "".join(codes[field] for field in kind.__annotations__.values()))
 
 

@@ -5,10 +5,11 @@
 #include "half_types.h"
 
 #define ADAPTERKERN_SHARED_MEMORY(name) unsigned char* const name = emulator::block->shared
+#define ADAPTERKERN_RARE
 
 namespace adapterkern {
 
-constexpr bool kHasClusters = true;
+constexpr bool kHasClusters = true, kHasLargeTiles = true, kHasSmallTiles = true;
 
 struct TFloat32 {
   float value;

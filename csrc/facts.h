@@ -1,0 +1,47 @@
+// What a plan of launches has to know of the compiled kernels, written once: in their shapes.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace adapterkern {
+
+// One shape of the row-block and split forms, as adapterkern/backends/cuda/launch_config.py reads
+// it.
+struct RowBlockFacts {
+  int64_t half;           // whether its products are in half precision
+  int64_t width;          // the widest bottleneck that it holds
+  int64_t large;          // whether its tiles need the 227 KB of a block on 9.0 and 10.x
+  int64_t tokens;         // of a block
+  int64_t threads;        // of a block
+  int64_t blocks_per_sm;  // for which a thread has registers
+  int64_t least_bytes;    // of shared memory
+  int64_t in_bytes;       // of one stage of the pipeline into the bottleneck
+  int64_t out_bytes;      // of one stage of the pipeline out of it, without tiles to add
+  int64_t added_bytes;  // of a tile to add in such a stage; float32 rows beside half: twice as many
+  int64_t beside_bytes;  // of what stays beside those stages
+};
+
+// One shape of the cluster form.
+struct ClusterFacts {
+  int64_t width, tokens, threads;
+  int64_t panel_bytes;   // of shared memory for each panel of features
+  int64_t beside_bytes;  // and beside them
+};
+
+// One shape of the weight gradients: its tile, and the shared memory of one stage.
+struct GradientFacts {
+  int64_t half, units, features, stage_bytes;
+};
+
+struct Facts {
+  int64_t panel;        // features; slices of H in a cluster are multiples of it
+  int64_t most_stages;  // of a pipeline
+  std::vector<RowBlockFacts> row_blocks;
+  std::vector<ClusterFacts> clusters;
+  std::vector<GradientFacts> gradients;
+};
+
+Facts launch_facts();
+
+}  // namespace adapterkern
