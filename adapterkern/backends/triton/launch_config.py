@@ -140,7 +140,8 @@ def out_stages(
     rows, weight = config.block_t * config.block_h, config.block_r * config.block_h
     for stages in (3, 2):
         loads = (stages - 1) * rows * row_bytes + stages * weight * weight_bytes
-        # Beside what is loaded, the output changes its layout there, with room for float32 twice.
+        # The output changes its layout there too: what the compiler took for that at most, on sm_80
+        # and sm_90 and in every mix of types.
         if loads + rows * (2 + output_bytes) + 1024 <= device.shared_memory:
             return stages
     return 1
@@ -188,7 +189,7 @@ def _split(problem: Problem, device: Device) -> Split:
     plans = []
     block_r = _power_of_two(bottleneck, (16, 64, 128))
     short = problem.wide or (block_r == 128 and problem.ragged)  # for registers
-    for block_t in (16,) if tokens <= 16 else (64,) if short else (64, 128):
+    for block_t in (16,) if tokens <= 16 else (64,) if short or tokens <= 64 else (64, 128):
         block_h = 32 if problem.wide else 64
         stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
         warps = 8 if max(block_t, block_r) == 128 else 4

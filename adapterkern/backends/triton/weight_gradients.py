@@ -39,10 +39,7 @@ def bottleneck_bwd_dw_kernel(
     # A dy that is converted is the second factor of G^T = a^T dy, which goes through shared memory;
     # as the first of G = dy^T a it would meet the fault that `awaited` is about.
     CONVERTED: tl.constexpr = dy_ptr.dtype.element_ty != DTYPE
-    if CONVERTED:
-        d_up = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    else:
-        d_up = tl.zeros((BLOCK_H, BLOCK_R), tl.float32)
+    d_up = tl.zeros((BLOCK_R, BLOCK_H) if CONVERTED else (BLOCK_H, BLOCK_R), tl.float32)
     # The bias sums stay whole tiles until the end: a reduction across warps costs a barrier a step.
     dz_total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     dy_total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
