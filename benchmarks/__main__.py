@@ -1,6 +1,7 @@
 """`python -m benchmarks`: a run on a GPU, what travels there, and what is drawn of it here."""
 
 import argparse
+import itertools
 import math
 import shlex
 import sys
@@ -20,10 +21,13 @@ On the GPU machine, under nine minutes each, into a folder of its own:
 Back again:
   python -m benchmarks merge DIR [DIR ...]      into benchmarks/results/<gpu>/<date>-<commit>
   python -m benchmarks readme                   pictures, tables, README and docs/benchmarks.md
+Without a GPU:
+  python -m benchmarks model                    what the launch plans should take, by their bytes
 """
 DEFAULT = stages.Wanted()
 BACKENDS, MODES = ("cuda", "triton"), ("forward", "backward", "step")
 FAULTS = ("hang", "die", "lose")
+CARDS = ("h200", "h100", "a100")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     merge.set_defaults(run=_merge)
     readme = commands.add_parser("readme", help="write what README and docs say of speed")
     readme.set_defaults(run=_readme)
+    _add_model(commands.add_parser("model", help="predict each plan's time from its bytes"))
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -92,6 +97,15 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
         "--mode", choices=MODES, default=DEFAULT.mode, help="likewise (default: %(default)s)"
     )
     gpu.set_defaults(run=_gpu)
+
+
+def _add_model(model: argparse.ArgumentParser) -> None:
+    model.add_argument("--card", choices=CARDS, default=CARDS[0], help="default: %(default)s")
+    model.add_argument("--tokens", type=_count, nargs="+", help="default: docs/performance.md's")
+    model.add_argument("--hidden-size", type=_count, nargs="+", help="likewise")
+    model.add_argument("--bottleneck-size", type=_count, nargs="+", help="likewise")
+    model.add_argument("--kernels", action="store_true", help="every kernel with its bounds in us")
+    model.set_defaults(run=_model)
 
 
 def _gpu(arguments: argparse.Namespace) -> int:
@@ -164,6 +178,21 @@ def _readme(_arguments: argparse.Namespace) -> int:
     except (ResultError, readme.MarkerError) as error:
         return _refuse(str(error))
     print(f"README.md, {readme.GOALS}: {path if path else 'no GPU result yet'}")
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from benchmarks import model
+
+    sizes = arguments.tokens, arguments.hidden_size, arguments.bottleneck_size
+    columns = zip(*model.SHAPES, strict=True)
+    wanted = [given or sorted(set(known)) for given, known in zip(sizes, columns, strict=True)]
+    shapes = list(itertools.product(*wanted)) if any(sizes) else model.SHAPES
+    card = model.CARDS[arguments.card]
+    rows = list(model.predictions(card, shapes))
+    print(model.table(rows))
+    if arguments.kernels:
+        print("\n" + model.kernel_table(rows, card))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Writes what README and docs/benchmarks.md say of speed, from the best committed GPU result."""
+"""Writes what README and docs say of speed, from the best committed GPU result and the model."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
 from adapterkern.bench.results import Result, ResultError, Row
-from benchmarks import goals, pictures, records, summary
+from benchmarks import goals, model, pictures, records, summary
 from benchmarks.gpu.output import ROWS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 REPORT = "report"  # the stem of what is drawn into a result's folder
 GOALS = "docs/benchmarks.md"
+MODEL = "docs/performance.md"
 NO_RESULT = (
     "All kernels were compared with float64 on CPUs alone (see above), and none has been timed on a"
     f"\nGPU, so no [goal]({GOALS}#goals) has been measured."
@@ -47,15 +48,16 @@ def best(folder: Path = RESULTS) -> Path | None:
 
 def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str]]:
     """Return by page the name in its markers, and what goes between them."""
+    predicted = {MODEL: ("model", model.table(list(model.predictions(model.CARDS["h200"]))))}
     if folder is None:
-        return {
+        return predicted | {
             "README.md": ("performance", NO_RESULT),
             GOALS: ("goals", summary.goals_table(Result())),
         }
     result = records.load(folder / ROWS)
     where = folder.relative_to(root).as_posix()
     source = f"Found on {result.device}: [all rows](../{where}/{REPORT}.md)."
-    return {
+    return predicted | {
         "README.md": ("performance", _performance(result, folder, root)),
         GOALS: ("goals", f"{source}\n\n{summary.goals_table(result)}"),
     }

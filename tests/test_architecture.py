@@ -35,7 +35,8 @@ ROOMS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
 BEHIND_KERNELS = {
-    "backends.base", "backends.repeat", "spec", "validation", "activations", "_torch", "_env"
+    "backends.base", "backends.repeat", "backends.traffic",
+    "spec", "validation", "activations", "_torch", "_env",
 }  # fmt: skip
 
 # Third parties, and the only places that import them.

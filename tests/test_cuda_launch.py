@@ -99,7 +99,7 @@ def test_float32_products_follow_the_precision_that_torch_allows(
 def test_clusters_need_no_work_space(recorder, monkeypatch):
     device = Device(num_sms=132, cluster_memory=227 * 1024)
     monkeypatch.setitem(_loaded, "cuda", CudaBackend(recorder, device))
-    call = make_call(16384)
+    call = make_call(8192)
     outputs, saved = get("cuda").forward(call, save=True)
     get("cuda").backward(call, saved, Outputs(torch.zeros_like(outputs.y)), ALL)
     for params, *_ in recorder.launches:
@@ -302,18 +302,24 @@ def test_a_repeated_call_goes_to_the_stream_of_the_moment(recorder, monkeypatch)
 @pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [torch.device("cuda", 1)])])
 def test_a_launch_on_another_device_is_left_to_torch_to_return_from(monkeypatch, current, entered):
     """The runtime would make a context on the caller's device, which may have had none."""
-    seen, launched = [], []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    at, seen, launched = [current], [], []
+
+    @contextlib.contextmanager
+    def enter(device):
+        seen.append(device)
+        at.append(device.index)
+        yield
+        at.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[-1])
+    monkeypatch.setattr(torch.cuda, "device", enter)
     monkeypatch.setattr(cuda_backend, "_stream", lambda _: 7)
-    monkeypatch.setattr(
-        torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext()
-    )
     backend = CudaBackend(kernels=SimpleNamespace())
-    backend._repeats = SimpleNamespace(run=lambda *given: launched.append(given))
+    backend._repeats = SimpleNamespace(run=lambda *given: launched.append((at[-1], *given)))
     inputs = (SimpleNamespace(device=torch.device("cuda", 1)),)
     backend._run(inputs, (), None)
-    assert launched == [(inputs, (), 7, None)]
-    assert seen == entered
+    assert launched == [(1, inputs, (), 7, None)]
+    assert (seen, at) == (entered, [current])
 
 
 def a_part_of_a_gpu(monkeypatch, placed):
@@ -331,7 +337,7 @@ def a_part_of_a_gpu(monkeypatch, placed):
 
 def test_sizes_of_clusters_that_a_device_cannot_place_are_not_planned(monkeypatch):
     """A part of a GPU (MIG, MPS) may have room for none: a launch would fail."""
-    problem = Problem(4096, 1024, 64, True)
+    problem = Problem(1024, 1024, 64, True)
     whole = a_part_of_a_gpu(monkeypatch, {2, 4, 8})
     assert token_plan(problem, whole).slices.number == 4
     assert token_plan(problem, a_part_of_a_gpu(monkeypatch, {8})).slices.number != 4

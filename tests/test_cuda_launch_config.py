@@ -104,7 +104,8 @@ ROW_BLOCK = TokenPlan(NO_SLICES, large_tiles=True)
 @pytest.mark.parametrize(
     ("problem", "plan"),
     [
-        (Problem(16384, 1024, 64, True), TokenPlan(Slices(4, 256), 33, 64)),
+        (Problem(16384, 1024, 64, True), ROW_BLOCK),  # nearly one whole wave
+        (Problem(17000, 1024, 64, True), TokenPlan(Slices(4, 256), 33, 64)),  # one block beyond it
         (Problem(2048, 1024, 64, True), TokenPlan(Slices(4, 256), 32, 64)),
         (Problem(1, 1024, 64, True), TokenPlan(Slices(8, 128), 1, 16)),
         (Problem(16, 4096, 64, True), TokenPlan(Slices(8, 512), 1, 16)),

@@ -31,7 +31,10 @@ CLUSTER_SMS = 0.9
 # At most so many bytes pass distributed shared memory per byte of x and y: it is slower than the
 # caches, and the cluster form gains by not reading x and the weights a second time.
 CLUSTER_EXCHANGE = 0.5
-
+# A block of a cluster takes so much longer for a token's feature than a row block, by the cycles of
+# shared memory that each spends on it and by the two waits for the other blocks (traffic.py). So
+# clusters run where row blocks would leave SMs idle, with few tokens or just beyond a full wave.
+CLUSTER_COST = 4 / 3
 
 # The most bytes that a split form may move through L2, in passes over x and y: two is the least.
 SPLIT_TRAFFIC = 3.0
@@ -198,16 +201,22 @@ def cdiv(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> TokenPlan:
-    """Choose clusters of 64 tokens if they fill half the GPU; else row blocks if they make most of
-    one wave; else clusters of 16 tokens if they all run at once; else two kernels over slices of H.
+    """Choose clusters of 64 tokens if they fill half the GPU and beat row blocks; else row blocks
+    if they make most of one wave; else clusters of 16 tokens if they all run at once; else two
+    kernels over slices of H.
     """
     tokens, hidden, bottleneck, *_ = problem
-    blocks = cdiv(tokens, facts().row_block(problem, device).tokens)
+    row_block = facts().row_block(problem, device)
+    blocks = cdiv(tokens, row_block.tokens)
     sizes = _cluster_sizes(problem, device, 64)
     filling = [size for size in sizes if 2 * size * cdiv(tokens, 64) >= device.num_sms]
     cheap = [s for s in filling if 1.5 * bottleneck * (s - 1) <= CLUSTER_EXCHANGE * hidden]
     if cheap:
-        return _clusters(problem, device, cheap[0], 64)
+        plan = _clusters(problem, device, cheap[0], 64)
+        turns = cdiv(cdiv(tokens, 64), plan.num_clusters)
+        busiest_row_block = cdiv(blocks, device.num_sms) * row_block.tokens * hidden
+        if CLUSTER_COST * turns * 64 * plan.slices.length < busiest_row_block:
+            return plan
     if 4 * blocks >= 3 * device.num_sms:
         return row_block_plan(problem, device)
     sizes = _cluster_sizes(problem, device, 16)
