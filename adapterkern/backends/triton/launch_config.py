@@ -189,7 +189,7 @@ def _split(problem: Problem, device: Device) -> Split:
     plans = []
     block_r = _power_of_two(bottleneck, (16, 64, 128))
     short = problem.wide or (block_r == 128 and problem.ragged)  # for registers
-    for block_t in (16,) if tokens <= 16 else (64,) if short or tokens <= 64 else (64, 128):
+    for block_t in (16,) if tokens <= 16 else (64,) if short else (64, 128):
         block_h = 32 if problem.wide else 64
         stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
         warps = 8 if max(block_t, block_r) == 128 else 4
