@@ -1,71 +1,21 @@
-"""Reads the machine code of the installed extension: kernels, their loops, their loads in flight.
-
-A gate reads the code of a kernel from `sass(arch)` and asks `innermost_loops` for the loops that do
-the work: `ptxas` puts rare paths behind the end of a kernel, so that an outer loop may span it all.
-"""
+"""The machine code of the installed extension: its kernels, and what they use of a GPU."""
 
 import importlib.util
 import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from sass import Instruction
+from sass import parse as instructions_of
 
 from adapterkern.backends.cuda import extension
 
 REGISTERS_OF_WIDTH = {"64": 2, "128": 4}
 LOCAL_MEMORY = ("LDL", "STL")
-
-
-class Instruction(NamedTuple):
-    """One instruction without its predicate, such as LDG.E.128 R4, [R2.64]."""
-
-    address: int
-    text: str
-
-    @property
-    def opcode(self) -> str:
-        """The name with its modifiers, LDG.E.128."""
-        return self.text.split()[0]
-
-    @property
-    def name(self) -> str:
-        return self.opcode.partition(".")[0]
-
-    @property
-    def registers(self) -> list[int]:
-        """The general registers that it names, in order; a wide operand by its first alone."""
-        return [int(number) for number in re.findall(r"\bR(\d+)", self.text)]
-
-    @property
-    def target(self) -> int | None:
-        """The address that it branches to, if it is a branch."""
-        match = re.search(r"(0x[0-9a-f]+)", self.text) if self.name == "BRA" else None
-        return int(match[1], 16) if match else None
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The instructions from the target of a backward branch to that branch."""
-
-    instructions: tuple[Instruction, ...]
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return self.instructions[0].address, self.instructions[-1].address
-
-    def count(self, *names: str) -> int:
-        return count(self.instructions, *names)
-
-
-def count(instructions: Sequence[Instruction], *names: str) -> int:
-    """The number of instructions of these names, LDG counting every LDG.*; of all without names."""
-    return sum(not names or each.name in names for each in instructions)
 
 
 def in_double(instructions: Sequence[Instruction]) -> list[Instruction]:
@@ -75,35 +25,8 @@ def in_double(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 def parse(text: str) -> dict[str, list[Instruction]]:
     """Map each kernel (mangled) in the output of `cuobjdump --dump-sass` to its instructions."""
-    kernels: dict[str, list[Instruction]] = {}
-    line_of_code = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;")
-    for line in text.splitlines():
-        if match := re.match(r"\s*Function : (\S+)", line):
-            kernels[match[1]] = current = []
-        elif match := line_of_code.match(line):
-            current.append(Instruction(int(match[1], 16), match[2]))
-    return kernels
-
-
-def loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """The loops of a kernel, one for each backward branch; its last branches to itself."""
-    found = []
-    for end, branch in enumerate(instructions):
-        if branch.target is not None and branch.target < branch.address:
-            body = [each for each in instructions[: end + 1] if each.address >= branch.target]
-            found.append(Loop(tuple(body)))
-    return found
-
-
-def innermost_loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """The loops that contain no other one."""
-    every = loops(instructions)
-
-    def contains(outer: Loop, inner: Loop) -> bool:
-        (start, end), (first, last) = outer.span, inner.span
-        return outer is not inner and start <= first and last <= end
-
-    return [loop for loop in every if not any(contains(loop, other) for other in every)]
+    _, *parts = re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)
+    return {name: instructions_of(code) for name, code in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def most_in_flight(instructions: Sequence[Instruction], name: str = "LDG") -> int:

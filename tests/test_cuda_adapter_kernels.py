@@ -4,7 +4,9 @@ import re
 
 import cuda_sass
 import pytest
-from cuda_sass import LOCAL_MEMORY, Instruction, Loop
+import sass
+from cuda_sass import LOCAL_MEMORY
+from sass import Instruction, Loop
 
 from adapterkern.backends.cuda import launch_config
 
@@ -21,7 +23,7 @@ def kernels(arch: str, name: str) -> dict[str, list[Instruction]]:
     found = {
         n: code for n, code in cuda_sass.sass(arch).items() if cuda_sass.kernel_name(n) == name
     }
-    return {n: code for n, code in found.items() if cuda_sass.count(code) > EMPTY}
+    return {n: code for n, code in found.items() if sass.count(code) > EMPTY}
 
 
 def halves(found: dict[str, list[Instruction]]) -> dict[str, list[Instruction]]:
@@ -30,7 +32,7 @@ def halves(found: dict[str, list[Instruction]]) -> dict[str, list[Instruction]]:
 
 def loops_with(code: list[Instruction], *names: str) -> list[Loop]:
     """The loops that hold instructions of all these names."""
-    return [loop for loop in cuda_sass.loops(code) if all(loop.count(name) for name in names)]
+    return [loop for loop in sass.loops(code) if all(loop.count(name) for name in names)]
 
 
 def the_fact(name: str) -> launch_config.RowBlockFacts:
@@ -79,7 +81,7 @@ def test_rows_are_added_from_shared_memory(arch):
         assert out.count("BAR") == 1, name
     for name, code in halves(kernels(arch, "bottleneck_split_second_kernel")).items():
         out = max(loops_with(code, "HMMA", "STG", "LDGSTS"), key=Loop.count)
-        sums = [loop for loop in cuda_sass.innermost_loops(code) if loop.count("LDG")]
+        sums = [loop for loop in sass.innermost_loops(code) if loop.count("LDG")]
         wide = [i.address for i in out.instructions if i.opcode.startswith("LDG.E.128")]
         within = [i.address for loop in sums for i in loop.instructions if i.name == "LDG"]
         assert set(wide) <= set(within), name
@@ -94,10 +96,10 @@ def test_cluster_reads_what_is_added_before_its_products():
     found = kernels("sm_90a", "bottleneck_cluster_kernel")
     assert len(found) == 2 * 2 * 4 * 2
     for name, code in found.items():
-        innermost = cuda_sass.innermost_loops(code)
+        innermost = sass.innermost_loops(code)
         (out,) = (loop for loop in innermost if loop.count("STG") and loop.count("HMMA"))
         first = next(i for i, each in enumerate(out.instructions) if each.name == "HMMA")
-        assert cuda_sass.count(out.instructions[first:], "LDG") == 0, name
+        assert sass.count(out.instructions[first:], "LDG") == 0, name
         assert cuda_sass.most_in_flight(out.instructions) >= 2, name
         walk = max(loops_with(code, "HMMA", "LDGSTS"), key=Loop.count)
         loads = walk.count("LDG") - out.count("LDG")
@@ -109,7 +111,7 @@ def test_no_adapter_kernel_computes_in_double_precision_or_local_memory(arch):
     for name in ("row_block", "split_first", "split_second", "cluster"):
         for mangled, code in kernels(arch, f"bottleneck_{name}_kernel").items():
             assert not cuda_sass.in_double(code), mangled
-            assert cuda_sass.count(code, *LOCAL_MEMORY) == 0, mangled
+            assert sass.count(code, *LOCAL_MEMORY) == 0, mangled
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -141,7 +143,7 @@ def test_an_architecture_has_the_tiles_that_its_devices_have_room_for(arch, empt
             continue
         else:
             kind = "large" if shape[3] == "1" else "small"
-        assert (cuda_sass.count(code) <= EMPTY) == (kind in empty), name
+        assert (sass.count(code) <= EMPTY) == (kind in empty), name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -150,4 +152,4 @@ def test_kernels_stay_small(arch):
     for kernel, most in (("row_block", 4800), ("split_first", 2200), ("split_second", 4300),
                          ("cluster", 6900)):  # fmt: skip
         for name, code in kernels(arch, f"bottleneck_{kernel}_kernel").items():
-            assert cuda_sass.count(code) <= most, name
+            assert sass.count(code) <= most, name

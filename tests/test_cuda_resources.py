@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import cuda_sass
+import sass
 
 KB, MB = 1024, 1024 * 1024
 LARGEST_BINARY = 12 * MB
@@ -38,7 +39,7 @@ def test_shared_memory_is_all_dynamic():
 def test_products_run_on_tensor_cores_all_but_full_float32():
     for arch in cuda_sass.archs():
         counts = {
-            name: cuda_sass.count(code, "HMMA")
+            name: sass.count(code, "HMMA")
             for name, code in cuda_sass.sass(arch).items()
             if cuda_sass.kernel_name(name)
         }

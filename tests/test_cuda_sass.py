@@ -1,6 +1,7 @@
 """The reader of machine code finds loops, counts in them, and sees which loads overlap."""
 
 import cuda_sass
+import sass
 
 CODE = """
 		Function : _ZN11bottleneck_fwd_kernelE
@@ -35,9 +36,9 @@ def test_parse_gives_every_kernel_its_instructions_without_predicates():
 
 def test_loops_are_found_by_their_backward_branches():
     code = cuda_sass.parse(CODE)["_ZN11bottleneck_fwd_kernelE"]
-    inner, outer = cuda_sass.loops(code)
+    inner, outer = sass.loops(code)
     assert (inner.span, outer.span) == ((0x30, 0x60), (0x10, 0x80))
-    assert cuda_sass.innermost_loops(code) == [inner]
+    assert sass.innermost_loops(code) == [inner]
     assert (inner.count(), inner.count("LDG"), inner.count("MUFU", "FADD")) == (4, 0, 2)
     assert outer.count("LDG") == 3
 
@@ -59,7 +60,7 @@ def test_double_precision_is_seen_in_conversions_too():
         "F2F.F16.F32 R0, R1",
         "DEPBAR.LE SB0, 0x1",
     ]
-    code = [cuda_sass.Instruction(16 * i, text) for i, text in enumerate(texts)]
+    code = [sass.Instruction(16 * i, text) for i, text in enumerate(texts)]
     assert cuda_sass.in_double(code) == code[:3]
 
 

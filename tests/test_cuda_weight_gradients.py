@@ -4,7 +4,9 @@ import re
 
 import cuda_sass
 import pytest
-from cuda_sass import LOCAL_MEMORY, Instruction, Loop
+import sass
+from cuda_sass import LOCAL_MEMORY
+from sass import Instruction, Loop
 
 from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import FEW_STAGES, MANY_STAGES, TOKEN_STEP, Problem
@@ -31,7 +33,7 @@ def gradient_kernels(arch: str, direct: bool) -> dict[str, list[Instruction]]:
 
 def step_loop(code: list[Instruction]) -> Loop:
     """The loop over the steps of the tokens: the one with the barrier."""
-    (loop,) = (loop for loop in cuda_sass.loops(code) if loop.count("BAR"))
+    (loop,) = (loop for loop in sass.loops(code) if loop.count("BAR"))
     return loop
 
 
@@ -39,9 +41,9 @@ def step_loop(code: list[Instruction]) -> Loop:
 def test_weight_gradients_compute_no_activation_and_nothing_in_double(arch):
     for direct in (False, True):
         for name, code in gradient_kernels(arch, direct).items():
-            assert cuda_sass.count(code, "MUFU") == 0, name
+            assert sass.count(code, "MUFU") == 0, name
             assert cuda_sass.in_double(code) == [], name
-            assert cuda_sass.count(code, *LOCAL_MEMORY) == 0, name
+            assert sass.count(code, *LOCAL_MEMORY) == 0, name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -103,8 +105,8 @@ def test_converted_tiles_have_a_whole_step_of_float32_under_way(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sums_over_the_slices_have_sixteen_loads_under_way(arch):
     ((name, code),) = kernels(arch, "bottleneck_bwd_dw_sum_kernel").items()
-    assert cuda_sass.count(code, "MUFU", *LOCAL_MEMORY) == 0
-    loops = [loop for loop in cuda_sass.innermost_loops(code) if loop.count("LDG")]
+    assert sass.count(code, "MUFU", *LOCAL_MEMORY) == 0
+    loops = [loop for loop in sass.innermost_loops(code) if loop.count("LDG")]
     assert len(loops) == 4  # of both weights and both biases
     for loop in loops:
         assert cuda_sass.most_in_flight(loop.instructions) == 16, name

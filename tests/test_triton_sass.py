@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import sass
 import triton_sass
-from triton_sass import Instruction, Loop
+from sass import Instruction, Loop
 
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.backends.triton.compile_only import Launch, compile_only
@@ -43,7 +44,7 @@ def kernels(capability: int) -> dict[tuple[str, bytes], list[Instruction]]:
     for sizes in SHAPES:
         for launch in launches_of(capability, *sizes):
             key = launch.kernel, launch.cubin
-            found[key] = found.get(key) or triton_sass.parse(triton_sass.disassemble(launch.cubin))
+            found[key] = found.get(key) or sass.parse(triton_sass.disassemble(launch.cubin))
     return found
 
 
@@ -58,7 +59,7 @@ def launches_of(capability: int, tokens: int, hidden: int, bottleneck: int) -> l
 
 
 def product_loops(instructions: list[Instruction]) -> list[Loop]:
-    found = triton_sass.loops(instructions)
+    found = sass.loops(instructions)
     return [loop for loop in found if loop.count("HGMMA", "HMMA")]
 
 
@@ -92,7 +93,7 @@ def test_partial_gradients_are_summed_with_four_vectors_under_way(code):
         if name == "bottleneck_bwd_dw_sum_kernel":
             wide = [
                 loop
-                for loop in triton_sass.loops(instructions)
+                for loop in sass.loops(instructions)
                 if sum(load.width == 16 for load in loop.named("LDG")) >= 8
             ]
             assert len(wide) == 2, name  # dW_down and dW_up
@@ -110,7 +111,7 @@ def test_weight_gradients_have_no_activation(code):
 
 def test_no_loop_keeps_registers_in_memory_and_nothing_is_double(code):
     for (name, _), instructions in code.items():
-        for loop in triton_sass.loops(instructions):
+        for loop in sass.loops(instructions):
             assert loop.count("LDL", "STL") == 0, (name, loop.summary())
         double = [one for one in instructions if one.name in ("DADD", "DMUL", "DFMA", "DSETP")]
         assert not double, (name, double)
@@ -129,7 +130,7 @@ def test_steps_of_the_hot_loops_stay_short(code):
 def narrow_loads(launch: Launch, least: int = 16) -> list[str]:
     """Return the loads and copies in product loops of fewer than `least` bytes, but for copies of a
     bias, which are 4 bytes wide."""
-    instructions = triton_sass.parse(triton_sass.disassemble(launch.cubin))
+    instructions = sass.parse(triton_sass.disassemble(launch.cubin))
     return [
         load.text
         for loop in product_loops(instructions)

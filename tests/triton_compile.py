@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from multiprocessing import Pool
 from typing import NamedTuple
 
+import sass
 import torch
 import triton
 import triton.language as tl
@@ -372,8 +373,8 @@ def resources(compiled) -> dict:
 
 def spills(compiled) -> int:
     """Return how many instructions of loops move registers to memory and back."""
-    code = triton_sass.parse(triton_sass.disassemble(compiled.asm["cubin"]))
-    return sum(loop.count("LDL", "STL") for loop in triton_sass.loops(code))
+    code = sass.parse(triton_sass.disassemble(compiled.asm["cubin"]))
+    return sum(loop.count("LDL", "STL") for loop in sass.loops(code))
 
 
 def hazards(compiled) -> list[str]:
@@ -382,7 +383,7 @@ def hazards(compiled) -> list[str]:
     registers = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{", compiled.asm["ptx"])
     if registers is None:
         return []
-    return triton_sass.hazards(triton_sass.parse(triton_sass.disassemble(compiled.asm["cubin"])))
+    return triton_sass.hazards(sass.parse(triton_sass.disassemble(compiled.asm["cubin"])))
 
 
 def compile_or_explain(job: Job) -> dict:
