@@ -265,7 +265,7 @@ def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
     else:
         block_r = _power_of_two(bottleneck, (16, 64))
         large = device.shared_memory > 200 * 1024
-        block_h = 128 if large and not problem.wide else 64
+        block_h = 128 if large and not problem.wide and not problem.ragged else 64
         # wgmma has its operands in shared memory, so two blocks fit the registers of an SM. On the
         # other architectures fragments take up to 255 registers a thread, and 128 would spill; so
         # do the addresses of ragged rows.
