@@ -61,7 +61,7 @@ def layout_problem(source: str) -> str | None:
 
 
 PROBLEM = layout_problem(_source)
-_hooks: list[list] = []  # the hooks of every kernel that was launched: lists that Triton changes
+_hooks: list[list] = []  # the hooks of every kernel that is repeated: lists that Triton changes
 
 
 class Launches(Recording):
