@@ -372,6 +372,22 @@ def test_a_hook_is_called_at_every_launch(name, added, counted, monkeypatch):
     assert len(gpu.launches) == 4
 
 
+class Listing:
+    """A hook with an attribute of the name that Triton's chain of hooks has."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, metadata):
+        self.calls.append(metadata)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_that_lists_its_calls_is_no_empty_chain(name, monkeypatch):
+    monkeypatch.setattr(knobs.runtime, name, Listing())
+    assert not launcher.is_plain()
+
+
 def test_a_hook_before_a_kernel_s_runs_is_called_each_time():
     kernel, calls = forward.bottleneck_fwd_kernel, []
     given = parts(*ROW_BLOCK)

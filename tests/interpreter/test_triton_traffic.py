@@ -12,7 +12,12 @@ from adapterkern.backends.triton.launch_config import Device, Problem
 from adapterkern.spec import Needs, Outputs, make_call
 
 # Sizes that every tile divides, so that no lane is masked; SMs for each form.
-FORMS = {"row_block": (256, 256, 64, 1), "split": (64, 1024, 64, 8), "wide": (128, 256, 256, 1)}
+FORMS = {
+    "row_block": (256, 256, 64, 1),
+    "split": (64, 1024, 64, 8),
+    "wide": (128, 256, 256, 1),
+    "wide_split": (64, 512, 256, 32),
+}
 
 
 @contextmanager
@@ -64,6 +69,26 @@ def test_formulae_count_what_the_kernels_move(form, monkeypatch):
     assert moved == sums(
         traffic.input_gradient(problem, plan, device) + traffic.weight_gradients(problem, weights)
     )
+
+
+def test_partial_sums_are_added_up_once_where_only_dz_is_asked_for(monkeypatch):
+    """R is wider than a tile, and dz would else be stored with each tile of the features."""
+    tokens, hidden, bottleneck = 16, 1024, 256
+    device = Device(num_sms=64, shared_memory=227 * 1024)
+    monkeypatch.setattr(triton_backend, "cpu_device", device)
+    plan = triton_backend.token_plan(Problem(tokens, hidden, bottleneck, False, False), device)
+    assert plan.num_splits > 1
+    assert plan.widen.block_r < bottleneck
+    x, dy = torch.randn(2, tokens, hidden, dtype=torch.bfloat16)
+    down, up = torch.randn(2, hidden * bottleneck, dtype=torch.bfloat16)
+    bias = torch.randn(bottleneck, dtype=torch.bfloat16)
+    call = make_call(x, down.view(bottleneck, hidden), up.view(hidden, bottleneck), bias)
+    backend = triton_backend.TritonBackend()
+    _, saved = backend.forward(call, save=True)
+    with counted_bytes(monkeypatch) as moved:
+        backend.backward(call, saved, Outputs(dy), Needs(down_bias=True))
+    partial, dz = 4 * plan.num_splits * tokens * bottleneck, 2 * tokens * bottleneck
+    assert moved["stores"] == partial + dz + bias.nbytes
 
 
 def sums(kernels):

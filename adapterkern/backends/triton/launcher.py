@@ -61,7 +61,7 @@ def layout_problem(source: str) -> str | None:
 
 
 PROBLEM = layout_problem(_source)
-_hooks: list[list] = []  # the hooks of every kernel that was launched: lists that Triton changes
+_hooks: list[list] = []  # the hooks of every kernel that is repeated: lists that Triton changes
 
 
 class Launches(Recording):
@@ -102,7 +102,10 @@ def is_plain() -> bool:
 
 
 def _has_calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))  # a chain may be empty
+    """Whether a hook does anything: only Triton's own chain of hooks is known to be empty."""
+    if type(hook) is getattr(knobs, "HookChain", None):
+        return bool(hook.calls)
+    return hook is not None
 
 
 def run(

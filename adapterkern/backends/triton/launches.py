@@ -133,8 +133,9 @@ class CallLaunches:
         if dx is None and partial is None:
             return
         config = plan.widen
-        features = plan.features_per_program if dx is not None else hidden
-        slices = cdiv(hidden, features)
+        features, slices = plan.features_per_program, cdiv(hidden, plan.features_per_program)
+        if dx is None:  # one tile of features: each would add up the sums and store dz and a anew
+            features, slices = config.block_h, 1
         self._launch(
             bwd.bottleneck_bwd_split_dx_kernel, (cdiv(num_tokens, config.block_t), slices),
             partial, dz, None if first else a, dy, z, packed(call.down_weight), dx,

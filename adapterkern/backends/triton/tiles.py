@@ -41,7 +41,8 @@ def unit_offsets(
 
     Their rows begin at multiples of 8 elements (`base.empty_units`), whatever R is, and the mask
     ends at the next multiple of 8: so these tiles move in vectors of 16 bytes. The elements between
-    R and there belong to no unit, and whoever reads them puts them out.
+    R and there belong to no unit. Who sums over units puts them out, or reads the a or the dz of a
+    kernel that stored zeros there.
     """
     stride_unit_token = stride_unit_token // 8 * 8  # no change: it shows the compiler the vectors
     mask = token[:, None] < num_tokens

@@ -90,7 +90,9 @@ def _tokens(
     read: int,
     kept: int,
 ) -> list[Traffic]:
-    """y, or dz and dx; `read` and `kept` are the bytes of bottleneck tensors beside the rows."""
+    """y, or dz and dx; `read` and `kept` are the bytes of bottleneck tensors beside the rows. What
+    is read, z, is loaded for dz and, from L2, again for a.
+    """
     if isinstance(plan, RowBlock):
         return [_row_block(problem, plan.kernel, device, element, names[0], read, kept)]
     return _split(problem, plan, device, element, names[1:], read, kept)
@@ -117,7 +119,7 @@ def _row_block(
         blocks,
         config.blocks_per_sm,
         memory=(2 + again) * rows + weights + read + kept,
-        loads=2 * rows + blocks * weights + read,
+        loads=2 * rows + blocks * weights + 2 * read,
         stores=rows + kept,
         in_flight=min(_into_flight(config, element), _out_flight(config, device, element)),
         flops=4.0 * tokens * hidden * bottleneck,
@@ -149,7 +151,7 @@ def _split(
         cdiv(tokens, narrow.block_t) * cdiv(bottleneck, narrow.block_r) * plan.num_splits,
         narrow.blocks_per_sm,
         memory=rows + weight + (0 if summed else read + kept),
-        loads=into - sums + (0 if summed else read),
+        loads=into - sums + (0 if summed else 2 * read),
         stores=sums if summed else max(sums, kept + (0 if read else sums)),
         in_flight=_into_flight(narrow, element),
         flops=flops,
@@ -159,7 +161,7 @@ def _split(
         cdiv(tokens, widen.block_t) * slices,
         widen.blocks_per_sm,
         memory=(1 + misses(rows + sums)) * rows + weight + (read + kept if summed else 0),
-        loads=out - rows + (read * repeats if summed else 0),
+        loads=out - rows + (read * (repeats + stored) if summed else 0),
         stores=rows + (kept * stored if summed else 0),
         in_flight=_out_flight(widen, device, element),
         flops=flops,

@@ -92,8 +92,8 @@ def bottleneck_bwd_dw_kernel(
 
 @triton.jit
 def sum_slices(part_ptr, offsets, mask, size, num_splits):
-    """Sum the elements at `offsets`, [m, n], of S partial sums, which lie `size` elements apart, in
-    their order, eight at a time.
+    """Sum the elements at `offsets`, [m, n], of S partial sums, which lie `size` elements apart:
+    one eight after another, each in an order that the compiler fixed (Triton 3.9 adds pairs).
 
     The eight are one load: ptxas leaves masked loads of an unrolled loop behind one another.
     """
@@ -126,7 +126,7 @@ def bottleneck_bwd_dw_sum_kernel(
     CHANNEL_SCALING: tl.constexpr, R_MULTIPLE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums in the order of the splits. Grid: feature blocks, unit blocks.
+    """Adds the partial sums, as `sum_slices` orders them. Grid: feature blocks, unit blocks.
 
     d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
     row of G: if it is asked for, one program goes through all units.
