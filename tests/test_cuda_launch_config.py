@@ -11,6 +11,7 @@ from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     FEW_STAGES,
     MANY_STAGES,
+    MEMORY_UNIT,
     NO_SLICES,
     PANEL,
     SHARED_STAGES,
@@ -143,6 +144,8 @@ def test_a_block_has_the_shared_memory_that_its_pipelines_can_use(device, added)
             blocks = cdiv(problem.num_tokens, fact.tokens)
             assert 2 <= number <= fact.blocks_per_sm
             assert blocks > (number - 1) * device.num_sms
+            taken = cdiv(found, MEMORY_UNIT) * MEMORY_UNIT + SYSTEM_MEMORY
+            assert number * taken <= device.block_memory + SYSTEM_MEMORY
 
 
 def test_large_tiles_are_for_devices_with_room_for_them():

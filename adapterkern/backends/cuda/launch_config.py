@@ -22,6 +22,7 @@ MANY_STAGES, FEW_STAGES = 6, 3
 SMALL_MEMORY = 99 * 1024  # bytes of shared memory that a block has on every GPU from 8.0 on
 LARGE_MEMORY = 227 * 1024  # on compute capability 9.0 and 10.x, with code for them
 SYSTEM_MEMORY = 1024  # what the system takes of an SM's shared memory for each block
+MEMORY_UNIT = 128  # bytes: an SM gives a block whole units of shared memory
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
 CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
@@ -242,7 +243,7 @@ def _block_memory(problem: Problem, device: Device, blocks: int) -> int:
     sm_memory = device.block_memory + SYSTEM_MEMORY
     useful = fact.bytes_for(facts().most_stages, problem.added)
     for number in range(min(fact.blocks_per_sm, cdiv(blocks, device.num_sms)), 1, -1):
-        share = sm_memory // number - SYSTEM_MEMORY
+        share = sm_memory // number // MEMORY_UNIT * MEMORY_UNIT - SYSTEM_MEMORY
         if fact.bytes_for(SHARED_STAGES, problem.added) <= share:
             return min(share, useful)
     return min(device.block_memory, useful)
