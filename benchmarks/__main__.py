@@ -100,6 +100,9 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
 
 
 def _add_model(model: argparse.ArgumentParser) -> None:
+    model.add_argument(
+        "--backend", choices=BACKENDS, nargs="+", default=BACKENDS, help="default: both"
+    )
     model.add_argument("--card", choices=CARDS, default=CARDS[0], help="default: %(default)s")
     model.add_argument("--tokens", type=_count, nargs="+", help="default: docs/performance.md's")
     model.add_argument("--hidden-size", type=_count, nargs="+", help="likewise")
@@ -177,7 +180,7 @@ def _readme(_arguments: argparse.Namespace) -> int:
         path = readme.write()
     except (ResultError, readme.MarkerError) as error:
         return _refuse(str(error))
-    print(f"README.md, {readme.GOALS}: {path if path else 'no GPU result yet'}")
+    print(f"README.md, {readme.GOALS}, {readme.MODEL}: {path if path else 'no GPU result yet'}")
     return 0
 
 
@@ -189,7 +192,10 @@ def _model(arguments: argparse.Namespace) -> int:
     wanted = [given or sorted(set(known)) for given, known in zip(sizes, columns, strict=True)]
     shapes = list(itertools.product(*wanted)) if any(sizes) else model.SHAPES
     card = model.CARDS[arguments.card]
-    rows = list(model.predictions(card, shapes))
+    try:
+        rows = list(model.predictions(card, shapes, arguments.backend))
+    except RuntimeError as error:  # the CUDA plans read sizes that the extension tells
+        return _refuse(f"{error}\n  hint: --backend triton needs no extension")
     print(model.table(rows))
     if arguments.kernels:
         print("\n" + model.kernel_table(rows, card))

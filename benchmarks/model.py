@@ -125,14 +125,20 @@ def predict(
 
 
 def predictions(
-    card: Card, shapes: Sequence[tuple[int, int, int]] = SHAPES
+    card: Card,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    backends: Sequence[str] = ("cuda", "triton"),
 ) -> Iterator[Prediction]:
-    """Every backend's plan for the forward and the backward of each shape (T, H, R)."""
+    """Each backend's plan for the forward and the backward of each shape (T, H, R).
+
+    Raises:
+        RuntimeError: the CUDA extension is missing; the message tells why and the cure.
+    """
     for tokens, hidden, bottleneck in shapes:
         for mode in ("forward", "backward"):
             case = BenchCase(hidden, bottleneck, tokens, mode=mode)
-            for backend, calls in BACKENDS.items():
-                form, kernels = calls(case, card)
+            for backend in backends:
+                form, kernels = BACKENDS[backend](case, card)
                 yield predict(case, backend, form, kernels, card)
 
 

@@ -10,6 +10,7 @@ from adapterkern.backends.traffic import L2_KEEPS, Traffic, total
 from adapterkern.bench import roofline
 from adapterkern.bench.cases import BenchCase
 from benchmarks import model
+from benchmarks.__main__ import main
 
 H200 = model.CARDS["h200"]
 # The grid of launch configurations that is tuned.
@@ -106,3 +107,45 @@ def test_split_plans_load_little_more_through_l2_than_they_must(backend, mode):
         if moved > max(most * least, served):
             over[str(row.case)] = round(moved / least, 2)
     assert not over
+
+
+def test_the_command_prints_what_the_model_predicts(capsys):
+    sizes = ["--tokens", "2048", "--hidden-size", "4096", "--bottleneck-size", "64"]
+    assert main(["model", *sizes, "--kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for row in model.predictions(H200, [(2048, 4096, 64)]):
+        start = f"| {row.case.mode} 2048 x 4096, 64 | {row.backend}, {row.form} "
+        (line,) = [line for line in lines if line.startswith(start)]
+        assert f"| {row.seconds * 1e6:.1f} | {row.floor * 1e6:.1f} |" in line
+        for kernel in row.kernels:
+            start = f"| {row.case} {row.backend} | {kernel.kernel} | {kernel.blocks} "
+            assert sum(line.startswith(start) for line in lines) == 1
+
+
+def test_the_command_without_an_extension_tells_why_and_goes_on_with_triton(monkeypatch, capsys):
+    def missing(case, card):
+        raise RuntimeError("the CUDA extension is not built: no nvcc")
+
+    monkeypatch.setitem(model.BACKENDS, "cuda", missing)
+    assert main(["model"]) == 2
+    assert "not built: no nvcc\n  hint: --backend triton" in capsys.readouterr().err
+    assert main(["model", "--backend", "triton"]) == 0
+    assert "cuda" not in capsys.readouterr().out
+
+
+def test_predictions_keep_what_the_kernels_were_changed_for():
+    """The predicted fractions of the floor on an H200 that the changes of docs/performance.md are
+    worth; a plan that loses them has to say why."""
+    least = {
+        ("forward", 16384, 1024): {"cuda": 0.60, "triton": 0.75},
+        ("forward", 16384, 4096): {"cuda": 0.60, "triton": 0.60},
+        ("backward", 16384, 1024): {"cuda": 0.40, "triton": 0.50},
+        ("backward", 16384, 4096): {"cuda": 0.40, "triton": 0.50},
+    }
+    for row in model.predictions(H200):
+        case = row.case
+        goals = least.get((case.mode, case.tokens, case.hidden_size))
+        if goals and case.bottleneck_size == 64:
+            assert row.fraction >= goals[row.backend], (str(case), row.backend)
+        if (case.mode, case.tokens, case.hidden_size) == ("forward", 2048, 4096):
+            assert row.seconds <= 30e-6

@@ -8,7 +8,7 @@ import pytest
 
 from adapterkern.bench import results
 from adapterkern.bench.results import ResultError
-from benchmarks import goals, pictures, readme, records, summary
+from benchmarks import goals, model, pictures, readme, records, summary
 from benchmarks.__main__ import main
 
 
@@ -148,10 +148,11 @@ def page_of(name, content):
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder with both pages, whose sections hold something old."""
+    """A folder with the pages, whose sections hold something old."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(page_of("performance", "old"))
     (tmp_path / readme.GOALS).write_text(page_of("goals", "old"))
+    (tmp_path / readme.MODEL).write_text(page_of("model", "old"))
     return tmp_path
 
 
@@ -165,6 +166,8 @@ def test_without_a_gpu_result_the_readme_says_so_and_the_docs_have_the_goals(gpu
     assert readme.write(root, folder) is None
     text, docs = pages(root)
     assert text == page_of("performance", readme.NO_RESULT)
+    predicted = model.table(list(model.predictions(model.CARDS["h200"])))
+    assert (root / readme.MODEL).read_text() == page_of("model", predicted)
     assert ". " not in readme.NO_RESULT  # it is one sentence
     table = summary.goals_table(results.Result())
     assert docs == page_of("goals", table)

@@ -139,7 +139,8 @@ def out_stages(
     """
     rows, weight = config.block_t * config.block_h, config.block_r * config.block_h
     for stages in (3, 2):
-        loads = (stages - 1) * rows * row_bytes + stages * weight * weight_bytes
+        tiles = stages + weight_bytes // 4  # TF32 and conversion take one more
+        loads = (stages - 1) * rows * row_bytes + tiles * weight * weight_bytes
         # The output changes its layout there too: what the compiler took for that at most, on sm_80
         # and sm_90 and in every mix of types.
         if loads + rows * (2 + output_bytes) + 1024 <= device.shared_memory:
