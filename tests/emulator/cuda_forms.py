@@ -61,7 +61,7 @@ FORMS = {
         Device(12, memory=CLUSTER_MEMORY), 530, 72, 20, token_slices=True, token_stages=6
     ),
     "cluster": Form(
-        Device(2, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64, token_stages=6
+        Device(1, CLUSTER_MEMORY), 150, 300, 20, feature_slices=2, cluster_tokens=64, token_stages=6
     ),
     "cluster_few": Form(
         Device(14, CLUSTER_MEMORY), 37, 530, 20, feature_slices=4, cluster_tokens=16, token_stages=6

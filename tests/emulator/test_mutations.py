@@ -6,7 +6,7 @@ import torch
 from conftest import emulated
 from cuda_forms import CLUSTER_MEMORY
 
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.parity import Case, check_case
 
 HALF = torch.bfloat16
@@ -264,7 +264,7 @@ WEIGHT_CASES = [
 ]
 CLUSTER_CASES = [
     (
-        Device(2, CLUSTER_MEMORY),
+        Device(1, CLUSTER_MEMORY),
         Case(dtype=torch.bfloat16, shape=(150,), hidden_size=264, bottleneck_size=24),
     ),
     (
@@ -272,6 +272,15 @@ CLUSTER_CASES = [
         Case(dtype=torch.bfloat16, shape=(37,), hidden_size=536, bottleneck_size=24),
     ),
 ]
+
+
+def test_cluster_cases_take_both_cluster_shapes():
+    problems = [
+        Problem(*case.shape, case.hidden_size, case.bottleneck_size, half=True)
+        for _, case in CLUSTER_CASES
+    ]
+    plans = [token_plan(p, device) for p, (device, _) in zip(problems, CLUSTER_CASES, strict=True)]
+    assert [plan.cluster_tokens for plan in plans] == [64, 16]
 
 
 def is_red(kernels: cuda_emulator.Emulator, cases: list) -> bool:

@@ -22,6 +22,7 @@ MANY_STAGES, FEW_STAGES = 6, 3
 SMALL_MEMORY = 99 * 1024  # bytes of shared memory that a block has on every GPU from 8.0 on
 LARGE_MEMORY = 227 * 1024  # on compute capability 9.0 and 10.x, with code for them
 SYSTEM_MEMORY = 1024  # what the system takes of an SM's shared memory for each block
+MEMORY_UNIT = 128  # bytes: an SM gives a block whole units of shared memory
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
 CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
@@ -203,27 +204,37 @@ def cdiv(a: int, b: int) -> int:
 def token_plan(problem: Problem, device: Device) -> TokenPlan:
     """Choose clusters of 64 tokens if they fill half the GPU and beat row blocks; else row blocks
     if they make most of one wave; else clusters of 16 tokens if they all run at once; else two
-    kernels over slices of H.
+    kernels over slices of H, or clusters of 64 tokens if they take less than half of their time.
     """
     tokens, hidden, bottleneck, *_ = problem
     row_block = facts().row_block(problem, device)
     blocks = cdiv(tokens, row_block.tokens)
-    sizes = _cluster_sizes(problem, device, 64)
-    filling = [size for size in sizes if 2 * size * cdiv(tokens, 64) >= device.num_sms]
-    cheap = [s for s in filling if 1.5 * bottleneck * (s - 1) <= CLUSTER_EXCHANGE * hidden]
-    if cheap:
-        plan = _clusters(problem, device, cheap[0], 64)
-        turns = cdiv(cdiv(tokens, 64), plan.num_clusters)
-        busiest_row_block = cdiv(blocks, device.num_sms) * row_block.tokens * hidden
-        if CLUSTER_COST * turns * 64 * plan.slices.length < busiest_row_block:
-            return plan
+    clusters = [_clusters(problem, device, s, 64) for s in _cluster_sizes(problem, device, 64)]
+    filling = [c for c in clusters if 2 * c.slices.number * cdiv(tokens, 64) >= device.num_sms]
+    exchanged = CLUSTER_EXCHANGE * hidden
+    cheap = [c for c in filling if 1.5 * bottleneck * (c.slices.number - 1) <= exchanged]
+    busiest_row_block = cdiv(blocks, device.num_sms) * row_block.tokens * hidden
+    if cheap and _busiest(problem, cheap[0]) < busiest_row_block:
+        return cheap[0]
     if 4 * blocks >= 3 * device.num_sms:
         return row_block_plan(problem, device)
     sizes = _cluster_sizes(problem, device, 16)
     single = [size for size in sizes if size * cdiv(tokens, 16) <= CLUSTER_SMS * device.num_sms]
     if single:
         return _clusters(problem, device, single[-1], 16)
-    return _split(problem, device)
+    # SPLIT_TRAFFIC may leave most SMs idle: then clusters win even if each of them takes as long
+    # again to exchange more than CLUSTER_EXCHANGE.
+    split = _split(problem, device)
+    fastest = min(clusters, key=lambda c: _busiest(problem, c), default=None)
+    if fastest and 2 * _busiest(problem, fastest) < row_block.tokens * split.slices.length:
+        return fastest
+    return split
+
+
+def _busiest(problem: Problem, clusters: TokenPlan) -> float:
+    """The work of the busiest block, tokens times features, in that of a row block."""
+    turns = cdiv(cdiv(problem.num_tokens, clusters.cluster_tokens), clusters.num_clusters)
+    return CLUSTER_COST * turns * clusters.cluster_tokens * clusters.slices.length
 
 
 @functools.lru_cache(maxsize=4096)
@@ -242,7 +253,7 @@ def _block_memory(problem: Problem, device: Device, blocks: int) -> int:
     sm_memory = device.block_memory + SYSTEM_MEMORY
     useful = fact.bytes_for(facts().most_stages, problem.added)
     for number in range(min(fact.blocks_per_sm, cdiv(blocks, device.num_sms)), 1, -1):
-        share = sm_memory // number - SYSTEM_MEMORY
+        share = sm_memory // number // MEMORY_UNIT * MEMORY_UNIT - SYSTEM_MEMORY
         if fact.bytes_for(SHARED_STAGES, problem.added) <= share:
             return min(share, useful)
     return min(device.block_memory, useful)
