@@ -198,7 +198,8 @@ def _shared_bytes(fact: RowBlockFacts, features: int) -> tuple[int, int]:
     into = weight + fact.tokens * features * (1 + parts) * ELEMENT + 2 * bottleneck * FLOAT
     fragments = bottleneck * ELEMENT * parts * cdiv(features, step_features)
     room = ROOM_PASSES * fact.tokens * features * FLOAT
-    return into, weight + fragments + room + 2 * fact.tokens * features * ELEMENT
+    added = 2 * fact.tokens * features * ELEMENT
+    return into, bottleneck * ELEMENT + weight + fragments + room + added
 
 
 def _cluster_bytes(fact: ClusterFacts, features: int) -> int:
@@ -210,6 +211,7 @@ def _cluster_bytes(fact: ClusterFacts, features: int) -> int:
     bottleneck = fact.tokens * fact.width
     weights = 2 * features * fact.width * over_tokens * ELEMENT
     rows = fact.tokens * features * (2 + over_units) * ELEMENT  # the last time to add them
-    sums = bottleneck * FLOAT * (over_features + 2)
+    # Parts of the features are written, read and added up before the other blocks read the sums.
+    sums = bottleneck * FLOAT * (2 if over_features == 1 else 2 * over_features + 2)
     fragments = bottleneck * ELEMENT * (1 + cdiv(features, PANEL // 2))
     return weights + rows + sums + fragments + ROOM_PASSES * fact.tokens * features * FLOAT
