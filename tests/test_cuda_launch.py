@@ -1,6 +1,7 @@
 """The CUDA backend hands its extension addresses, strides and work space, but no copy of x."""
 
 import contextlib
+import math
 import struct
 from types import SimpleNamespace
 
@@ -106,6 +107,13 @@ def test_clusters_need_no_work_space(recorder, monkeypatch):
         assert (params.num_splits, params.features_per_split) == (2, HIDDEN // 2)
         assert (params.num_clusters, params.cluster_tokens) == (66, 64)
         assert params.partial == view(None)
+
+
+def test_a_scaling_beyond_float32_is_infinite(recorder):
+    for scale, passed in ((1e39, math.inf), (-1e39, -math.inf), (0.5, 0.5), (-0.0, -0.0)):
+        get("cuda").forward(make_call(5, scaling=None, scale=scale), save=False)
+        assert math.copysign(1, recorder.launches[-1][0].scale) == math.copysign(1, passed)
+        assert recorder.launches[-1][0].scale == passed
 
 
 def test_few_tokens_get_work_space_for_partial_sums(recorder):

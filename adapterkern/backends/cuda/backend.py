@@ -1,5 +1,6 @@
 """Capabilities, allocation and launch of the CUDA kernels."""
 
+import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -273,7 +274,7 @@ def _options(call: AdapterCall, num_tokens: int) -> dict[str, Any]:
         "compute_dtype": TFLOAT32 if tf32 else DTYPES[call.compute_dtype],
         "add_input": call.add_input,
         "channel_scaling": call.scaling is not None and call.scaling.numel() > 1,
-        "scale": call.scale,
+        "scale": ctypes.c_float(call.scale).value,  # beyond float32 it is infinite, as in eager
     }
 
 
