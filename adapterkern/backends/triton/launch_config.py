@@ -168,7 +168,7 @@ def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
         return None
     block_r = _power_of_two(problem.bottleneck_size, (16, 32, 64, ROW_BLOCK_MAX_R))
     if problem.ieee:
-        config = LaunchConfig(32, 32, block_r, 8, 2)
+        config = LaunchConfig(32, 16 if block_r == 128 else 32, block_r, 8, 2)  # for registers
     else:
         # Each row block reads the weights from L2: (2 + 2R/BLOCK_T) passes over x, balanced at
         # BLOCK_T = 2R.
