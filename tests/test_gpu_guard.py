@@ -47,6 +47,8 @@ def run_tests(folder: Path, tests: str, **environment: str) -> subprocess.Comple
     (folder / "test_fake.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    tests_folder = str(Path(__file__).parent)  # conftest.py imports from there
+    clean["PYTHONPATH"] = os.pathsep.join(filter(None, (tests_folder, clean.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", folder],
         env=clean | environment,

