@@ -5,9 +5,10 @@
 
 A kernel takes the time of a near-empty one and the longest of: its bytes at the copy bandwidth;
 what its SMs load or store at L2's rate; the waits for loads, of which a block has so many bytes
-under way (Little's law); its accesses to shared memory; and its products. The kernels of a call
-follow each other. What this leaves out (barriers, bank conflicts, address arithmetic) makes a real
-kernel slower: a prediction is the time that a plan allows, and its use is to compare plans.
+under way (Little's law); its accesses to shared memory; and its products. To these come the waits
+of a cluster's blocks for each other. The kernels of a call follow each other. What this leaves out
+(barriers within a block, most bank conflicts, address arithmetic) makes a real kernel slower: a
+prediction is the time that a plan allows, and its use is to compare plans.
 docs/performance.md holds what measurements made of them.
 """
 
