@@ -80,8 +80,15 @@ def _verify() -> list[Step]:
         *_machine(40),
         Commands("smoke", 25, {name: _check(*words) for name, words in workload.SMOKE.items()}),
         Commands("parity cuda", 25, _shards("cuda", PROCESSES)),
-        Commands("wrappers", 25, {"wrappers": _pytest("tests/emulator/test_wrappers.py")}),
-        Commands("parity triton", 50, _shards("triton", PROCESSES)),
+        # The PTX wrappers compile a little program meanwhile.
+        Commands(
+            "parity triton",
+            55,
+            {
+                **_shards("triton", PROCESSES),
+                "wrappers": _pytest("tests/emulator/test_wrappers.py"),
+            },
+        ),
         Commands("gpu tests", 45, {"gpu tests": _gpu_tests()}),
         Measure("calibration", 25, (workload.CALIBRATE,)),
         Measure("adapters", 106, workload.VERIFIED),

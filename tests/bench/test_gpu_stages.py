@@ -86,7 +86,7 @@ def test_right_comes_before_fast():
     first = next(n for n, s in enumerate(STAGES["verify"]) if isinstance(s, stages.Measure))
     assert names[:first] == [
         *("machine", "card", "build"),
-        *("smoke", "parity cuda", "wrappers", "parity triton", "gpu tests"),
+        *("smoke", "parity cuda", "parity triton", "gpu tests"),
     ]
     for found in STAGES.values():
         assert [step.name for step in found[:3]] == ["machine", "card", "build"]
