@@ -27,15 +27,18 @@ struct View {
   int64_t stride;  // elements from one row to the next
 };
 
+// Both structs begin with sizes: where kernels select between two views (c ? params.x : params.dy),
+// nvcc 13.0 drops the select if one of them is at offset 0, and always reads that one.
+
 // Equations (1) to (4) of docs/math.md.
 struct ForwardParams {
+  int64_t num_tokens, hidden_size, bottleneck_size;
   View x, down_weight, up_weight;  // in: [T, H], [R, H], [H, R]
   View down_bias, up_bias;         // in or none: [R], [H]
   View residual, skip;             // in or none: [T, H]
   View scaling;                    // in or none: [1] or [H]
   View y, z;                       // out: [T, H]; [T, R] or none
   View partial;                    // work space of the split form: [S, T, kBlockR] float32
-  int64_t num_tokens, hidden_size, bottleneck_size;
   int64_t num_splits;  // slices of H; 0 selects the row-block form
   int64_t features_per_split;
   int64_t output_splits;  // slices of H in the second kernel of the split form
@@ -53,6 +56,7 @@ struct ForwardParams {
 
 // Equations (5) to (13) of docs/math.md.
 struct BackwardParams {
+  int64_t num_tokens, hidden_size, bottleneck_size;
   View x, dy, z;                         // in: [T, H], [T, H], [T, R]
   View down_weight, up_weight, up_bias;  // in: [R, H], [H, R], [H] or none
   View scaling;                          // in or none: [1] or [H]
@@ -64,7 +68,6 @@ struct BackwardParams {
   View d_down_weight, d_up_weight;       // out or none: [R, H], [H, R]
   View d_down_bias, d_up_bias;           // out or none: [R], [H]
   View d_scaling;                        // out or none: [H] float32
-  int64_t num_tokens, hidden_size, bottleneck_size;
   // The form of the kernels of dz and dx, as in the forward.
   int64_t num_splits, features_per_split, output_splits, features_per_output_split;
   int64_t num_clusters, cluster_tokens, large_tiles, shared_bytes;

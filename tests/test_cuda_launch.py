@@ -3,6 +3,7 @@
 import contextlib
 import math
 import struct
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -35,10 +36,11 @@ class Recorder:
 
 
 def unpack(kind, packed: bytes):
-    views = sum(annotation not in (int, float) for annotation in kind.__annotations__.values())
     *numbers, scale = struct.unpack(f"={len(packed) // 8 - 1}qf4x", packed)
-    triples = [tuple(numbers[3 * i : 3 * i + 3]) for i in range(views)]
-    return kind(*triples, *numbers[3 * views :], scale)
+    words = iter(numbers)
+    fields = list(kind.__annotations__.values())[:-1]
+    values = [next(words) if field is int else tuple(islice(words, 3)) for field in fields]
+    return kind(*values, scale)
 
 
 @pytest.fixture

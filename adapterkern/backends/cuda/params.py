@@ -46,6 +46,9 @@ def flat(params: Iterable[Any]) -> list[Any]:
 class ForwardParams(NamedTuple):
     """The parameters of one forward launch."""
 
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
     x: View
     down_weight: View
     up_weight: View
@@ -57,9 +60,6 @@ class ForwardParams(NamedTuple):
     y: View
     z: View
     partial: View
-    num_tokens: int
-    hidden_size: int
-    bottleneck_size: int
     num_splits: int
     features_per_split: int
     output_splits: int
@@ -82,6 +82,9 @@ class ForwardParams(NamedTuple):
 class BackwardParams(NamedTuple):
     """The parameters of one backward launch."""
 
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
     x: View
     dy: View
     z: View
@@ -102,9 +105,6 @@ class BackwardParams(NamedTuple):
     d_down_bias: View
     d_up_bias: View
     d_scaling: View
-    num_tokens: int
-    hidden_size: int
-    bottleneck_size: int
     num_splits: int
     features_per_split: int
     output_splits: int
