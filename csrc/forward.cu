@@ -76,10 +76,10 @@ struct Forward : PolicyBase<ForwardParams> {
 
   // x or the residual, and skip.
   __device__ __forceinline__ Added added() const {
-    const View first = params.add_input ? params.x : params.residual;
+    const View first = choose(params.add_input, params.x, params.residual);
     const bool has_first = first.data != nullptr, has_skip = params.skip.data != nullptr;
     return {has_first + has_skip,
-            {of_tokens(has_first ? first : params.skip, params.hidden_size),
+            {of_tokens(choose(has_first, first, params.skip), params.hidden_size),
              of_tokens(params.skip, params.hidden_size)}};
   }
   __device__ __forceinline__ Matrix bias() const {

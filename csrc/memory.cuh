@@ -189,6 +189,15 @@ __device__ __forceinline__ void store_elements(T* to, const float (&v)[n], int c
   }
 }
 
+// first ? a : b for views of a kernel's parameters, which are copied here: of `first ? params.x :
+// params.dy` the compiler makes a choice between two addresses, and nvcc 13.0 loses it if one of
+// them is the start of the parameters. A chosen address is no longer known to be a global one.
+__device__ __forceinline__ View choose(bool first, View a, View b) {
+  View chosen = first ? a : b;
+  chosen.data = to_global(chosen.data);
+  return chosen;
+}
+
 // A view and its bounds.
 struct Matrix {
   View view;

@@ -27,8 +27,8 @@ struct View {
   int64_t stride;  // elements from one row to the next
 };
 
-// Both structs begin with sizes: where kernels select between two views (c ? params.x : params.dy),
-// nvcc 13.0 drops the select if one of them is at offset 0, and always reads that one.
+// Both structs begin with sizes, not with a view: of a choice between two views nvcc 13.0 always
+// took the one at offset 0 (see `choose` in memory.cuh).
 
 // Equations (1) to (4) of docs/math.md.
 struct ForwardParams {
@@ -39,7 +39,7 @@ struct ForwardParams {
   View scaling;                    // in or none: [1] or [H]
   View y, z;                       // out: [T, H]; [T, R] or none
   View partial;                    // work space of the split form: [S, T, kBlockR] float32
-  int64_t num_splits;  // slices of H; 0 selects the row-block form
+  int64_t num_splits;              // slices of H; 0 selects the row-block form
   int64_t features_per_split;
   int64_t output_splits;  // slices of H in the second kernel of the split form
   int64_t features_per_output_split;

@@ -49,6 +49,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same address, which the compiler from here on knows to be in global memory, if it is not
+// null.
+__device__ __forceinline__ void* to_global(void* pointer) {
+  return __cvta_global_to_generic(__cvta_generic_to_global(pointer));
+}
+
 // st.global: stores words at an address that is a multiple of their size.
 __device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[1]) {
   asm volatile("st.global.b32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "r"(words[0])

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int64_t split = blockIdx.z, first = split * params.tokens_per_split;
   const int64_t last = min(first + params.tokens_per_split, params.num_tokens);
 
-  const View& sum = is_up ? params.sum_up : params.sum_down;
-  const View& bias_sum = is_up ? params.sum_up_bias : params.sum_down_bias;
+  const View sum = choose(is_up, params.sum_up, params.sum_down);
+  const View bias_sum = choose(is_up, params.sum_up_bias, params.sum_down_bias);
   // One row of blocks sums the columns: every unit block sees the same dy, every feature block dz.
   const bool sums_columns =
       bias_sum.data != nullptr && (is_up ? first_unit == 0 : first_feature == 0);
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   using Features = std::conditional_t<kDirect, TileCopy<Shape, kFeatures, Shape::kStrideF>,
                                       TileConversion<Shape, kFeatures, Shape::kStrideF>>;
   TileCopy<Shape, kUnits, Shape::kStrideU> units(
-      {is_up ? params.a : params.dz, last, bottleneck_size}, first, first_unit);
-  Features features({is_up ? params.dy : params.x, last, hidden_size}, first, first_feature);
+      {choose(is_up, params.a, params.dz), last, bottleneck_size}, first, first_unit);
+  Features features({choose(is_up, params.dy, params.x), last, hidden_size}, first, first_feature);
   const int stages = static_cast<int>(params.token_stages);
   int steps_left = static_cast<int>(ceil_div(last - first, Shape::kTokens)), to_load = steps_left;
   const auto start = [&](int stage) {

@@ -90,6 +90,14 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
+def is_empty(arch: str, mangled: str) -> bool:
+    """Whether the devices of an architecture have no use for an adapter kernel, which then traps:
+    clusters and large tiles on 8.x, the small tiles of two sizes on 9.0. PTX is for any device."""
+    unused = {"sm_8": r"ClusterShape|Li(64|128)ELb1E", "sm_9": r"Li(64|128)ELb0E"}.get(arch[:4])
+    is_half = re.search("__half|__nv_bfloat16", mangled) and "Gradient" not in mangled
+    return bool(unused and is_half and re.search(unused, mangled))
+
+
 def kernel_name(mangled: str) -> str | None:
     """The name of an adapter kernel as profilers show it, None for another function."""
     match = re.search(r"bottleneck_\w+?_kernel", mangled)

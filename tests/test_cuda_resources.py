@@ -45,11 +45,7 @@ def test_products_run_on_tensor_cores_all_but_full_float32():
         }
         fast = {n for n in counts if re.search("__half|__nv_bfloat16|TFloat32", n)}
         assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 2 * 6 + 2 * 4 * 2 * 2, arch
-        # Kernels for which the devices of an architecture have no use are empty: clusters and large
-        # tiles on sm_80, the small ones of two sizes on sm_90a.
-        other = r"cluster|Li(64|128)ELb1E" if arch == "sm_80" else r"Li(64|128)ELb0E"
-        halves = {n for n in fast if re.search("__half|__nv_bfloat16", n)}
-        fast -= {n for n in halves if re.search(other, n) and "GradientShape" not in n}
+        fast = {n for n in fast if not cuda_sass.is_empty(arch, n)}
         assert {n for n, count in counts.items() if count} == fast, arch
 
 

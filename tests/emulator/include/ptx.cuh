@@ -15,6 +15,8 @@ struct TFloat32 {
   float value;
 };
 
+inline void* to_global(void* pointer) { return pointer; }
+
 template <int n>
 inline void store_global(void* to, const uint32_t (&words)[n]) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(words) != 0) {
