@@ -25,8 +25,8 @@ class Card(NamedTuple):
     SM; clock: Hz; matrix_rate: FLOP/s in bfloat16 with mma.sync or wgmma; memory_latency,
     l2_latency: seconds under load; near_empty: seconds of a kernel in a CUDA graph.
 
-    copy_bandwidth of the H200 was measured, the other numbers are assumptions from published
-    microbenchmarks; `python -m benchmarks gpu` measures them on the card at hand.
+    copy_bandwidth and l2_bandwidth of the H200 were measured, the other numbers are assumptions
+    from published microbenchmarks; `python -m benchmarks gpu` measures them on the card at hand.
     """
 
     num_sms: int
@@ -53,7 +53,7 @@ SHAPES = (
     (16384, 4096, 256),
 )
 CARDS = {
-    "h200": Card(132, 227 * 1024, 4.3e12),
+    "h200": Card(132, 227 * 1024, 4.3e12, 8.7e12),
     "h100": Card(132, 227 * 1024, 3.0e12),
     "a100": Card(108, 163 * 1024, 1.6e12, 4e12, 64 * 1.41e9, 1.41e9, 250e12, memory_latency=700e-9),
 }
@@ -158,7 +158,7 @@ def triton_calls(case: BenchCase, card: Card) -> tuple[str, list[Traffic]]:
     weights = launch_config.weight_gradient_plan(problem, device)
     return form, [
         *traffic.input_gradient(problem, plan, device),
-        *traffic.weight_gradients(problem, weights),
+        *traffic.weight_gradients(problem, weights, device),
     ]
 
 

@@ -14,6 +14,8 @@ from adapterkern.backends.triton.launch_config import (
     RowBlock,
     Split,
     cdiv,
+    gradient_stages,
+    into_stages,
     split_bytes,
     token_plan,
     weight_gradient_plan,
@@ -36,7 +38,7 @@ def test_many_tokens_take_row_blocks_that_hold_all_of_r(tokens, bottleneck):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bottleneck"), [(1, 64), (16, 8), (2048, 64), (65536, 129), (65536, 512)]
+    ("tokens", "bottleneck"), [(1, 64), (16, 8), (1024, 64), (65536, 257), (65536, 512)]
 )
 def test_few_tokens_and_wide_bottlenecks_take_the_split_form(tokens, bottleneck):
     assert isinstance(token_plan(problem(tokens, bottleneck=bottleneck), H200), Split)
@@ -44,8 +46,9 @@ def test_few_tokens_and_wide_bottlenecks_take_the_split_form(tokens, bottleneck)
 
 def test_decode_fills_the_gpu_with_slices_of_h():
     plan = token_plan(problem(1, hidden=8192), H200)
-    assert plan.num_splits == 64  # two tiles of 64 features a slice
-    assert cdiv(8192, plan.features_per_program) == 64
+    assert plan.num_splits == 8  # more would cost more in partial sums
+    assert cdiv(8192, plan.features_per_program) == 128
+    assert token_plan(problem(1), H200).num_splits == 4  # four tiles of 64 features a slice
     assert token_plan(problem(65536, bottleneck=512), H200).num_splits == 1
 
 
@@ -57,27 +60,30 @@ def compulsory(case) -> int:
 @pytest.mark.parametrize("bottleneck", [16, 64, 128, 256])
 def test_split_plans_move_few_bytes_through_l2(bottleneck):
     """Three times the compulsory bytes where tokens are many and R is not wide, as each block of
-    tokens reads both weights. With few tokens, more: there they are far from filling the GPU, and
-    the time goes by the bytes of the busiest SM."""
+    tokens reads both weights. With few tokens, more: there what counts is how many SMs work."""
     for tokens, hidden in itertools.product(
         (16, 64, 256, 1024, 2048, 4096), (768, 1024, 2048, 4096, 8192)
     ):
         case = problem(tokens, hidden, bottleneck)
         plan = token_plan(case, H200)
+        if isinstance(plan, RowBlock):
+            continue
         moved = sum(split_bytes(case, plan)) / compulsory(case)
-        most = {16: 4.1, 64: 5.4, 128: 6.0, 256: 8.2}[bottleneck]
+        most = {16: 3.0, 64: 6.0, 128: 14.0, 256: 8.0}[bottleneck]
         if tokens >= 2048:
-            most = {16: 2.0, 64: 3.0, 128: 4.3, 256: 6.5}[bottleneck]
+            most = {16: 2.0, 64: 3.0, 128: 5.5, 256: 6.5}[bottleneck]
         assert moved <= most, (tokens, hidden, moved)
 
 
-def test_split_plans_use_at_least_half_of_the_gpu_where_there_is_work_for_it():
-    for tokens, hidden in itertools.product((1024, 2048, 4096), (1024, 4096, 8192)):
-        plan = token_plan(problem(tokens, hidden), H200)
+@pytest.mark.parametrize("hidden", [2048, 4096, 8192])
+def test_split_plans_fill_the_gpu_where_there_is_work_for_it(hidden):
+    """One program an SM into the bottleneck, and two out of it, as was measured to be best."""
+    for tokens in (1024, 2048, 4096):
+        plan = token_plan(problem(tokens, 2 * hidden), H200)
         into = cdiv(tokens, plan.narrow.block_t) * plan.num_splits
-        out = cdiv(tokens, plan.widen.block_t) * cdiv(hidden, plan.features_per_program)
-        assert 132 // 2 - 2 <= into <= 132, (tokens, hidden)
-        assert 132 // 2 - 2 <= out <= 132, (tokens, hidden)
+        out = cdiv(tokens, plan.widen.block_t) * cdiv(2 * hidden, plan.features_per_program)
+        assert 120 <= into <= 132, (tokens, hidden)
+        assert 240 <= out <= 264, (tokens, hidden)
 
 
 @pytest.mark.parametrize("device", [H200, RTX_4090], ids=["h200", "4090"])
@@ -110,8 +116,28 @@ def test_weight_gradient_partial_sums_stay_small():
             assert plan.num_splits * 2 * hidden * bottleneck * 4 < 40 * 2**20
 
 
-def test_row_blocks_start_where_they_fill_three_quarters_of_the_gpu():
-    tokens = 128 * 99  # 99 row blocks on 132 SMs
-    assert isinstance(token_plan(problem(tokens), H200), RowBlock)
-    assert isinstance(token_plan(problem(tokens - 128), H200), Split)
-    assert isinstance(token_plan(problem(tokens - 128), RTX_4090), RowBlock)
+@pytest.mark.parametrize(("hidden", "shortest"), [(1024, 16), (2048, 16), (4096, 64)])
+def test_row_blocks_start_where_they_fill_three_quarters_of_the_gpu(hidden, shortest):
+    """Short ones only where reading both weights takes a block little time."""
+    tokens = shortest * 98 + 1  # 99 row blocks on 132 SMs
+    plan = token_plan(problem(tokens, hidden), H200)
+    assert isinstance(plan, RowBlock)
+    assert plan.kernel.block_t == shortest
+    assert isinstance(token_plan(problem(tokens - 1, hidden), H200), Split)
+    assert isinstance(token_plan(problem(tokens - 1, hidden), RTX_4090), RowBlock)  # 128 SMs
+
+
+def test_row_blocks_are_as_tall_as_fills_the_gpu():
+    heights = {t: token_plan(problem(t), H200).kernel.block_t for t in (2048, 4096, 8192, 65536)}
+    assert heights == {2048: 16, 4096: 32, 8192: 64, 65536: 64}
+    assert token_plan(problem(16384, 4096, 256), H200).kernel.block_t == 128
+
+
+def test_stages_give_way_to_the_tensors_of_the_call():
+    """A plan of half precision also serves float32 weights and a float32 dy, in fewer stages."""
+    config = token_plan(problem(16384, 4096, 256), H200).kernel
+    assert into_stages(config, H200, 2, 2) == config.num_stages == 4
+    assert into_stages(config, H200, 4, 4) == 2
+    gradients = weight_gradient_plan(problem(16384, 4096, 256), H200).kernel
+    assert gradient_stages(gradients, H200, 4, 4) == gradients.num_stages == 4
+    assert gradient_stages(gradients, H200, 6, 4) == 3

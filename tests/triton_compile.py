@@ -39,12 +39,12 @@ from adapterkern.spec import make_call
 
 KB = 1024
 DEVICES = {  # capability: a typical card of it
-    80: Device(num_sms=108, shared_memory=163 * KB),
-    86: Device(num_sms=82, shared_memory=99 * KB),
-    89: Device(num_sms=128, shared_memory=99 * KB),
+    80: Device(num_sms=108, shared_memory=163 * KB, major=8),
+    86: Device(num_sms=82, shared_memory=99 * KB, major=8),
+    89: Device(num_sms=128, shared_memory=99 * KB, major=8),
     90: Device(num_sms=132, shared_memory=227 * KB),
-    100: Device(num_sms=148, shared_memory=227 * KB),
-    120: Device(num_sms=170, shared_memory=99 * KB),
+    100: Device(num_sms=148, shared_memory=227 * KB, major=10),
+    120: Device(num_sms=170, shared_memory=99 * KB, major=12),
 }
 # Blackwell takes the plans of the same memory before it. IEEE products take CUDA cores, whose code
 # is alike everywhere.
@@ -154,6 +154,13 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
         sizes = loaded, weights[0].element_size(), output.element_size()
         return {"OUT_STAGES": launch_config.out_stages(config, device, *sizes)}
 
+    def fitting(config: LaunchConfig, loaded: torch.Tensor) -> LaunchConfig:
+        """The configuration with the stages of its first loop, which reads `loaded`."""
+        sizes = loaded.element_size(), weights[0].element_size()
+        return dataclasses.replace(
+            config, num_stages=launch_config.into_stages(config, device, *sizes)
+        )
+
     def absent(*names: str) -> dict:
         return dict.fromkeys(names)
 
@@ -161,30 +168,33 @@ def launches(mix: Mix, tokens: int, hidden: int, bottleneck: int, device: Device
     added = x.element_size() + dy.element_size()
     if isinstance(forward_plan, RowBlock):
         kernel = forward_plan.kernel
-        yield "bottleneck_fwd_kernel", kernel, stages(kernel, added, dy)
+        yield "bottleneck_fwd_kernel", fitting(kernel, x), stages(kernel, added, dy)
     else:
         narrow, widen, parts = forward_plan.narrow, forward_plan.widen, forward_plan.num_splits > 1
         into = absent("z_ptr", "a_ptr") if parts else absent("partial_ptr")
         out = absent("a_ptr") if parts else absent("partial_ptr", "z_ptr")
         out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, added, dy)
         out |= {"SUM_STAGES": launch_config.sum_stages(widen, device)}
-        yield "bottleneck_fwd_down_kernel", narrow, into
+        yield "bottleneck_fwd_down_kernel", fitting(narrow, x), into
         yield "bottleneck_fwd_up_kernel", widen, out
     if isinstance(dx_plan, RowBlock):
         kernel = dx_plan.kernel
-        yield "bottleneck_bwd_dx_kernel", kernel, stages(kernel, dy.element_size(), x)
+        yield "bottleneck_bwd_dx_kernel", fitting(kernel, dy), stages(kernel, dy.element_size(), x)
     else:
         narrow, widen, parts = dx_plan.narrow, dx_plan.widen, dx_plan.num_splits > 1
         into = absent("dz_ptr", "a_ptr") if parts else absent("partial_ptr")
         out = {} if parts else absent("partial_ptr", "a_ptr")
         out |= {"ONE_TILE": bottleneck <= widen.block_r} | stages(widen, dy.element_size(), x)
         out |= {"SUM_STAGES": launch_config.sum_stages(widen, device)}
-        yield "bottleneck_bwd_split_dz_kernel", narrow, into
+        yield "bottleneck_bwd_split_dz_kernel", fitting(narrow, dy), into
         yield "bottleneck_bwd_split_dx_kernel", widen, out
     plan = launch_config.weight_gradient_plan(weights_problem, device)
     sums = dict.fromkeys(("down_ptr", "up_ptr", "down_bias_ptr", "up_bias_ptr"), "*fp32")
-    yield "bottleneck_bwd_dw_kernel", plan.kernel, sums if plan.num_splits > 1 else {}
-    yield "bottleneck_bwd_dw_sum_kernel", launch_config.sum_config(bottleneck), {}
+    sizes = x.element_size() + dy.element_size(), 2 * call.compute_dtype.itemsize
+    fit = launch_config.gradient_stages(plan.kernel, device, *sizes)
+    kernel = dataclasses.replace(plan.kernel, num_stages=fit)
+    yield "bottleneck_bwd_dw_kernel", kernel, sums if plan.num_splits > 1 else {}
+    yield "bottleneck_bwd_dw_sum_kernel", launch_config.SUM, {}
 
 
 def largest_jobs(capabilities=(86, 90)) -> list[Job]:
@@ -269,8 +279,10 @@ def option_jobs(capability: int = 90) -> list[Job]:
     )
     found = []
     for job in jobs((capability,), ("bf16",)):
-        if job.kernel not in none:
-            continue  # the first configuration of each kernel
+        # The first configuration of each kernel; of the second of the split form, one that adds up
+        # partial sums and stores dz.
+        if job.kernel not in none or ("partial_ptr", None) in job.options:
+            continue
         variants = [{name: None} for name in none.pop(job.kernel)]
         if job.kernel == "bottleneck_bwd_dx_kernel":
             variants.append({"dx_ptr": None, "dz_ptr": None})
@@ -304,6 +316,7 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
         "EVEN_R": False,  # masks cost registers, R = 48 needs them
         "R_MULTIPLE": 8,
         "BLOCK_T": job.config.block_t,
+        "BLOCK_S": job.config.block_t,  # of the sum
         "BLOCK_H": job.config.block_h,
         "BLOCK_R": job.config.block_r,
         "residual_ptr": None,  # ADD_INPUT takes its place

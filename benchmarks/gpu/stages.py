@@ -78,12 +78,11 @@ def steps(stage: str, wanted: Wanted | None = None, dry: bool = False) -> list[S
 def _verify() -> list[Step]:
     return [
         *_machine(40),
-        Commands("smoke", 25, {name: _check(*words) for name, words in workload.SMOKE.items()}),
-        Commands("parity cuda", 25, _shards("cuda", PROCESSES)),
+        Commands("parity cuda", 45, _shards("cuda", PROCESSES)),
         # The PTX wrappers compile a little program meanwhile.
         Commands(
             "parity triton",
-            55,
+            60,
             {
                 **_shards("triton", PROCESSES),
                 "wrappers": _pytest("tests/emulator/test_wrappers.py"),

@@ -143,23 +143,20 @@ TRAINING = (
     model("llama-7b-block-4x2048", "step", "eager", 15),
 )
 
-# Patterns of ids of the parity grid: one case for each form of each backend at 132 SMs, and the
-# cases of the sanitizers. tests/bench/test_gpu_stages.py checks which cases they match.
+# Patterns of ids of the parity grid: one case for each form of the CUDA kernels at 132 SMs, and the
+# other cases of the sanitizers. tests/bench/test_gpu_stages.py checks which cases they match.
 _ROWS, _SPLIT = "bf16-*-T14208-H65-R49*", "bf16-*-T777-H65-R49*"
 _NARROW, _MIDDLE = "bf16-*-T37-H1030-R48*", "bf16-*-T1280-H512-R49*"
-SMOKE = {
-    "cuda rows": ("cuda", _ROWS),
-    "cuda split": ("cuda", _SPLIT),
-    "cuda clusters of 16 tokens": ("cuda", _NARROW),
-    "cuda clusters of 64 tokens": ("cuda", _MIDDLE),
-    "triton rows": ("triton", _ROWS),
-    "triton split": ("triton", _SPLIT),
-    "triton split, sums in parts": ("triton", _NARROW),
+FORMS = {
+    "rows": _ROWS,
+    "split": _SPLIT,
+    "clusters of 16 tokens": _NARROW,
+    "clusters of 64 tokens": _MIDDLE,
 }
 MEMCHECKED = tuple(
     ("cuda", case)
     for case in (
-        *(_ROWS, _SPLIT, _NARROW, _MIDDLE),
+        *FORMS.values(),
         *("bf16-*-T4097-H65-R136*", "bf16-*-T100-H520-R5*", "fp16-*-T777-H1536-R72*"),
         *("fp32-*-T8193-H65-R49*", "fp32-*-T300-H776-R16*", "tf32-*-T1537-H129-R16*"),
         *("bf16-*-T37-H1030-R49-parameters_fp32", "fp16-*-T37-H1030-R100-nonfinite"),

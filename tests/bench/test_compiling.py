@@ -140,7 +140,7 @@ def test_a_part_that_an_entry_does_not_serve_is_not_compiled_for_it(cache):
 
 
 def test_tiles_that_fit_in_bfloat16_but_not_beside_a_float32_dy_are_refused(cache):
-    entry = entry_of(16384, num_stages=4, block_h=128)
+    entry = entry_of(16384, num_stages=2, block_t=64, block_h=256, block_r=128)
     assert problem_of(Work(entry, uniform(HALF)), 90, H200) is None
     asked = problem_of(Work(entry, widest("tokens", entry.problem, H200)), 90, H200)
     assert asked is not None

@@ -43,7 +43,7 @@ def test_a_dry_run_survives_a_hang_a_dead_worker_and_a_lost_device(tmp_path):
         step.name for step in stages.steps("verify")
     ]
     passed = {name for name, step in steps.items() if step["status"] == "passed"}
-    assert passed >= {"machine", "smoke", "parity cuda", "parity triton", "gpu tests"}
+    assert passed >= {"machine", "parity cuda", "parity triton", "gpu tests"}
     tasks = [(e["task"], e["status"]) for e in events if e["event"] == "task"]
     statuses = [status for _, status in tasks]
     assert [status for status in statuses if status != "done"] == ["died", "lost", "hung"]
@@ -206,9 +206,10 @@ def test_a_fault_goes_with_a_dry_run_only(tmp_path, capsys):
     command = ["gpu", "--stage", "verify", "--out", str(tmp_path / "x"), "--fault", "blocks=die"]
     assert main(command) == 2
     assert "--fault goes with --dry" in capsys.readouterr().err
-    assert main([*command, "--dry", "--fault", "smoke=die"]) == 2
-    assert "--fault smoke: no such step has a worker in this stage (calibration, adapters" in (
-        capsys.readouterr().err
+    assert main([*command, "--dry", "--fault", "parity cuda=die"]) == 2
+    assert (
+        "--fault parity cuda: no such step has a worker in this stage (calibration, adapters"
+        in (capsys.readouterr().err)
     )
     for words in (["--seconds", "abc"], ["--tokens", "-5"], ["--fault", "blocks=melt"]):
         with pytest.raises(SystemExit):

@@ -9,7 +9,6 @@ import torch
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import NAMES
 from adapterkern.backends.cuda import launch_config as cuda
-from adapterkern.backends.triton import launch_config as triton
 from adapterkern.bench.cases import MODES as CASE_MODES
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.providers import PROVIDERS
@@ -86,7 +85,7 @@ def test_right_comes_before_fast():
     first = next(n for n, s in enumerate(STAGES["verify"]) if isinstance(s, stages.Measure))
     assert names[:first] == [
         *("machine", "card", "build"),
-        *("smoke", "parity cuda", "parity triton", "gpu tests"),
+        *("parity cuda", "parity triton", "gpu tests"),
     ]
     for found in STAGES.values():
         assert [step.name for step in found[:3]] == ["machine", "card", "build"]
@@ -171,37 +170,25 @@ def cuda_form(tokens, hidden, bottleneck, half):
     return f"clusters of {plan.cluster_tokens} tokens" if plan.num_clusters else "split"
 
 
-def triton_form(tokens, hidden, bottleneck, half):
-    problem = triton.Problem(tokens, hidden, bottleneck, ieee=not half, wide=not half)
-    plan = triton.token_plan(problem, triton.Device(132, 227 * 1024))
-    if isinstance(plan, triton.RowBlock):
-        return "rows"
-    return "split, sums in parts" if plan.num_splits > 1 else "split"
-
-
-def form_of(backend, case):
+def form_of(case):
     sizes = case.shape[0], case.hidden_size, case.bottleneck_size
-    form = cuda_form if backend == "cuda" else triton_form
-    return form(*sizes, half=case.dtype.itemsize == 2)
+    return cuda_form(*sizes, half=case.dtype.itemsize == 2)
 
 
-def test_smoke_runs_every_form_of_either_backend_once():
-    for name, (backend, pattern) in workload.SMOKE.items():
-        assert name == f"{backend} {form_of(backend, matching(pattern))}"
+def test_the_named_cases_run_every_cuda_form_once():
+    for name, pattern in workload.FORMS.items():
+        assert name == form_of(matching(pattern))
     sizes = itertools.product(
         (1, 37, 300, 2048, 16384), (64, 1024, 4096), (8, 64, 192), (True, False)
     )
-    forms = {(b, f(*s)) for s in sizes for b, f in (("cuda", cuda_form), ("triton", triton_form))}
-    assert {tuple(name.split(" ", 1)) for name in workload.SMOKE} == forms
+    assert set(workload.FORMS) == {cuda_form(*s) for s in sizes}
 
 
 def test_the_sanitizers_see_every_cuda_form_each_arithmetic_and_mixed_dtypes():
     cases = [matching(pattern) for _, pattern in workload.MEMCHECKED]
     assert len(cases) == 12
     assert {backend for backend, _ in workload.MEMCHECKED} == {"cuda"}
-    assert {form_of("cuda", case) for case in cases} == {
-        *("rows", "split", "clusters of 16 tokens", "clusters of 64 tokens"),
-    }
+    assert {form_of(case) for case in cases} == set(workload.FORMS)
     assert {str(case)[:4] for case in cases} == {"bf16", "fp16", "fp32", "tf32"}
     assert any(case.parameter_dtype for case in cases)
     assert any(case.nonfinite for case in cases)

@@ -285,7 +285,7 @@ def test_a_forced_entry_is_taken_within_its_block_only(folder):
     before = tuned.token_plan(problem(5), H200)
     with tuned.forced(entry):
         assert tuned.token_plan(problem(5), H200) == RowBlock(entry.kernels[0])
-        assert tuned.weight_gradient_plan(problem(5), H200).kernel.block_t == 32  # the formula's
+        assert tuned.weight_gradient_plan(problem(5), H200).kernel.block_t == 64  # the formula's
     assert tuned.token_plan(problem(5), H200) == before
 
 

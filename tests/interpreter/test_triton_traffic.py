@@ -67,7 +67,8 @@ def test_formulae_count_what_the_kernels_move(form, monkeypatch):
     with counted_bytes(monkeypatch) as moved:
         backend.backward(call, saved, Outputs(dy), needs)
     assert moved == sums(
-        traffic.input_gradient(problem, plan, device) + traffic.weight_gradients(problem, weights)
+        traffic.input_gradient(problem, plan, device)
+        + traffic.weight_gradients(problem, weights, device)
     )
 
 

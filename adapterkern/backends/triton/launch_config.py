@@ -2,17 +2,18 @@
 
 Every tile compiles within the registers and the shared memory of each architecture from sm_80 to
 sm_120, as tests/test_triton_compile.py checks. The number of row blocks that fill the GPU decides
-which form runs, the bytes that it moves how it is cut into slices. No number here has been tuned on
-a GPU yet.
+which form runs, and how it is cut into slices. The tiles of half precision were chosen by sweeps on
+an H200 (docs/performance.md); the others have not been measured.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 MOST_REGISTERS = 255  # that a thread can have
-ROW_BLOCK_MAX_R = 128  # above it z and a do not fit one program's registers beside the tiles
+# Both weights of row blocks under 64 tokens, in bytes: with more, reading them takes each block
+# longer than the second kernel of the split form.
+MOST_WEIGHTS_OF_SHORT_BLOCKS = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,22 @@ class Device:
 
     num_sms: int
     shared_memory: int  # bytes one block may use (opt-in limit)
+    major: int = 9  # of the compute capability
 
     @property
     def small(self) -> bool:
         """The 99 KB class: compute capability 8.6, 8.9 and 12.x."""
         return self.shared_memory < 160 * 1024
+
+    @property
+    def large(self) -> bool:
+        """The 227 KB class: compute capability 9.0 and 10.x."""
+        return self.shared_memory > 200 * 1024
+
+    @property
+    def hopper(self) -> bool:
+        """Where `wgmma` leaves enough registers for a row block of 256 units."""
+        return self.large and self.major == 9
 
 
 class Problem(NamedTuple):
@@ -42,13 +54,19 @@ class Problem(NamedTuple):
         """Whether rows of H are no whole vectors: then a tile takes many more registers."""
         return self.hidden_size % 16 != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether tiles are of half precision and whole vectors."""
+        return not (self.ieee or self.wide or self.ragged)
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile sizes and launch options of one kernel.
 
     blocks_per_sm: how many of its blocks the plan counts on an SM to hold at once, which registers
-    and shared memory must allow; max_registers: what the compiler may give a thread to that end.
+    and shared memory must allow; max_registers: what the compiler may give a thread to that end;
+    most_out_stages: of the loop that leaves the bottleneck, where shared memory has room for them.
     """
 
     block_t: int
@@ -58,6 +76,7 @@ class LaunchConfig:
     num_stages: int
     blocks_per_sm: int = 1
     max_registers: int = MOST_REGISTERS
+    most_out_stages: int = 3
 
     @property
     def maxnreg(self) -> int | None:
@@ -113,37 +132,49 @@ def _power_of_two(size: int, choices: tuple[int, ...]) -> int:
     return next((choice for choice in choices if size <= choice), choices[-1])
 
 
-def _stages(problem: Problem, device: Device, elements: int, blocks_per_sm: int) -> int:
-    """As many stages, up to four, as `blocks_per_sm` blocks have shared memory for, with `elements`
-    in a stage: three tiles of 16 KB under way cover the time that memory takes at 4 TB/s.
+def into_stages(config: LaunchConfig, device: Device, row_bytes: int, weight_bytes: int) -> int:
+    """Stages of the loop into the bottleneck: as many as the plan allows and shared memory holds.
 
-    On a large GPU one of these plans also serves calls whose tensors are float32 beside products in
-    half precision, of which one block must fit.
+    Args:
+        row_bytes, weight_bytes: of an element of the tensor [T, H] and of the weight that it reads.
     """
-    element = 4 if problem.wide else 2
-    room = device.shared_memory // blocks_per_sm - 8 * 1024  # for changes of layout
-    fit = room // (element * elements)
-    if not device.small:
-        fit = min(fit, device.shared_memory // (4 * elements))
-    return max(2, min(4, fit))
+    tile = config.block_h * (config.block_t * row_bytes + config.block_r * weight_bytes)
+    return _fitting(config, device, tile)
+
+
+def gradient_stages(config: LaunchConfig, device: Device, row_bytes: int, unit_bytes: int) -> int:
+    """Stages of the loop of the weight gradients, as above.
+
+    Args:
+        row_bytes: of an element each of x and dy, together; unit_bytes: of dz and a.
+    """
+    tile = config.block_t * (config.block_h * row_bytes + config.block_r * unit_bytes)
+    return _fitting(config, device, tile)
+
+
+def _fitting(config: LaunchConfig, device: Device, tile: int) -> int:
+    room = device.shared_memory // config.blocks_per_sm - 8 * 1024  # for changes of layout
+    return max(2, min(config.num_stages, room // tile))
 
 
 def out_stages(
     config: LaunchConfig, device: Device, row_bytes: int, weight_bytes: int, output_bytes: int
 ) -> int:
-    """Stages of the loop that leaves the bottleneck: 3, or as many as shared memory holds.
+    """Stages of the loop that leaves the bottleneck: as many as the plan allows and shared memory
+    holds.
 
     Args:
         row_bytes: of one element each of the tensors [T, H] that the loop reads, all together.
         weight_bytes, output_bytes: of an element of its weight, and of its output.
     """
     rows, weight = config.block_t * config.block_h, config.block_r * config.block_h
-    for stages in (3, 2):
+    room = device.shared_memory // config.blocks_per_sm
+    for stages in range(config.most_out_stages, 1, -1):
         tiles = stages + weight_bytes // 4  # TF32 and conversion take one more
         loads = (stages - 1) * rows * row_bytes + tiles * weight * weight_bytes
         # The output changes its layout there too: what the compiler took for that at most, on sm_80
         # and sm_90 and in every mix of types.
-        if loads + rows * (2 + output_bytes) + 1024 <= device.shared_memory:
+        if loads + rows * (2 + output_bytes) + 1024 <= room:
             return stages
     return 1
 
@@ -157,70 +188,93 @@ def sum_stages(config: LaunchConfig, device: Device) -> int:
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     """Plan y of the forward, and dz and dx of the backward, whose products mirror the forward's.
 
-    The row-block form needs most of one wave of blocks; few tokens and R > 128 take the split form.
+    The row-block form needs most of one wave of blocks; few tokens and R > 256 take the split form.
     """
     config = _row_block(problem, device)
     return RowBlock(config) if config is not None else _split(problem, device)
 
 
 def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
-    if problem.bottleneck_size > ROW_BLOCK_MAX_R:
-        return None
-    block_r = _power_of_two(problem.bottleneck_size, (16, 32, 64, ROW_BLOCK_MAX_R))
+    """Return the tallest row block of which most SMs get one; None if there is none."""
+    for config in _row_blocks(problem, device):
+        if 4 * cdiv(problem.num_tokens, config.block_t) >= 3 * device.num_sms:
+            return config
+    return None
+
+
+def _row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
+    """Return the row blocks for a problem, the tallest first.
+
+    Those of half precision were measured, on an H200 (docs/performance.md): four warps are one
+    `wgmma` tall, and two or three such blocks an SM wait for each other less than one of eight.
+    """
+    bottleneck = problem.bottleneck_size
+    block_r = _power_of_two(bottleneck, (16, 32, 64, 128, 256))
+    if bottleneck > (256 if problem.plain and device.hopper else 128):
+        return []
     if problem.ieee:
-        config = LaunchConfig(32, 16 if block_r == 128 else 32, block_r, 8, 2)  # for registers
-    else:
-        # Each row block reads the weights from L2: (2 + 2R/BLOCK_T) passes over x, balanced at
-        # BLOCK_T = 2R.
-        short = block_r == 128 and (problem.wide or problem.ragged)
-        block_t = 64 if block_r == 16 or short else 128
-        block_h = 32 if problem.wide else 64
-        stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
-        config = LaunchConfig(block_t, block_h, block_r, 4 if block_r == 16 else 8, stages)
-    return config if 4 * cdiv(problem.num_tokens, config.block_t) >= 3 * device.num_sms else None
+        block_h = 16 if block_r == 128 else 32  # for registers
+        return [LaunchConfig(32, block_h, block_r, 8, 2)]
+    if not problem.plain:
+        short = block_r in (16, 128)
+        block_h = 32 if problem.wide or block_r == 128 else 64
+        warps = 4 if block_r == 16 else 8
+        return [LaunchConfig(64 if short else 128, block_h, block_r, warps, 4)]
+    if block_r == 256:  # each block reads the weights from L2: a short one reads too much
+        return [LaunchConfig(128, 64, block_r, 8, 4, most_out_stages=4)]
+    two = 1 if device.small else 2
+    blocks = [LaunchConfig(64, 64, block_r, 4, 5, two, most_out_stages=5)]
+    if 4 * problem.hidden_size * block_r <= MOST_WEIGHTS_OF_SHORT_BLOCKS:
+        blocks.append(LaunchConfig(32, 128, block_r, 4, 4, two, most_out_stages=4))
+        block_h = 128 if block_r == 128 or device.small else 256  # for registers and room
+        blocks.append(LaunchConfig(16, block_h, block_r, 4, 4, most_out_stages=4))
+    return blocks
 
 
 def _split(problem: Problem, device: Device) -> Split:
-    """Return the plan of the tiles by which the kernels move the fewest bytes."""
+    """Return the split form, whose tiles of half precision were measured as those above were."""
     tokens, bottleneck = problem.num_tokens, problem.bottleneck_size
+    few = tokens <= 16
     if problem.ieee:
-        block_t, block_r = 16 if tokens <= 16 else 32, _power_of_two(bottleneck, (16, 64))
+        block_t, block_r = 16 if few else 32, _power_of_two(bottleneck, (16, 64))
         narrow = LaunchConfig(block_t, 32, block_r, 8, 2)
         return split_plan(problem, device, narrow, replace(narrow, block_h=64), 1)
-    plans = []
-    block_r = _power_of_two(bottleneck, (16, 64, 128))
-    short = problem.wide or (block_r == 128 and problem.ragged)  # for registers
-    for block_t in (16,) if tokens <= 16 else (64,) if short else (64, 128):
-        block_h = 32 if problem.wide else 64
-        stages = _stages(problem, device, (block_t + block_r) * block_h, 1)
-        warps = 8 if max(block_t, block_r) == 128 else 4
-        narrow = LaunchConfig(block_t, block_h, block_r, warps, stages)
-        long = block_t == 64 and not problem.wide and not problem.ragged
-        block_h = 128 if long else 64
+    block_t, block_r = 16 if few else 64, _power_of_two(bottleneck, (16, 64, 128))
+    warps = 4 if problem.plain or block_r < 128 else 8
+    narrow = LaunchConfig(block_t, 32 if problem.wide else 64, block_r, warps, 6)
+    if bottleneck <= 256 and problem.plain and device.hopper:
+        units = _power_of_two(bottleneck, (16, 64, 128, 256))
+    else:
         units = block_r if bottleneck <= block_r else 64  # a comes with each tile of features
-        widen = LaunchConfig(block_t, block_h, units, 4 if block_t == 16 else 8, 3)
-        plans.append(split_plan(problem, device, narrow, widen, 1))
-    return min(plans, key=lambda plan: split_cost(problem, device, plan))
+    block_t = 16 if few else 64 if tokens > 1024 or not problem.plain else 32
+    if problem.plain:
+        block_h = 128 if block_t > 16 and units < 128 else 64
+    else:
+        block_h = 64 if problem.wide or units < 128 else 32
+    widen = LaunchConfig(block_t, block_h, units, 4 if few or problem.plain else 8, 3)
+    return split_plan(problem, device, narrow, widen, 1)
 
 
 def split_plan(
-    problem: Problem, device: Device, narrow: LaunchConfig, widen: LaunchConfig, blocks_per_sm: int
+    problem: Problem, device: Device, narrow: LaunchConfig, widen: LaunchConfig, programs: int
 ) -> Split:
-    """Cut H into the slices by which these tiles move the fewest bytes, in at most `blocks_per_sm`
-    programs an SM of either kernel."""
+    """Cut H into slices for at most `programs` an SM of the first kernel, and twice as many of the
+    second, whose programs are shorter.
+
+    More than 8 slices of the first cost more in partial sums than their parallel work gains, and so
+    do a slice under four tiles and any slice of a wide bottleneck, whose sums are as large as x.
+    """
     tokens, hidden, bottleneck = problem[:3]
-    programs = blocks_per_sm * device.num_sms
     into = cdiv(tokens, narrow.block_t) * cdiv(bottleneck, narrow.block_r)
-    # A slice under two tiles costs more in partial sums than its parallel work gains.
-    most_splits = max(1, min(programs // into, hidden // (2 * narrow.block_h)))
-    most_slices = max(1, min(programs // cdiv(tokens, widen.block_t), hidden // widen.block_h))
-    splits = {_slices(hidden, n + 1, narrow.block_h): None for n in range(most_splits)}
-    slices = {_slices(hidden, n + 1, widen.block_h)[1]: None for n in range(most_slices)}
-    plans = [
-        Split(narrow, widen, *split, features)
-        for split, features in itertools.product(splits, slices)
-    ]
-    return min(plans, key=lambda plan: split_cost(problem, device, plan))
+    most = 1 if bottleneck > narrow.block_r else 8
+    splits = min(programs * device.num_sms // into, hidden // (4 * narrow.block_h), most)
+    out = 2 * programs * device.num_sms // cdiv(tokens, widen.block_t)
+    return Split(
+        narrow,
+        widen,
+        *_slices(hidden, max(1, splits), narrow.block_h),
+        _slices(hidden, max(1, out), widen.block_h)[1],
+    )
 
 
 def split_bytes(problem: Problem, plan: Split) -> tuple[int, int]:
@@ -239,57 +293,33 @@ def split_bytes(problem: Problem, plan: Split) -> tuple[int, int]:
     return into + sums, out + sums * repeats
 
 
-def split_cost(problem: Problem, device: Device, plan: Split) -> float:
-    """Return the bytes of both kernels, weighed by how well their programs fill the GPU.
-
-    All SMs together draw what L2 gives, some 6 TB/s. One alone draws about twice its share of that
-    (64 bytes a clock), so half the SMs are enough for it, and fewer cost time.
-    """
-    tokens, hidden, bottleneck = problem[:3]
-    into = cdiv(tokens, plan.narrow.block_t) * cdiv(bottleneck, plan.narrow.block_r)
-    out = cdiv(tokens, plan.widen.block_t) * cdiv(hidden, plan.features_per_program)
-    cost = 0.0
-    for size, programs in zip(
-        split_bytes(problem, plan), (into * plan.num_splits, out), strict=True
-    ):
-        busiest = size * cdiv(programs, device.num_sms) / programs  # the SM with the most programs
-        cost += max(size, busiest * device.num_sms / 2)
-    return cost
-
-
 @functools.lru_cache(maxsize=4096)
 def weight_gradient_plan(problem: Problem, device: Device) -> WeightGradient:
-    """Plan both weight gradients: tiles over [H, R], in as many token slices as fill the GPU."""
+    """Plan both weight gradients: tiles over [H, R], in as many token slices as give most SMs a
+    program. More slices hide more latency, but cost more in partial sums than that gains.
+    """
     bottleneck = problem.bottleneck_size
     if problem.ieee:
-        config = LaunchConfig(32, 64, _power_of_two(bottleneck, (16, 32)), 8, 2, 2)
+        config = LaunchConfig(32, 64, _power_of_two(bottleneck, (16, 32)), 8, 2)
+    elif problem.plain and device.large:
+        config = LaunchConfig(64, 64, _power_of_two(bottleneck, (16, 64, 128)), 8, 4)
     else:
-        block_r = _power_of_two(bottleneck, (16, 64))
-        large = device.shared_memory > 200 * 1024
-        block_h = 128 if large and not problem.wide and not problem.ragged else 64
-        # wgmma has its operands in shared memory, so two blocks fit the registers of an SM. On the
-        # other architectures fragments take up to 255 registers a thread, and 128 would spill; so
-        # do the addresses of ragged rows.
-        two = large and not problem.ragged
-        blocks, registers = (2, 128) if two else (1, MOST_REGISTERS)
-        stages = _stages(problem, device, 32 * 2 * (block_h + block_r), blocks)
-        config = LaunchConfig(32, block_h, block_r, 8, stages, blocks, registers)
-    return weights_plan(problem, device, config, config.blocks_per_sm)
+        config = LaunchConfig(32, 64, _power_of_two(bottleneck, (16, 64)), 8, 4)
+    return weights_plan(problem, device, config, 1)
 
 
 def weights_plan(
-    problem: Problem, device: Device, kernel: LaunchConfig, blocks_per_sm: int
+    problem: Problem, device: Device, kernel: LaunchConfig, programs: int
 ) -> WeightGradient:
-    """Cut the tokens into as many slices as give at most `blocks_per_sm` programs an SM."""
+    """Cut the tokens into as many slices as give at most `programs` an SM."""
     tokens, hidden, bottleneck = problem[:3]
     tiles = cdiv(hidden, kernel.block_h) * cdiv(bottleneck, kernel.block_r)
-    # A slice under 8 tiles of tokens costs more in partial sums than its parallel work gains.
-    most = max(1, tokens // (8 * kernel.block_t))
-    wanted = max(1, min(blocks_per_sm * device.num_sms // tiles, most))
+    # A slice under 4 tiles of tokens costs more in partial sums than its parallel work gains.
+    most = max(1, tokens // (4 * kernel.block_t))
+    wanted = max(1, min(programs * device.num_sms // tiles, most))
     return WeightGradient(kernel, *_slices(tokens, wanted, kernel.block_t))
 
 
-def sum_config(bottleneck_size: int) -> LaunchConfig:
-    """The sum of the partial weight gradients: small tiles, because its loads are all it does."""
-    block_r = _power_of_two(bottleneck_size, (16, 32, 64))
-    return LaunchConfig(1, 512 // block_r, block_r, 4, 2, 2)
+# The sum of the partial weight gradients: eight slices a load, and small tiles, because loads are
+# all it does.
+SUM = LaunchConfig(8, 8, 16, 2, 2)

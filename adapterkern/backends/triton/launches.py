@@ -12,13 +12,15 @@ from adapterkern.backends.triton import forward as fwd
 from adapterkern.backends.triton import launcher, weight_gradients
 from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
 from adapterkern.backends.triton.launch_config import (
+    SUM,
     Device,
     LaunchConfig,
     Split,
     WeightGradient,
     cdiv,
+    gradient_stages,
+    into_stages,
     out_stages,
-    sum_config,
     sum_stages,
 )
 from adapterkern.spec import AdapterCall, Gradients, Needs
@@ -47,7 +49,8 @@ class CallLaunches:
             OUT_STAGES=self._out_stages(
                 config, call.up_weight, y, x if call.add_input else residual, skip
             ),
-            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+            **_dtypes(call), **_channel(call), **_units(call),
+            **self._tiles(config, x, call.down_weight),
         )  # fmt: skip
 
     def forward_split(self, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
@@ -69,7 +72,7 @@ class CallLaunches:
             x, packed(call.down_weight), down_bias, partial, z if partial is None else None, a,
             num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0), stride_unit,
             ACTIVATION=VALUES[call.activation],
-            **_dtypes(call), **_units(call), **_tiles(call, config),
+            **_dtypes(call), **_units(call), **self._tiles(config, x, call.down_weight),
         )  # fmt: skip
         config = plan.widen
         slices = cdiv(hidden, plan.features_per_program)
@@ -85,7 +88,8 @@ class CallLaunches:
                 config, call.up_weight, y, x if call.add_input else residual, skip
             ),
             SUM_STAGES=sum_stages(config, self._device),
-            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+            **_dtypes(call), **_channel(call), **_units(call),
+            **_tiles(call, config, config.num_stages),
         )  # fmt: skip
 
     def dx_row_block(
@@ -102,7 +106,8 @@ class CallLaunches:
             OUT_STAGES=self._out_stages(
                 config, call.down_weight, dx, dy if call.add_input else None
             ),
-            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+            **_dtypes(call), **_channel(call), **_units(call),
+            **self._tiles(config, dy, call.up_weight),
         )  # fmt: skip
 
     def dx_split(
@@ -127,8 +132,8 @@ class CallLaunches:
             dy, z, packed(call.up_weight), packed(call.scaling), _scale(call),
             partial, dz if first else None, a if first else None,
             num_tokens, hidden, bottleneck, features, dy.stride(0), z.stride(0),
-            **_activations(call),
-            **_dtypes(call), **_channel(call), **_units(call), **_tiles(call, config),
+            **_activations(call), **_dtypes(call), **_channel(call), **_units(call),
+            **self._tiles(config, dy, call.up_weight),
         )  # fmt: skip
         if dx is None and partial is None:
             return
@@ -145,7 +150,7 @@ class CallLaunches:
                 config, call.down_weight, dx, dy if call.add_input else None
             ),
             SUM_STAGES=sum_stages(config, self._device),
-            **_dtypes(call), **_units(call), **_tiles(call, config),
+            **_dtypes(call), **_units(call), **_tiles(call, config, config.num_stages),
         )  # fmt: skip
 
     def weight_gradients(
@@ -187,26 +192,37 @@ class CallLaunches:
             num_tokens, hidden, bottleneck, plan.tokens_per_split,
             x.stride(0), dy.stride(0), unit_stride(call),
             **_dtypes(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
-            **_units(call), **_tiles(call, config),
+            **_units(call), **_tiles(call, config, self._gradient_stages(config, x, dy)),
         )  # fmt: skip
         if not in_parts:
             return None
         d_scaling = None
         if needs.scaling:
             d_scaling = self._own(x.new_empty(hidden, dtype=torch.float32))
-        config = sum_config(bottleneck)
+        config = SUM
         unit_blocks = 1 if needs.scaling else cdiv(bottleneck, config.block_r)
+        up_tiles = cdiv(hidden, config.block_h) * unit_blocks
+        down_tiles = cdiv(bottleneck, 8) * cdiv(hidden, config.block_h * config.block_r // 8)
         self._launch(
-            weight_gradients.bottleneck_bwd_dw_sum_kernel,
-            (cdiv(hidden, config.block_h), unit_blocks),
+            weight_gradients.bottleneck_bwd_dw_sum_kernel, (max(up_tiles, down_tiles), 2),
             part_down, part_up, part_down_bias, part_up_bias,
             packed(call.up_weight), packed(call.up_bias), scaling, scale,
             down, up, down_bias, up_bias, d_scaling,
             hidden, bottleneck, plan.num_splits,
-            **channel, **_units(call), BLOCK_H=config.block_h, BLOCK_R=config.block_r,
+            **channel, **_units(call), BLOCK_S=config.block_t,
+            BLOCK_H=config.block_h, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return d_scaling
+
+    def _tiles(self, config: LaunchConfig, loaded: Tensor, weight: Tensor) -> dict:
+        """Of a kernel whose first loop reads `loaded` [T, H] and a weight."""
+        sizes = loaded.element_size(), weight.element_size()
+        return _tiles(self._call, config, into_stages(config, self._device, *sizes))
+
+    def _gradient_stages(self, config: LaunchConfig, x: Tensor, dy: Tensor) -> int:
+        rows, units = x.element_size() + dy.element_size(), 2 * self._call.compute_dtype.itemsize
+        return gradient_stages(config, self._device, rows, units)
 
     def _out_stages(
         self, config: LaunchConfig, weight: Tensor, output: Tensor | None, *loaded: Tensor | None
@@ -252,7 +268,7 @@ def _units(call: AdapterCall) -> dict:
     return {"R_MULTIPLE": math.gcd(call.bottleneck_size, 8)}
 
 
-def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
+def _tiles(call: AdapterCall, config: LaunchConfig, stages: int) -> dict:
     return {
         "EVEN_H": call.hidden_size % config.block_h == 0,
         "EVEN_R": call.bottleneck_size % config.block_r == 0,
@@ -260,6 +276,6 @@ def _tiles(call: AdapterCall, config: LaunchConfig) -> dict:
         "BLOCK_H": config.block_h,
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_stages": stages,
         "maxnreg": config.maxnreg,
     }

@@ -6,6 +6,7 @@ training needs (z, both biases' gradients are too small to count).
 
 from adapterkern.backends.traffic import Traffic, misses
 from adapterkern.backends.triton.launch_config import (
+    SUM,
     Device,
     LaunchConfig,
     Problem,
@@ -13,13 +14,13 @@ from adapterkern.backends.triton.launch_config import (
     Split,
     WeightGradient,
     cdiv,
+    gradient_stages,
+    into_stages,
     out_stages,
     split_bytes,
-    sum_config,
 )
 
 FLOAT = 4  # bytes of a partial sum
-SLICES_A_LOAD = 8  # of the partial gradients' sum
 
 
 def forward(
@@ -44,7 +45,9 @@ def input_gradient(
     return _tokens(problem, plan, device, element, names, read=bottleneck, kept=2 * bottleneck)
 
 
-def weight_gradients(problem: Problem, plan: WeightGradient, element: int = 2) -> list[Traffic]:
+def weight_gradients(
+    problem: Problem, plan: WeightGradient, device: Device, element: int = 2
+) -> list[Traffic]:
     """The products over the tokens, and the sum of their partial sums where there are several."""
     tokens, hidden, bottleneck = problem[:3]
     config, splits = plan.kernel, plan.num_splits
@@ -62,21 +65,20 @@ def weight_gradients(problem: Problem, plan: WeightGradient, element: int = 2) -
         memory=rows + units + (0 if partials else gradients),
         loads=rows * unit_blocks + units * feature_blocks,
         stores=partials or gradients,
-        in_flight=max(1, config.num_stages - 1)
+        in_flight=(gradient_stages(config, device, 2 * element, 2 * element) - 1)
         * (2 * (config.block_h + config.block_r) * config.block_t * element),
         flops=4.0 * tokens * hidden * bottleneck,
     )
     if not partials:
         return [products]
-    config = sum_config(bottleneck)
     total = Traffic(
         "bottleneck_bwd_dw_sum_kernel",
-        cdiv(hidden, config.block_h) * cdiv(bottleneck, config.block_r),
-        config.blocks_per_sm,
+        2 * cdiv(hidden, SUM.block_h) * cdiv(bottleneck, SUM.block_r),
+        16,  # as many as an SM holds
         memory=gradients,
         loads=partials,
         stores=gradients,
-        in_flight=min(splits, SLICES_A_LOAD) * config.block_h * config.block_r * FLOAT,
+        in_flight=min(splits, SUM.block_t) * SUM.block_h * SUM.block_r * FLOAT,
     )
     return [products, total]
 
@@ -121,7 +123,7 @@ def _row_block(
         memory=(2 + again) * rows + weights + read + kept,
         loads=2 * rows + blocks * weights + 2 * read,
         stores=rows + kept,
-        in_flight=min(_into_flight(config, element), _out_flight(config, device, element)),
+        in_flight=min(_into_flight(config, device, element), _out_flight(config, device, element)),
         flops=4.0 * tokens * hidden * bottleneck,
     )
 
@@ -153,7 +155,7 @@ def _split(
         memory=rows + weight + (0 if summed else read + kept),
         loads=into - sums + (0 if summed else 2 * read),
         stores=sums if summed else max(sums, kept + (0 if read else sums)),
-        in_flight=_into_flight(narrow, element),
+        in_flight=_into_flight(narrow, device, element),
         flops=flops,
     )
     second = Traffic(
@@ -169,10 +171,10 @@ def _split(
     return [first, second]
 
 
-def _into_flight(config: LaunchConfig, element: int) -> int:
+def _into_flight(config: LaunchConfig, device: Device, element: int) -> int:
     """Bytes that the loop into the bottleneck has under way: all stages but the one in use."""
     tile = (config.block_t + config.block_r) * config.block_h
-    return max(1, config.num_stages - 1) * tile * element
+    return (into_stages(config, device, element, element) - 1) * tile * element
 
 
 def _out_flight(config: LaunchConfig, device: Device, element: int) -> int:

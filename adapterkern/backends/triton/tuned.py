@@ -217,7 +217,8 @@ def present(device: Device) -> set[str]:
 def device_of(device: int | torch.device) -> Device:
     """Return the launch properties of a GPU."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    memory = properties.shared_memory_per_block_optin
+    return Device(properties.multi_processor_count, memory, properties.major)
 
 
 @dataclass(frozen=True)

@@ -91,15 +91,15 @@ def bottleneck_bwd_dw_kernel(
 
 
 @triton.jit
-def sum_slices(part_ptr, offsets, mask, size, num_splits):
+def sum_slices(part_ptr, offsets, mask, size, num_splits, BLOCK_S: tl.constexpr):
     """Sum the elements at `offsets`, [m, n], of S partial sums, which lie `size` elements apart:
-    one eight after another, each in an order that the compiler fixed (Triton 3.9 adds pairs).
+    one BLOCK_S after another, each in an order that the compiler fixed (Triton 3.9 adds pairs).
 
-    The eight are one load: ptxas leaves masked loads of an unrolled loop behind one another.
+    They are one load: ptxas leaves masked loads of an unrolled loop behind one another.
     """
     total = tl.zeros(offsets.shape, tl.float32)
-    for start in range(0, num_splits, 8):
-        split = start + tl.arange(0, 8)[:, None, None]
+    for start in range(0, num_splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)[:, None, None]
         part_ptrs = part_ptr + (split.to(tl.int64) * size + offsets[None, :, :])
         total += tl.sum(
             tl.load(part_ptrs, mask=(split < num_splits) & mask[None, :, :], other=0.0), 0
@@ -108,9 +108,85 @@ def sum_slices(part_ptr, offsets, mask, size, num_splits):
 
 
 @triton.jit
-def sum_vector_slices(part_ptr, index, mask, size, num_splits):
+def sum_vector_slices(part_ptr, index, mask, size, num_splits, BLOCK_S: tl.constexpr):
     """The same of a vector, as a column."""
-    return tl.sum(sum_slices(part_ptr, index[:, None], mask[:, None], size, num_splits), 1)
+    return tl.sum(sum_slices(part_ptr, index[:, None], mask[:, None], size, num_splits, BLOCK_S), 1)
+
+
+@triton.jit
+def sum_down(
+    part_ptr, part_bias_ptr, d_ptr, d_bias_ptr, hidden_size, bottleneck_size, num_splits,
+    BLOCK_S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dW_down and db_down of one tile of units and features."""
+    feature_blocks = tl.cdiv(hidden_size, COLUMNS)
+    unit = tl.program_id(0) // feature_blocks * ROWS + tl.arange(0, ROWS)
+    feature = tl.program_id(0) % feature_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    in_units = unit < bottleneck_size
+    if part_ptr is not None:
+        offsets = unit[:, None] * hidden_size + feature[None, :]
+        mask = in_units[:, None] & (feature[None, :] < hidden_size)
+        size = hidden_size * bottleneck_size
+        total = sum_slices(part_ptr, offsets, mask, size, num_splits, BLOCK_S)
+        tl.store(d_ptr + offsets, total.to(d_ptr.dtype.element_ty), mask=mask)
+    if part_bias_ptr is not None:
+        if tl.program_id(0) % feature_blocks == 0:
+            total_dz = sum_vector_slices(
+                part_bias_ptr, unit, in_units, bottleneck_size, num_splits, BLOCK_S
+            )
+            tl.store(d_bias_ptr + unit, total_dz.to(d_bias_ptr.dtype.element_ty), mask=in_units)
+
+
+@triton.jit
+def sum_up(
+    part_ptr, part_bias_ptr, up_weight_ptr, up_bias_ptr, scaling_ptr, scale,
+    d_ptr, d_bias_ptr, d_scaling_ptr, hidden_size, bottleneck_size, num_splits,
+    CHANNEL_SCALING: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dW_up and db_up of one tile, or of all units of its features where d(scaling) is asked for.
+
+    d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
+    row of G.
+    """
+    unit_blocks = tl.cdiv(bottleneck_size, BLOCK_R) if d_scaling_ptr is None else 1
+    feature = tl.program_id(0) // unit_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_features = feature < hidden_size
+    first = tl.program_id(0) % unit_blocks * BLOCK_R
+    last = tl.minimum(first + BLOCK_R, bottleneck_size)
+    if d_scaling_ptr is not None:
+        first, last = 0, bottleneck_size
+    d_scaling = tl.zeros((BLOCK_H,), tl.float32)
+    if part_ptr is not None:
+        for start in range(first, last, BLOCK_R):
+            unit = start + tl.arange(0, BLOCK_R)
+            mask = in_features[:, None] & (unit[None, :] < bottleneck_size)
+            offsets = feature[:, None] * bottleneck_size + unit[None, :]
+            size = hidden_size * bottleneck_size
+            total = sum_slices(part_ptr, offsets, mask, size, num_splits, BLOCK_S)
+            if d_scaling_ptr is not None:
+                w_up = tl.load(up_weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                d_scaling += tl.sum(total * w_up, 1)
+            if d_ptr is not None:
+                total = scaled(
+                    total, scaling_ptr, scale, feature[:, None], hidden_size, CHANNEL_SCALING
+                )
+                tl.store(d_ptr + offsets, total.to(d_ptr.dtype.element_ty), mask=mask)
+    if part_bias_ptr is not None:
+        if tl.program_id(0) % unit_blocks == 0:
+            total_dy = sum_vector_slices(
+                part_bias_ptr, feature, in_features, hidden_size, num_splits, BLOCK_S
+            )
+            d_scaling += load_vector(up_bias_ptr, feature, hidden_size) * total_dy
+            if d_bias_ptr is not None:
+                total_dy = scaled(
+                    total_dy, scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING
+                )
+                tl.store(
+                    d_bias_ptr + feature, total_dy.to(d_bias_ptr.dtype.element_ty), mask=in_features
+                )
+    if d_scaling_ptr is not None:
+        tl.store(d_scaling_ptr + feature, d_scaling, mask=in_features)
 
 
 @triton.jit(do_not_specialize=["bottleneck_size", "num_splits"])
@@ -124,62 +200,20 @@ def bottleneck_bwd_dw_sum_kernel(
     d_scaling_ptr,                         # out or None: [H] float32
     hidden_size, bottleneck_size, num_splits,
     CHANNEL_SCALING: tl.constexpr, R_MULTIPLE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums, as `sum_slices` orders them. Grid: feature blocks, unit blocks.
-
-    d(scaling)[h] = sum_r G[h, r] W_up[h, r] + b_up[h] sum_t dy[t, h], equation (13), needs a whole
-    row of G: if it is asked for, one program goes through all units.
+    """Adds the partial sums, as `sum_slices` orders them. Grid: tiles, 2 for the down- and the
+    up-projection; a tile has eight of the rows of its matrix, whose elements lie side by side.
     """
     bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE
-    feature = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_features = feature < hidden_size
-    d_scaling = tl.zeros((BLOCK_H,), tl.float32)
-    weight_size = hidden_size * bottleneck_size
-
-    if d_scaling_ptr is None:
-        first = tl.program_id(1) * BLOCK_R
-        last = tl.minimum(first + BLOCK_R, bottleneck_size)
+    if tl.program_id(1) == 0:
+        sum_down(
+            part_down_ptr, part_down_bias_ptr, d_down_ptr, d_down_bias_ptr,
+            hidden_size, bottleneck_size, num_splits, BLOCK_S, 8, BLOCK_H * BLOCK_R // 8,
+        )  # fmt: skip
     else:
-        first, last = 0, bottleneck_size
-    for start in range(first, last, BLOCK_R):
-        unit = start + tl.arange(0, BLOCK_R)
-        in_units = unit < bottleneck_size
-        mask = in_features[:, None] & in_units[None, :]
-        if part_down_ptr is not None:
-            offsets = unit[None, :] * hidden_size + feature[:, None]
-            total = sum_slices(part_down_ptr, offsets, mask, weight_size, num_splits)
-            tl.store(d_down_ptr + offsets, total.to(d_down_ptr.dtype.element_ty), mask=mask)
-        if part_up_ptr is not None:
-            offsets = feature[:, None] * bottleneck_size + unit[None, :]
-            total = sum_slices(part_up_ptr, offsets, mask, weight_size, num_splits)
-            if d_scaling_ptr is not None:
-                w_up = tl.load(up_weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                d_scaling += tl.sum(total * w_up, 1)
-            if d_up_ptr is not None:
-                total = scaled(
-                    total, scaling_ptr, scale, feature[:, None], hidden_size, CHANNEL_SCALING
-                )
-                tl.store(d_up_ptr + offsets, total.to(d_up_ptr.dtype.element_ty), mask=mask)
-        if part_down_bias_ptr is not None:
-            if tl.program_id(0) == 0:
-                total_dz = sum_vector_slices(
-                    part_down_bias_ptr, unit, in_units, bottleneck_size, num_splits
-                )
-                d_down_bias = total_dz.to(d_down_bias_ptr.dtype.element_ty)
-                tl.store(d_down_bias_ptr + unit, d_down_bias, mask=in_units)
-
-    if part_up_bias_ptr is not None:
-        if tl.program_id(1) == 0:
-            total_dy = sum_vector_slices(
-                part_up_bias_ptr, feature, in_features, hidden_size, num_splits
-            )
-            d_scaling += load_vector(up_bias_ptr, feature, hidden_size) * total_dy
-            if d_up_bias_ptr is not None:
-                d_up_bias = scaled(
-                    total_dy, scaling_ptr, scale, feature, hidden_size, CHANNEL_SCALING
-                )
-                d_up_bias = d_up_bias.to(d_up_bias_ptr.dtype.element_ty)
-                tl.store(d_up_bias_ptr + feature, d_up_bias, mask=in_features)
-    if d_scaling_ptr is not None:
-        tl.store(d_scaling_ptr + feature, d_scaling, mask=in_features)
+        sum_up(
+            part_up_ptr, part_up_bias_ptr, up_weight_ptr, up_bias_ptr, scaling_ptr, scale,
+            d_up_ptr, d_up_bias_ptr, d_scaling_ptr, hidden_size, bottleneck_size, num_splits,
+            CHANNEL_SCALING, BLOCK_S, BLOCK_H, BLOCK_R,
+        )  # fmt: skip
