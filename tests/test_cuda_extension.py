@@ -137,6 +137,17 @@ def test_clusters_need_a_device_and_code_for_them(monkeypatch, archs, capability
     assert extension.runs_clusters(*capability) is runs
 
 
+def test_compiled_code_asks_for_the_code_of_a_device():
+    """torch.compile traces the choice of a backend, and cannot trace the import in here."""
+
+    def asks(x):
+        problems = extension.code_problem(9, 0), extension.code_problem(7, 5)
+        return x + sum(problem is None for problem in problems)
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(asks, fullgraph=True, backend="eager")(x), asks(x))
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "code"),
     [

@@ -141,8 +141,9 @@ def test_offsets_survive_more_than_2_to_the_31_elements(backend):
     few = last.clone().requires_grad_()
     expected = ak.bottleneck_adapter(few, **weights, backend=backend)
     (expected_dx,) = torch.autograd.grad(expected, few, expected.detach())
-    torch.testing.assert_close(y[-7:], expected, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(dx[-7:], expected_dx, rtol=0.05, atol=0.05)
+    # By their norms: with so wide a sum, single elements are small differences of large numbers.
+    assert (y[-7:] - expected).norm() < 0.01 * expected.norm()
+    assert (dx[-7:] - expected_dx).norm() < 0.01 * expected_dx.norm()
     assert torch.equal(y[0], y[tokens // 2])
 
 

@@ -100,7 +100,13 @@ def _terminable() -> Iterator[None]:
 
 
 def _identity(found: pack.Pack | None) -> tuple[str, bool]:
-    """Return (commit, whether the tree differs from it)."""
+    """Return (commit, whether the tree differs from it).
+
+    A pack of these very sources knows best: a copy of a tree may bring along a git folder whose
+    head is older.
+    """
+    if found is not None and found.fits():
+        return found.commit, found.dirty
     by_git = pack.commit_of()
     if by_git is not None:
         return by_git

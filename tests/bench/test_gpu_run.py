@@ -154,6 +154,15 @@ def test_a_packed_commit_stands_for_git_and_a_changed_tree_is_refused(no_git):
         run._identity(other)
 
 
+def test_a_packed_commit_goes_before_that_of_a_git_folder_that_came_along(monkeypatch):
+    """A copy of the tree may have a git folder whose head is older than what was packed."""
+    monkeypatch.setattr(pack, "commit_of", lambda *_: ("a" * 40, True))
+    packed = pack.Pack(Path("x"), "f" * 40, False, pack.digest(), ".so")
+    assert run._identity(packed) == ("f" * 40, False)
+    other = pack.Pack(Path("x"), "f" * 40, False, "0" * 64, ".so")
+    assert run._identity(other) == ("a" * 40, True)
+
+
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     Output(tmp_path / "new")
     with pytest.raises(FolderError, match=r"holds an earlier run \(events.jsonl"):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from adapterkern import _torch
+
 REINSTALL = (
     "pip install --force-reinstall --no-cache-dir --no-deps adapterkern "
     "(in a source tree: pip install -e .)"
@@ -120,6 +122,7 @@ def runs_clusters(major: int, minor: int) -> bool:
     return major in (9, 10) and code is not None and int(code.partition("_")[2].rstrip("af")) >= 90
 
 
+@_torch.constant_under_compile  # it cannot trace an import
 def code_problem(major: int, minor: int) -> str | None:
     """Why the loaded extension has no code that runs on a device of this compute capability.
 

@@ -14,6 +14,7 @@ from adapterkern.backends.triton.tiles import (
     load_rows,
     load_units,
     load_up_tile,
+    plus_product,
     scaled,
     store_rows,
     store_units,
@@ -261,7 +262,7 @@ def bottleneck_bwd_split_dx_kernel(
                     w_down = load_down_tile(
                         down_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
                     )
-                    dx = tl.dot(dz, w_down.to(DTYPE), dx, input_precision=PRECISION)
+                    dx = plus_product(dx, dz, w_down.to(DTYPE), PRECISION)
         if dx_ptr is not None:
             if ONE_TILE:
                 w_down = load_down_tile(

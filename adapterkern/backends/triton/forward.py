@@ -18,6 +18,7 @@ from adapterkern.backends.triton.tiles import (
     load_units,
     load_up_tile,
     load_vector,
+    plus_product,
     scaled,
     store_rows,
     store_units,
@@ -47,19 +48,18 @@ def down_projection(
 
 
 @triton.jit
-def up_bias_rows(
+def up_bias_product(
     up_bias_ptr, feature, hidden_size, DTYPE: tl.constexpr, EVEN_H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """b_up in every row of [BLOCK_T, BLOCK_H] float32, where the second product begins.
+    """Where the second product begins: b_up in every row of [BLOCK_T, BLOCK_H] float32, if it has
+    the half precision of the products, else zeros.
 
-    In the dtype of the products it comes as a product with ones, which is exact: its vector then
-    takes 16 bytes a copy and no register, while a vector that is added takes 4 bytes a copy in
-    every thread that adds it, and a third of the loop's instructions.
+    It comes as a product with ones, which is exact. Its vector then takes 16 bytes a copy and no
+    register; one that is added takes 4 bytes a copy in every thread that adds it, and a third of
+    the loop's instructions.
     """
-    if up_bias_ptr is None:
-        u = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-    elif up_bias_ptr.dtype.element_ty == DTYPE and DTYPE.primitive_bitwidth == 16:
+    if up_bias_ptr is not None and is_multiplied(up_bias_ptr, DTYPE):
         row = tl.arange(0, 16)  # the least depth of a product; all rows but the first are zero
         offsets = row[:, None] * 0 + feature[None, :]
         mask = row[:, None] == 0
@@ -68,19 +68,28 @@ def up_bias_rows(
         bias = tl.load(up_bias_ptr + offsets, mask=mask, other=0.0)
         u = tl.dot(tl.full((BLOCK_T, 16), 1.0, tl.float32).to(DTYPE), bias)
     else:
-        bias = load_vector(up_bias_ptr, feature, hidden_size)
-        u = tl.broadcast_to(bias[None, :], (BLOCK_T, BLOCK_H))
+        u = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     return u
+
+
+@triton.constexpr_function
+def is_multiplied(bias_ptr, DTYPE):
+    """Whether `up_bias_product` takes this bias; another is added in `store_output`."""
+    return bias_ptr.dtype.element_ty == DTYPE and DTYPE.primitive_bitwidth == 16
 
 
 @triton.jit
 def store_output(
-    u, token, feature,  # [BLOCK_T, BLOCK_H] float32 with the bias, its indices
-    x_ptr, residual_ptr, skip_ptr, scaling_ptr, scale, y_ptr,
+    u, token, feature,  # [BLOCK_T, BLOCK_H] float32, its indices
+    x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
     num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
+    DTYPE: tl.constexpr,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling * u + residual + skip, equation (4), in float32 until the store."""
+    """y = scaling * (u + b_up) + residual + skip, equation (4), in float32 until the store; b_up is
+    in u already where it was multiplied."""
+    if up_bias_ptr is not None and not is_multiplied(up_bias_ptr, DTYPE):
+        u += load_vector(up_bias_ptr, feature, hidden_size)[None, :]
     y = scaled(u, scaling_ptr, scale, feature[None, :], hidden_size, CHANNEL_SCALING)
     if ADD_INPUT:
         x = load_rows(x_ptr, token, feature, stride_x_token, num_tokens, hidden_size, EVEN_H)
@@ -145,13 +154,13 @@ def bottleneck_fwd_kernel(
         w_up = load_up_tile(
             up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
         )
-        u = up_bias_rows(up_bias_ptr, feature, hidden_size, DTYPE, EVEN_H, BLOCK_T, BLOCK_H)
+        u = up_bias_product(up_bias_ptr, feature, hidden_size, DTYPE, EVEN_H, BLOCK_T, BLOCK_H)
         u = tl.dot(a, tl.trans(w_up).to(DTYPE), u, input_precision=PRECISION)
         store_output(
             u, token, feature,
-            x_ptr, residual_ptr, skip_ptr, scaling_ptr, scale, y_ptr,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
             num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
-            ADD_INPUT, CHANNEL_SCALING, EVEN_H,
+            DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
         )  # fmt: skip
 
 
@@ -255,7 +264,7 @@ def bottleneck_fwd_up_kernel(
     last = tl.minimum(first + features_per_program, hidden_size)
     for start in tl.range(first, last, BLOCK_H, num_stages=OUT_STAGES):
         feature = start + tl.arange(0, BLOCK_H)
-        u = up_bias_rows(up_bias_ptr, feature, hidden_size, DTYPE, EVEN_H, BLOCK_T, BLOCK_H)
+        u = up_bias_product(up_bias_ptr, feature, hidden_size, DTYPE, EVEN_H, BLOCK_T, BLOCK_H)
         if ONE_TILE:
             w_up = load_up_tile(
                 up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
@@ -272,10 +281,10 @@ def bottleneck_fwd_up_kernel(
                 w_up = load_up_tile(
                     up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
                 )
-                u = tl.dot(a, tl.trans(w_up).to(DTYPE), u, input_precision=PRECISION)
+                u = plus_product(u, a, tl.trans(w_up).to(DTYPE), PRECISION)
         store_output(
             u, token, feature,
-            x_ptr, residual_ptr, skip_ptr, scaling_ptr, scale, y_ptr,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
             num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
-            ADD_INPUT, CHANNEL_SCALING, EVEN_H,
+            DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
         )  # fmt: skip

@@ -238,7 +238,9 @@ def _split(problem: Problem, device: Device) -> Split:
     if problem.ieee:
         block_t, block_r = 16 if few else 32, _power_of_two(bottleneck, (16, 64))
         narrow = LaunchConfig(block_t, 32, block_r, 8, 2)
-        return split_plan(problem, device, narrow, replace(narrow, block_h=64), 1)
+        units = block_r if bottleneck <= block_r else 32  # short sums: see `plus_product`
+        widen = replace(narrow, block_h=64, block_r=units)
+        return split_plan(problem, device, narrow, widen, 1)
     block_t, block_r = 16 if few else 64, _power_of_two(bottleneck, (16, 64, 128))
     warps = 4 if problem.plain or block_r < 128 else 8
     narrow = LaunchConfig(block_t, 32 if problem.wide else 64, block_r, warps, 6)

@@ -96,6 +96,20 @@ def awaited(product):
 
 
 @triton.jit
+def plus_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a b over one tile of units.
+
+    In full float32 precision each tile is summed by itself: one chain of additions over a wide
+    bottleneck rounds more than twice as much as the blocks that a library sums.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        total += tl.dot(a, b, input_precision=PRECISION)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def sum_partials(
     partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
     EVEN_R: tl.constexpr, SUM_STAGES: tl.constexpr,
