@@ -64,7 +64,8 @@ class LaunchConfig:
     """Tile sizes and launch options of one kernel.
 
     blocks_per_sm: how many of its blocks the plan counts on an SM to hold at once, which registers
-    and shared memory must allow; most_out_stages: of the loop that leaves the bottleneck, where shared memory has room for them.
+    and shared memory must allow; num_stages, most_out_stages: of the loops into and out of the
+    bottleneck, where shared memory has room for them.
     """
 
     block_t: int

@@ -38,7 +38,7 @@ from adapterkern.backends.triton.launch_config import (
 FOLDERS = (_env.CACHE / "tuned", Path(__file__).parent / "tuned")
 # It changes with every change of the kernels after which older tiles may no longer fit: files in
 # the cache folder outlive the version that wrote them.
-SCHEMA = "adapterkern-tuned/2"
+SCHEMA = "adapterkern-tuned/3"
 FORMS = {"row_block": 1, "split": 2, "weight_gradient": 1}  # form -> number of kernels in an entry
 # An entry serves problems whose every size is within this factor of its own: tiles that suit 16
 # tokens say nothing about 2048.
