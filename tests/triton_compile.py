@@ -365,7 +365,6 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
     options = {
         "num_warps": job.config.num_warps,
         "num_stages": job.config.num_stages,
-        "maxnreg": job.config.maxnreg,
         "enable_fp_fusion": True,
     }
     return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)

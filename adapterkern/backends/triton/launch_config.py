@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-MOST_REGISTERS = 255  # that a thread can have
 # Both weights of row blocks under 64 tokens, in bytes: with more, reading them takes each block
 # longer than the second kernel of the split form.
 MOST_WEIGHTS_OF_SHORT_BLOCKS = 512 * 1024
@@ -65,8 +64,8 @@ class LaunchConfig:
     """Tile sizes and launch options of one kernel.
 
     blocks_per_sm: how many of its blocks the plan counts on an SM to hold at once, which registers
-    and shared memory must allow; max_registers: what the compiler may give a thread to that end;
-    most_out_stages: of the loop that leaves the bottleneck, where shared memory has room for them.
+    and shared memory must allow; most_out_stages: of the loop that leaves the bottleneck, where
+    shared memory has room for them.
     """
 
     block_t: int
@@ -75,13 +74,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     blocks_per_sm: int = 1
-    max_registers: int = MOST_REGISTERS
     most_out_stages: int = 3
-
-    @property
-    def maxnreg(self) -> int | None:
-        """The bound in Triton's terms, which has None where there is none."""
-        return None if self.max_registers == MOST_REGISTERS else self.max_registers
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,8 @@ def sum_stages(config: LaunchConfig, device: Device) -> int:
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     """Plan y of the forward, and dz and dx of the backward, whose products mirror the forward's.
 
-    The row-block form needs most of one wave of blocks; few tokens and R > 256 take the split form.
+    The row-block form needs most of one wave of blocks; few tokens take the split form, and so do
+    R > 128, or R > 256 in half precision on Hopper.
     """
     config = _row_block(problem, device)
     return RowBlock(config) if config is not None else _split(problem, device)

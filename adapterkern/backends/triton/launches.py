@@ -277,5 +277,4 @@ def _tiles(call: AdapterCall, config: LaunchConfig, stages: int) -> dict:
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
         "num_stages": stages,
-        "maxnreg": config.maxnreg,
     }
