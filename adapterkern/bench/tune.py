@@ -133,17 +133,19 @@ def candidates(kind: str, problem: Problem, device: Device) -> list[Entry]:
     other form.
 
     Tiles that need more shared memory than a block may use are left out; those that do not compile
-    for another reason drop out when they are compiled.
+    for another reason drop out when they are compiled. What a launch would run in fewer stages is
+    tried in those.
     """
     base = formula(kind, problem, device)
     entries = list(_neighbours(base))
     if kind == "tokens":
         other = _other_form(base, problem, device)
         entries += [] if other is None else [other, *_neighbours(other)]
+    launched = _launched(base, device)
     fitting = [
         entry
-        for entry in dict.fromkeys(entries)
-        if entry != base and all(_fits(kernel, problem, device) for kernel in entry.kernels)
+        for entry in dict.fromkeys(_launched(entry, device) for entry in entries)
+        if entry != launched and all(_fits(kernel, problem, device) for kernel in entry.kernels)
     ]
     return [entry for entry in fitting if _holds(entry, problem)]
 
@@ -169,17 +171,32 @@ def _neighbours(entry: Entry) -> Iterable[Entry]:
 
 def _other_form(entry: Entry, problem: Problem, device: Device) -> Entry | None:
     """Return a split in place of a row block and the other way round, None where R is too wide."""
-    other = 1024 if entry.form == "row_block" else 1 << 24
+    # Row blocks of 16 tokens fill no GPU with 17, and those are too many for the tiles of decode.
+    other = 17 if entry.form == "row_block" else 1 << 24
     found = _token_entry(
         problem, launch_config.token_plan(problem._replace(num_tokens=other), device)
     )
     return None if found.form == entry.form else found
 
 
+def _launched(entry: Entry, device: Device) -> Entry:
+    """Return the entry with the stages that its first kernel runs in, where tensors are uniform."""
+    first, *rest = entry.kernels
+    size = _element_size(entry.problem)
+    if entry.kind == "weights":
+        stages = launch_config.gradient_stages(first, device, 2 * size, 2 * size)
+    else:
+        stages = launch_config.into_stages(first, device, size, size)
+    return replace(entry, kernels=(replace(first, num_stages=stages), *rest))
+
+
+def _element_size(problem: Problem) -> int:
+    return 4 if problem.wide or problem.ieee else 2
+
+
 def _fits(kernel: LaunchConfig, problem: Problem, device: Device) -> bool:
     """Return whether the pipelined tiles fit in shared memory: an estimate from below."""
-    element = 4 if problem.wide or problem.ieee else 2
-    tile = (kernel.block_t + kernel.block_r) * kernel.block_h * element
+    tile = (kernel.block_t + kernel.block_r) * kernel.block_h * _element_size(problem)
     return tile * (kernel.num_stages - 1) <= device.shared_memory
 
 

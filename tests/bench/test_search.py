@@ -37,6 +37,21 @@ def test_candidates_differ_from_the_formula_and_fit(kind, tokens):
         assert {entry.form for entry in found} == {"row_block", "split"}
 
 
+@pytest.mark.parametrize("num_sms", [82, 128])
+def test_small_gpus_try_both_forms_and_every_property_of_a_split(num_sms):
+    """Where the formula's stages need more shared memory than there is, launches take fewer."""
+    device = launch_config.Device(num_sms, 99 * 1024, 8)
+    for tokens, hidden, bottleneck in ((2048, 1024, 64), (16384, 1024, 64), (2048, 4096, 128)):
+        found = tune.candidates("tokens", problem(tokens, hidden, bottleneck), device)
+        assert {entry.form for entry in found} == {"row_block", "split"}
+        splits = [entry for entry in found if entry.form == "split"]
+        assert len({entry.kernels[1] for entry in splits}) > 5
+        assert len({entry.programs_per_sm for entry in splits}) == 3
+        for entry in found:
+            stages = launch_config.into_stages(entry.kernels[0], device, 2, 2)
+            assert entry.kernels[0].num_stages == stages
+
+
 def test_the_formula_comes_back_from_its_entries():
     for tokens, bottleneck in ((16, 64), (2048, 64), (16384, 64), (16384, 256)):
         asked = problem(tokens, bottleneck=bottleneck)

@@ -191,18 +191,20 @@ def test_a_cache_folder_that_is_missing_or_closed_leaves_the_package(folders, mo
 
 def test_the_present_gpus_of_some_properties_are_named(monkeypatch):
     def properties(index):
-        sms = (132, 132, 108)[index]
+        sms = (132, 132, 108, 132)[index]
         return SimpleNamespace(
-            name=("H100", "H200", "A100")[index],
+            name=("H100", "H200", "A100", "B100")[index],
             multi_processor_count=sms,
             shared_memory_per_block_optin=227 * 1024,
+            major=10 if index == 3 else 9,
         )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     assert tuned.present(H200) == {"H100", "H200"}
     assert tuned.present(replace(H200, num_sms=108)) == {"A100"}
+    assert tuned.present(replace(H200, major=10)) == {"B100"}
 
 
 @pytest.mark.parametrize("text", ['{"schema": "adapterkern-tuned/0"}', "{", "[]", "\xff"])

@@ -181,7 +181,8 @@ def sum_stages(config: LaunchConfig, device: Device) -> int:
 def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     """Plan y of the forward, and dz and dx of the backward, whose products mirror the forward's.
 
-    The row-block form needs most of one wave of blocks; few tokens and R > 256 take the split form.
+    The row-block form needs most of one wave of blocks; few tokens take the split form, and so do
+    R > 128, or R > 256 in half precision on Hopper.
     """
     config = _row_block(problem, device)
     return RowBlock(config) if config is not None else _split(problem, device)

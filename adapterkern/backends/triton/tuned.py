@@ -1,11 +1,12 @@
 """Launch configurations found by `adapterkern tune`, in <gpu>.json, and how one is looked up.
 
-A file holds the GPU that it was searched on (name, number of SMs, shared memory) and entries: one
-problem and the tiles that were fastest for it. A call takes the tiles of the nearest entry of its
-own kind of arithmetic, from the file of its own GPU, else from those of GPUs with as many SMs and
-as much shared memory. The user's cache folder is asked first, and the package's own files where
-that has no entry near; where none is near, or none was searched, `launch_config` decides. How many
-slices of H or of tokens a launch takes follows from the tiles, the problem and the GPU.
+A file holds the GPU that it was searched on (its name, and its `Device`: number of SMs, shared
+memory, major compute capability) and entries: one problem and the tiles that were fastest for it. A
+call takes the tiles of the nearest entry of its own kind of arithmetic, from the file of its own
+GPU, else from those of GPUs with the same `Device`. The user's cache folder is asked first, and the
+package's own files where that has no entry near; where none is near, or none was searched,
+`launch_config` decides. How many slices of H or of tokens a launch takes follows from the tiles,
+the problem and the GPU.
 """
 
 import contextlib
@@ -61,8 +62,8 @@ class Entry:
     """The fastest tiles for one problem.
 
     kernels: one configuration, or for the split form the one into the bottleneck and the one out
-    of it; programs_per_sm: how many programs the slices of H or of tokens aim at; evidence: what
-    it was chosen by, which comparisons ignore.
+    of it; programs_per_sm: how many programs the slices of H or of tokens aim at, of which the
+    second kernel gets twice as many; evidence: what it was chosen by, which comparisons ignore.
     """
 
     problem: Problem

@@ -154,8 +154,8 @@ def sum_up(
     in_features = feature < hidden_size
     first = tl.program_id(0) % unit_blocks * BLOCK_R
     last = tl.minimum(first + BLOCK_R, bottleneck_size)
-    if d_scaling_ptr is not None:
-        first, last = 0, bottleneck_size
+    if d_scaling_ptr is not None:  # dW_down may have many more tiles: the programs beyond H idle
+        first, last = 0, tl.where(tl.program_id(0) * BLOCK_H < hidden_size, bottleneck_size, 0)
     d_scaling = tl.zeros((BLOCK_H,), tl.float32)
     if part_ptr is not None:
         for start in range(first, last, BLOCK_R):
