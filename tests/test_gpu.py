@@ -66,6 +66,13 @@ def test_fifty_runs_of_a_row_block_give_the_same_bits(backend, dtype):
     assert differing_bits(case, backend, "cuda", runs=50) == []
 
 
+@pytest.mark.parametrize("sizes", [(2048, 4096), (16384, 1024)], ids=str)
+def test_fifty_runs_of_a_headline_shape_give_the_same_bits(backend, sizes):
+    """There a tile of 32 tokens and 128 features in the weight gradients of Triton 3.6 did not."""
+    case = Case(HALF, shape=sizes[:1], hidden_size=sizes[1], bottleneck_size=64)
+    assert differing_bits(case, backend, "cuda", runs=50) == []
+
+
 @pytest.mark.parametrize("tokens", [4, 4096])
 def test_repeated_launches_read_and_write_the_memory_of_their_own_call(backend, tokens):
     """The launches of two inputs in turns, from the third call on with addresses alone changed."""

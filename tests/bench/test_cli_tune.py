@@ -50,6 +50,7 @@ def tuner(tmp_path, monkeypatch):
         name="NVIDIA H200",
         multi_processor_count=132,
         shared_memory_per_block_optin=227 * 1024,
+        major=9,
     )
     monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda _self: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

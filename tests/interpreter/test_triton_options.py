@@ -148,8 +148,8 @@ def _no_mask_on_the_features_of_x_and_dy(monkeypatch):
     monkeypatch.setattr(
         triton_launches,
         "_tiles",
-        lambda call, config: (
-            tiles(call, config) | ({"EVEN_H": True} if config.block_h == 32 else {})
+        lambda call, config, stages: (
+            tiles(call, config, stages) | ({"EVEN_H": True} if config.block_h == 32 else {})
         ),
     )
 
