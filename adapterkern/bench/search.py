@@ -6,6 +6,7 @@ for the widest before it is timed, and if it is the fastest for all of them, whi
 is timed.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -208,7 +209,7 @@ class _Admitted:
             verdict = gate.judge(outputs, self.built.activation, tuple(self.built.parameters))
             if not verdict.passed:
                 return f"wrong in mode {gate.case.mode}: {verdict}"
-            if not repeats(lambda case=gate.case: outputs_of(self.built, case, self.inputs)):
+            if not repeats(functools.partial(outputs_of, self.built, gate.case, self.inputs)):
                 return f"other bits on a second run in mode {gate.case.mode}"
         return None
 
