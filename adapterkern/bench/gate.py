@@ -4,6 +4,7 @@ The rule is `parity.judge`. Its yardsticks are eager in the same dtype on the sa
 float32 products may use TF32, products with truncated operands.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.spec import make_call
 
 Tensors = dict[str, Tensor]  # y, dx and d_<parameter> by name
+RUNS = 10  # whose bits are compared
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,14 @@ def _compare(
     if oracle is None or not bounds or out.shape != oracle.shape or out.dtype != bounds[0].dtype:
         return Verdict(f"{name} ({out.dtype}, {list(out.shape)})", float("inf"), 0.0)
     return Verdict(name, *parity.judge(name, out.detach(), oracle, bounds, out.dtype))
+
+
+def repeats(outputs: Callable[[], Tensors]) -> bool:
+    """Whether RUNS calls give the same bits. A race between a copy and a product shows now and
+    then: a plan that has one went wrong in one call of twelve."""
+    first = outputs()
+    return all(
+        torch.equal(first[name], tensor)
+        for _ in range(RUNS - 1)
+        for name, tensor in outputs().items()
+    )

@@ -15,7 +15,7 @@ from adapterkern.bench import memory, roofline, rotation
 from adapterkern.bench.built import Built, UnavailableError
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase, Inputs
-from adapterkern.bench.gate import Gate
+from adapterkern.bench.gate import Gate, repeats
 from adapterkern.bench.providers import PROVIDERS, Provider
 from adapterkern.bench.results import LostDeviceError, Row, Timing
 from adapterkern.bench.rotation import FixedWeightsError
@@ -26,7 +26,6 @@ FEW_TOKENS = 4096
 # Exchanged weights may err by so many tolerances: the gate has judged the rounding before, and
 # weights that did not arrive are wrong by half.
 EXCHANGE_SLACK = 4
-RUNS = 10  # whose bits are compared
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
 
 
@@ -292,17 +291,6 @@ def outputs_of(built: Built, case: BenchCase, inputs: Inputs) -> dict[str, Tenso
     gradients = torch.autograd.grad(y, [x, *built.parameters.values()], inputs.dy)
     names = ["dx", *(f"d_{name}" for name in built.parameters)]
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
-
-
-def repeats(outputs: Callable[[], dict[str, Tensor]]) -> bool:
-    """Whether RUNS calls give the same bits. A race between a copy and a product shows now and
-    then: a plan that has one went wrong in one call of twelve."""
-    first = outputs()
-    return all(
-        torch.equal(first[name], tensor)
-        for _ in range(RUNS - 1)
-        for name, tensor in outputs().items()
-    )
 
 
 def prepared_call(built: Built, case: BenchCase, x: Tensor, dy: Tensor) -> Callable[[], Any]:

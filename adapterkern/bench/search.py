@@ -20,12 +20,11 @@ from adapterkern.backends.triton.tuned import Entry, Evidence, HeldOut
 from adapterkern.bench import rotation
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.compiling import ORDINARY, URGENT, Compilers, Work
-from adapterkern.bench.gate import Gate
+from adapterkern.bench.gate import Gate, repeats
 from adapterkern.bench.measure import (
     headline,
     outputs_of,
     prepared_call,
-    repeats,
     rotating_call,
 )
 from adapterkern.bench.providers import PROVIDERS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterkern import parity
-from adapterkern.bench import measure, memory, providers
+from adapterkern.bench import gate, measure, memory, providers
 from adapterkern.bench.built import UnavailableError
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase
@@ -312,6 +312,6 @@ def test_tf32_may_drop_the_low_bits_where_torch_allows_it():
 
 
 def test_bits_that_differ_in_one_run_of_ten_are_seen():
-    runs = iter(range(measure.RUNS))
-    assert measure.repeats(lambda: {"y": torch.ones(3)})
-    assert not measure.repeats(lambda: {"y": torch.full((3,), float(next(runs) == 7))})
+    runs = iter(range(gate.RUNS))
+    assert gate.repeats(lambda: {"y": torch.ones(3)})
+    assert not gate.repeats(lambda: {"y": torch.full((3,), float(next(runs) == 7))})
