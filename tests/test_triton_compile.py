@@ -95,7 +95,7 @@ def test_registers_do_not_spill(compiled, capability):
         # Odd sizes take registers for addresses: one or two of them wait in memory.
         bytes_beside, moves = 4 * MOST_STACK_BYTES, 6 if ("aligned", False) in job.options else 0
         if job.kernel in ROW_BLOCKS and job.config.block_r == 256:
-            bytes_beside, moves = 1536, 2 if job.dtype == "bf16" else 120
+            bytes_beside, moves = 1536, 8 if job.dtype == "bf16" else 120
         if o["spills"] > moves or o["stack"] > bytes_beside:
             spilled[job] = o["stack"], o["spills"]
     assert not spilled
