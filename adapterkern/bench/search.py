@@ -21,12 +21,7 @@ from adapterkern.bench import rotation
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.compiling import ORDINARY, URGENT, Compilers, Work
 from adapterkern.bench.gate import Gate, repeats
-from adapterkern.bench.measure import (
-    headline,
-    outputs_of,
-    prepared_call,
-    rotating_call,
-)
+from adapterkern.bench.measure import headline, outputs_of, prepared_call, rotating_call
 from adapterkern.bench.providers import PROVIDERS
 from adapterkern.bench.timing import CudaTimer, Subject
 from adapterkern.bench.tune import HELD_OUT, Search, candidates, formula, problem_of, timed
@@ -209,7 +204,7 @@ class _Admitted:
             if not verdict.passed:
                 return f"wrong in mode {gate.case.mode}: {verdict}"
             if not repeats(functools.partial(outputs_of, self.built, gate.case, self.inputs)):
-                return f"other bits on a second run in mode {gate.case.mode}"
+                return f"other bits on another run in mode {gate.case.mode}"
         return None
 
     def on_memory_of_their_own(self, entries: dict[str, Entry]) -> dict[str, Subject]:
