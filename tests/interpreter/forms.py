@@ -32,5 +32,6 @@ FORMS = {
     "split": Form(MANY_SMS, 37, 70, 20),
     "split_features": Form(MANY_SMS, 19, 530, 20, feature_slices=True),
     "split_wide": Form(ONE_SM, 37, 75, 150),
-    "token_slices": Form(MANY_SMS, 530, 33, 9, token_slices=True),
+    # Their sum has two tiles of units.
+    "token_slices": Form(MANY_SMS, 530, 33, 20, token_slices=True),
 }
