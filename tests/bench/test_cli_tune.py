@@ -153,6 +153,7 @@ def test_a_run_compiles_in_its_other_processes_alone(tuner, tmp_path, monkeypatc
     monkeypatch.setattr(timing, "CudaTimer", lambda _device: Scripted(lambda _entry: 20.0))
     monkeypatch.setattr(tuned, "device_of", lambda _index: device)
     monkeypatch.setattr(search.Gate, "judge", lambda *_: Verdict("y", 0.0, 1.0))
+    monkeypatch.setattr(search, "repeats", lambda _outputs: True)  # they are what memory held
     sizes = ["--hidden-size", "64", "--bottleneck-size", "16", "--tokens", "300"]
     with fake.fake_gpu(fake.FakeGpu(device=device)) as gpu:
         assert main(["tune", *sizes, "--limit", "2", "--jobs", "2"]) == 0
