@@ -283,7 +283,7 @@ def test_a_formula_that_fails_ends_the_search(reference_as_triton):
 def test_a_plan_that_does_not_repeat_its_bits_is_none(reference_as_triton, monkeypatch):
     reference_as_triton()
     monkeypatch.setattr(search, "repeats", lambda _outputs: False)
-    with pytest.raises(RuntimeError, match="formula's plan cannot be timed .* other bits"):
+    with pytest.raises(RuntimeError, match=r"formula's plan cannot be timed .* other bits"):
         searched(fast_if_deep)
 
 
