@@ -20,6 +20,18 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def as_float(name: str, value: float) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: it is an integer that no float can hold.
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got an integer beyond all of them.") from None
+
+
 def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> None:
     """Check layouts, shapes, dtypes and devices of the tensors of a call, and its dropout.
 

@@ -121,3 +121,19 @@ def test_a_bias_that_fits_the_other_projection_is_not_counted_twice():
     text = message(down_weight=zeros(R + 1, H), down_bias=zeros(R + 2))
     assert "down_bias must have shape [5], got [6]." in text
     assert "up_weight must have shape [H, R] = [16, 5]" in text
+
+
+@pytest.mark.parametrize("of_module", [False, True])
+def test_a_scaling_that_no_float_holds_is_refused(of_module):
+    expected = "scaling must fit a float, got an integer beyond all of them."
+    if of_module:
+        with pytest.raises(ValueError, match=expected):
+            ak.BottleneckAdapter(H, R, scaling=10**400)
+    else:
+        assert message(scaling=10**400) == expected
+
+
+@pytest.mark.parametrize("factor", [1e-320, 1e-9])
+def test_a_reduction_factor_that_no_bottleneck_size_fits_is_refused(factor):
+    with pytest.raises(ValueError, match=f"up to 2147483648, got {factor} for hidden_size 16"):
+        ak.BottleneckAdapter(H, reduction_factor=factor)
