@@ -115,10 +115,28 @@ def test_dropout_is_that_of_the_up_projection():
     module = Mine(p=0.25, scale=3.0)
     adapter = foreign.from_module(module, **NAMES, scaling="scale", dropout="drop")
     assert (adapter.dropout, adapter.training, module.drop.p) == (0.25, True, 0.25)
+    assert not module.drop._forward_pre_hooks
+    later = DropsLast(p=0.25, scale=3.0)
+    assert foreign.from_module(later, **NAMES, scaling="scale", dropout="drop").dropout == 0.25
     with pytest.raises(
         UnsupportedAdapterError, match=r"in training its output differs(.|\n)*drop "
     ):
         foreign.from_module(module, **NAMES, scaling="scale")
+
+
+class DropsLast(Mine):
+    def forward(self, x):
+        return x + self.drop(self.fc2(self.act(self.fc1(x))) * self.scale)
+
+
+class Flattens(Mine):
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2))
+
+
+def test_a_module_of_tokens_alone_is_compared(x):
+    module = Flattens()
+    torch.testing.assert_close(foreign.from_module(module, **NAMES)(x)[0], module(x)[:3])
 
 
 class DropsInside(Mine):
