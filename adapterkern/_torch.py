@@ -28,6 +28,9 @@ _forward_ad: Any = forward_ad
 _every: Any = sys.modules[nn.Module.__module__]
 _Function = TypeVar("_Function", bound=Callable)
 _ONE = torch.ones((), device="cpu")
+_FUNCTIONS = tuple(  # the __torch_function__ of ordinary classes: a tensor's, and a parameter's
+    getattr(kind.__torch_function__, "__func__", kind.__torch_function__) for kind in ORDINARY
+)
 _HOOKS, _OWN_FORWARD = "hooks", "a forward of its own"
 
 
@@ -224,11 +227,13 @@ def apply_of(function: Any) -> Callable:
 
 
 def is_subclass(tensor: Tensor) -> bool:
-    """Whether a tensor has semantics of its own: DTensor, NestedTensor, quantised ones.
+    """Whether a tensor has semantics of its own: DTensor, NestedTensor, quantised ones, or any
+    class that says what functions of torch do with it.
 
     The subclasses with which torch itself traces are ordinary.
     """
     kind = type(tensor)
     if kind in ORDINARY or kind.__module__.startswith("torch._subclasses."):
         return False
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or function not in _FUNCTIONS

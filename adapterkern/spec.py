@@ -273,7 +273,7 @@ def make_call(
         None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
         skip,
         learned,
-        1.0 if learned is not None else as_float("scaling", scaling),
+        scaling if type(scaling) is float else 1.0 if learned is not None else as_float(scaling),
         add_input,
         canonical_name(activation),
         _compute_dtype(x),

@@ -20,16 +20,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def as_float(name: str, value: Any) -> float:
-    """The value as a float.
+def as_float(scaling: Any) -> float:
+    """The scaling as a float.
 
     Raises:
         ValueError: it is an integer that no float can hold.
     """
     try:
-        return float(value)
+        return float(scaling)
     except OverflowError:
-        raise ValueError(f"{name} must fit a float, got an integer beyond all of them.") from None
+        raise ValueError("scaling must fit a float, got an integer beyond all of them.") from None
 
 
 def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> None:

@@ -159,3 +159,14 @@ def test_unknown_activations_and_modules_are_refused():
         foreign.from_module(SpeechBrainLinear(activation=nn.Mish()))
     with pytest.raises(TypeError, match="Linear is no adapter"):
         foreign.from_module(nn.Linear(2, 2))
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_refused():
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = NemoAdapter(None)
+    module.module = Doubled(*module.module)
+    with pytest.raises(UnsupportedAdapterError, match="its Doubled has a forward of its own"):
+        foreign.from_module(module)

@@ -130,7 +130,7 @@ class BottleneckAdapter(nn.Module):
             size = 1 if scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         else:
-            self.scaling = as_float("scaling", scaling)
+            self.scaling = as_float(scaling)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class BottleneckAdapter(nn.Module):
     ) -> Tensor:
         """y [..., H]; `residual` and `skip` as in `adapterkern.bottleneck_adapter`."""
         down, up = self.down_proj, self.up_proj  # asked for once: nn.Module searches for them
-        if not (_is_linear(down) and _is_linear(up)) or _torch.beyond_its_class(down, up):
+        if not (is_linear(down) and is_linear(up)) or _torch.beyond_its_class(down, up):
             return self._forward_through_modules(x, residual, skip)
         return run_call(self._fused_call(x, residual, skip, down, up), self.backend)
 
@@ -204,7 +204,7 @@ class BottleneckAdapter(nn.Module):
     def unfused_reason(self) -> str | None:
         """Why a projection must be called, not read: wrapped, quantised, hooked. Else None."""
         for name, projection in (("down_proj", self.down_proj), ("up_proj", self.up_proj)):
-            if not _is_linear(projection):
+            if not is_linear(projection):
                 return f"{name} is a {type(projection).__name__}, which must be called to be itself"
             beyond = _torch.beyond_its_class(projection)
             if beyond is not None:
@@ -224,8 +224,15 @@ class BottleneckAdapter(nn.Module):
             inputs = inputs.to(_weight_dtype(projection) or call.compute_dtype)
             return projection(inputs)
 
-        down, up = (partial(project, projection) for projection in (self.down_proj, self.up_proj))
-        return reference.forward(call, down, up)[0].y
+        def project_up(inputs: Tensor) -> Tensor:
+            u = project(self.up_proj, inputs)
+            if u.shape != x.shape:  # one of size 1 would be broadcast
+                raise ValueError(
+                    f"up_proj must give the shape of x, {list(x.shape)}, got {list(u.shape)}."
+                )
+            return u
+
+        return reference.forward(call, partial(project, self.down_proj), project_up)[0].y
 
     def extra_repr(self) -> str:
         scaling: float | str | nn.Parameter = self.scaling
@@ -239,9 +246,10 @@ class BottleneckAdapter(nn.Module):
         )
 
 
-def _is_linear(projection: nn.Module) -> bool:
-    """Whether the weights of a projection tell what its class computes."""
-    return type(projection).forward is nn.Linear.forward
+def is_linear(projection: nn.Module) -> bool:
+    """Whether the weights of a projection tell what a call of its class computes."""
+    kind = type(projection)
+    return kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
 
 
 def _weight_dtype(projection: nn.Module) -> torch.dtype | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_adapterhub_checkpoint import CONFIG, H, folder_with, weights
+from torch.nn.utils import parametrizations
 
 from adapterkern.integrations import adapterhub
 from adapterkern.integrations.adapterhub import checkpoint, files
@@ -275,3 +276,26 @@ def test_weights_stay_in_their_file_until_they_are_known_to_fit(tmp_path):
         file.seek(0)
         file.write(b"\x00" * size)
     assert torch.equal(mapped, torch.zeros(2, H))
+
+
+def test_a_projection_that_is_more_than_its_weights_is_not_saved(tmp_path):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu")}
+    adapter = layers["encoder.layer.0.output"]
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    parametrizations.weight_norm(adapter.up_proj)  # its weight is what it computes with
+    with torch.no_grad():
+        adapter.up_proj.parametrizations.weight.original0.fill_(2.0)
+    adapterhub.save(made, tmp_path / "a")
+    saved = adapterhub.load(tmp_path / "a").layers["encoder.layer.0.output"]
+    assert torch.equal(saved.up_proj.weight, adapter.up_proj.weight)
+    adapter.down_proj = Wrapper(H, 2)
+    with pytest.raises(ValueError, match="has a Wrapper as its down_proj, whose weights are not"):
+        adapterhub.save(made, tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+class Wrapper(torch.nn.Linear):
+    """As LoRA's, whose weight is that of the layer below."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)

@@ -192,6 +192,7 @@ def test_adapter_plus_runs_fused_in_evaluation_and_stock_in_training(counted):
         def forward(self, x):
             return x * 0.5 if self.training else x
 
+    StochasticDepth.__module__ = "torchvision.ops.stochastic_depth"
     model = bert(AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0))
     for module in model.modules():
         if type(module).__name__ == "Adapter":

@@ -30,7 +30,7 @@ from adapterkern.integrations.adapterhub.files import (
     write,
 )
 from adapterkern.integrations.foreign.conversion import adapter_from_tensors
-from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
 
 _LEGACY = {
     "attention_text_task_adapters": "adapters",
@@ -185,6 +185,12 @@ def save(
     problems += unwritable(meta) or problems_of(layers, configs, meta.get("hidden_size"))
     for layer, adapter in checkpoint.layers.items():
         problems += [f"{layer} {problem}" for problem in _option_problems(adapter, configs[0])]
+        for name in ("down_proj", "up_proj"):
+            if not is_linear(projection := getattr(adapter, name)):
+                kind = type(projection).__name__
+                problems.append(
+                    f"{layer} has a {kind} as its {name}, whose weights are not all of it"
+                )
     problems += _union_problems(_plain(checkpoint.config), configs) if union is not None else []
     weights = {
         f"{layer}.adapters.{checkpoint.name}.{key}": tensors[parameter]

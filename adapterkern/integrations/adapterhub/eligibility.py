@@ -31,7 +31,7 @@ def parts_of(adapter: Any) -> Parts | str:
     modules = state["_modules"]
     sequence, up, dropout = modules["adapter_down"], modules["adapter_up"], modules["dropout"]
     layers = sequence.__dict__["_modules"]
-    if len(layers) != 2:
+    if type(sequence) is not nn.Sequential or len(layers) != 2:
         return "not_linear"
     down, non_linearity = layers.values()
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
@@ -52,14 +52,20 @@ def parts_of(adapter: Any) -> Parts | str:
     if function is not None:
         called += (function,)
     if "DropPath" in modules and kind is Adapter:  # ParallelAdapter has it and does not call it
-        if modules["DropPath"].training:
+        depth = modules["DropPath"]
+        if depth.training or not type(depth).__module__.startswith("torchvision."):
             return "stochastic_depth"
-        called += (modules["DropPath"],)
+        called += (depth,)
     if _torch.beyond_its_class(*called) is not None:
         return "hooks"
     down_weight, down_bias = _weight_and_bias(down)
     up_weight, up_bias = _weight_and_bias(up)
-    scaling = state["scaling"] if "scaling" in state else state["_parameters"]["scaling"]
+    if "scaling" in state:
+        scaling = state["scaling"]
+    elif "scaling" in state["_parameters"]:
+        scaling = state["_parameters"]["scaling"]
+    else:  # a buffer, or nothing: none of the library's
+        return "custom_class"
     for parameter in (down_weight, up_weight, down_bias, up_bias, scaling):
         if type(parameter) in _NUMBERS:
             continue

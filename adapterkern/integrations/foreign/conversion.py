@@ -68,6 +68,8 @@ def convert(
         if isinstance(part, nn.Module) and _torch.beyond_its_class(part) is not None:
             why = "hooks or an overridden forward run only where the module itself is called"
             raise unsupported(module, why, "take them off, and put them on the result")
+        if isinstance(part, nn.Sequential) and type(part).forward is not nn.Sequential.forward:
+            raise unsupported(module, f"its {type(part).__name__} has a forward of its own")
     for projection in (down, up):
         if type(projection) is not nn.Linear:
             raise unsupported(
