@@ -279,7 +279,7 @@ def test_weights_stay_in_their_file_until_they_are_known_to_fit(tmp_path):
 
 
 def test_a_projection_that_is_more_than_its_weights_is_not_saved(tmp_path):
-    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu")}
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu", init="bert")}
     adapter = layers["encoder.layer.0.output"]
     made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
     parametrizations.weight_norm(adapter.up_proj)  # its weight is what it computes with
