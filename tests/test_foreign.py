@@ -13,6 +13,9 @@ from foreign_modules import (
     gelu_new,
     swish,
 )
+from foreign_modules import (
+    Swish as NemoSwish,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,3 +173,48 @@ def test_a_sequence_with_a_forward_of_its_own_is_refused():
     module.module = Doubled(*module.module)
     with pytest.raises(UnsupportedAdapterError, match="its Doubled has a forward of its own"):
         foreign.from_module(module)
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("part", "made", "why"),
+    [
+        ("adapter_down_proj", MyLinear(H, R), "a projection is a MyLinear, not a plain nn.Linear"),
+        ("adapter_up_proj", MyLinear(R, H), "a projection is a MyLinear"),
+        ("adapter_up_proj", nn.Linear(R, 1), f"maps {H} features to 1, so x cannot be added"),
+        ("adapter_up_proj", nn.Linear(R + 1, H), f"gives {R} features, .* takes {R + 1}"),
+    ],
+)
+def test_projections_that_are_not_two_plain_ones_that_meet_are_refused(part, made, why):
+    module = SpeechBrainLinear()
+    setattr(module, part, made)
+    with pytest.raises(UnsupportedAdapterError, match=why):
+        foreign.from_module(module)
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [(nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.LeakyReLU(), "leaky_relu")],
+    ids=["gelu", "gelu_tanh", "leaky_relu"],
+)
+def test_the_form_of_an_activation_is_that_of_the_instance(x, activation, name):
+    module = SpeechBrainLinear(activation=activation)
+    adapter = foreign.from_module(module)
+    assert adapter.activation == name
+    check(module, lambda: adapter(module.pretrained_linear(x)), lambda: module(x))
+
+
+def test_an_option_that_makes_another_function_of_an_activation_is_refused():
+    refused = [nn.LeakyReLU(0.2), nn.GELU()]
+    refused[1].__class__ = type("GELUActivation", (nn.GELU,), {"act": staticmethod(torch.erf)})
+    refused[1].__class__.__module__ = "transformers.activations"
+    slow = NemoSwish()
+    slow.beta = 2.0
+    for activation in (*refused, slow):
+        with pytest.raises(UnsupportedAdapterError, match="no fused form"):
+            foreign.from_module(SpeechBrainLinear(activation=activation))
+    slow.beta = 1.0
+    assert foreign.from_module(SpeechBrainLinear(activation=slow)).activation == "silu"

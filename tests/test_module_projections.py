@@ -14,7 +14,12 @@ import adapterkern as ak
 
 @pytest.mark.parametrize(
     "register",
-    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
 )
 @pytest.mark.parametrize("name", ["down_proj", "up_proj"])
 def test_hooks_on_a_projection_fire(spy, caplog, register, name):

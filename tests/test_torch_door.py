@@ -100,7 +100,9 @@ def test_hooks_that_do_not_run_in_a_call_do_not_count():
     assert both("beyond_its_class", linear) == (None, None)
 
 
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_hooks_on_all_modules_are_seen(kind):
     linear = nn.Linear(2, 2)
     register = getattr(nn.modules.module, f"register_module_{kind}")

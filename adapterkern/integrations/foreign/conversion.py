@@ -35,7 +35,6 @@ def adapter_from_tensors(
         projection.weight = _parameter(weight)
         projection.register_parameter("bias", None if bias is None else _parameter(bias))
     if isinstance(scaling, Tensor):
-        del adapter.scaling
         adapter.scaling = _parameter(scaling)
     else:
         adapter.scaling = float(scaling)
