@@ -138,7 +138,7 @@ def _from_llm_adapters(module: Any) -> BottleneckAdapter:
 def _from_nemo(module: Any) -> BottleneckAdapter:
     layers = list(module.module)
     for index, layer in enumerate(layers):
-        if _is_norm(layer):
+        if "Norm" in type(layer).__name__:
             where = _place(index, layers)
             raise unsupported(
                 module, f"it has its own {type(layer).__name__} {where} its projections"
@@ -149,10 +149,6 @@ def _from_nemo(module: Any) -> BottleneckAdapter:
     down, function, up = layers
     dropout = getattr(module, "dropout", None)
     return convert(module, down, function, up, dropout=dropout, around=(module.module,))
-
-
-def _is_norm(layer: nn.Module) -> bool:
-    return not isinstance(layer, nn.Linear) and "Norm" in type(layer).__name__
 
 
 def _place(index: int, layers: list[nn.Module]) -> str:
