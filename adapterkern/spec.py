@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
-from adapterkern.validation import name_of, validate
+from adapterkern.validation import as_float, name_of, validate
 
 # A registered op would give a wrong or no derivative for these, or would not understand them: such
 # calls run as plain PyTorch operations under plain autograd.
@@ -273,7 +273,7 @@ def make_call(
         None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
         skip,
         learned,
-        1.0 if learned is not None else float(scaling),
+        1.0 if learned is not None else as_float("scaling", scaling),
         add_input,
         canonical_name(activation),
         _compute_dtype(x),

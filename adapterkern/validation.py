@@ -1,12 +1,18 @@
 """Checks that the tensors of a call fit together, before any pointer is taken."""
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HINT = "\n  hint: "  # between a problem's sentence and its cure
 LAYOUTS = (torch.strided, torch.jagged)  # nested tensors are jagged; they bring their own linear
 
 Tensors = dict[str, Tensor | None]  # the tensors of an `AdapterCall` by name
+_WEIGHTS = ("down_weight", "up_weight", "down_bias", "up_bias")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -14,13 +20,25 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def as_float(name: str, value: float) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: it is an integer that no float can hold.
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got an integer beyond all of them.") from None
+
+
 def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> None:
     """Check layouts, shapes, dtypes and devices of the tensors of a call, and its dropout.
 
     Raises:
         TypeError: something that must be a tensor or a number is not.
-        ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message lists
-            every problem and the likely cure.
+        ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message has a
+            sentence for every cause, and at its end the likely cure of the first that has one.
     """
     for name, tensor in tensors.items():
         absent = tensor is None and name not in ("x", "down_weight", "up_weight")
@@ -35,7 +53,10 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
         + dropout_problems(dropout)
     )
     if problems:
-        raise ValueError("\n".join(problems))
+        split = [problem.partition(HINT) for problem in problems]
+        hints = [hint for _, _, hint in split if hint]
+        sentences = "\n".join(sentence for sentence, _, _ in split)
+        raise ValueError(sentences + (HINT + hints[0] if hints else ""))
 
 
 def dropout_problems(dropout: float) -> list[str]:
@@ -54,12 +75,28 @@ def dropout_problems(dropout: float) -> list[str]:
     ]
 
 
+def _groups(named: Iterable[tuple[str, Any]]) -> Iterable[tuple[Any, list[str]]]:
+    """Each value with the names that share it, so that one fault is told once."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in named:
+        groups.setdefault(value, []).append(name)
+    return groups.items()
+
+
+def _all(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _tensors(kind: str, names: list[str]) -> str:
+    return f"a {kind} tensor" if len(names) == 1 else f"{kind} tensors"
+
+
 def _layout_problems(given: dict[str, Tensor]) -> list[str]:
+    wrong = [(name, t.layout) for name, t in given.items() if t.layout not in LAYOUTS]
     return [
-        f"{name} must be a dense (strided) tensor, got {str(tensor.layout).removeprefix('torch.')}."
-        f"\n  hint: use {name}.to_dense()."
-        for name, tensor in given.items()
-        if tensor.layout not in LAYOUTS
+        f"{_all(names)} must be {_tensors('dense (strided)', names)}, "
+        f"got {str(layout).removeprefix('torch.')}.{HINT}use {names[0]}.to_dense()."
+        for layout, names in _groups(wrong)
     ]
 
 
@@ -73,35 +110,43 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
             f"got {list(down.shape)} and {list(up.shape)}."
         ]
     hidden, bottleneck = x.shape[-1], down.shape[0]
-    problems = []
     if bottleneck == 0 or hidden == 0:
-        problems.append(
+        return [
             f"hidden_size and bottleneck_size must be at least 1, got x {list(x.shape)} and "
-            f"down_weight {list(down.shape)}.\n"
-            "  hint: an adapter of size 0 is no adapter; leave it out."
-        )
+            f"down_weight {list(down.shape)}."
+            f"{HINT}an adapter of size 0 is no adapter; leave it out."
+        ]
+    problems = []
     if down.shape[1] != hidden:
         problem = (
             f"down_weight must have shape [R, H] = [R, {hidden}] to match x {list(x.shape)}, "
             f"got {list(down.shape)}."
         )
         if down.shape[0] == hidden:
-            problem += _transpose_hint("down_weight")
             bottleneck = down.shape[1]
-        elif up.shape[0] == down.shape[1]:
-            problem += (
-                f"\n  hint: both weights are for hidden_size {up.shape[0]}; is x the one meant?"
-            )
+            if tuple(up.shape) == (bottleneck, hidden):
+                problem = (
+                    f"down_weight must have shape [R, H] and up_weight [H, R], with H = {hidden} "
+                    f"to match x {list(x.shape)}, got {list(down.shape)} and {list(up.shape)}."
+                )
+                return [problem + _transpose_hint("they use", "these look like their transposes")]
+            problem += _transpose_hint("down_weight uses", "this looks like its transpose")
+        elif up.shape[0] == down.shape[1]:  # then x is what does not fit, and all else may
+            hidden = up.shape[0]
+            problem += f"{HINT}both weights are for hidden_size {hidden}; is x the one meant?"
         problems.append(problem)
+    vectors = _vector_problems(given, hidden, bottleneck)
     if tuple(up.shape) != (hidden, bottleneck):
         problem = (
             f"up_weight must have shape [H, R] = [{hidden}, {bottleneck}] to match x "
             f"{list(x.shape)} and down_weight {list(down.shape)}, got {list(up.shape)}."
         )
         if tuple(up.shape) == (bottleneck, hidden):
-            problem += _transpose_hint("up_weight")
+            problem += _transpose_hint("up_weight uses", "this looks like its transpose")
+        elif not problems and up.shape[0] == hidden and not _vector_problems(given, *up.shape):
+            vectors = []  # they fit the up_weight, so the down_weight alone may be another's
         problems.append(problem)
-    return problems + _vector_problems(given, hidden, bottleneck) + _token_problems(given)
+    return problems + vectors + _token_problems(given, hidden)
 
 
 def _vector_problems(given: dict[str, Tensor], hidden: int, bottleneck: int) -> list[str]:
@@ -125,57 +170,66 @@ def _vector_problems(given: dict[str, Tensor], hidden: int, bottleneck: int) -> 
     return problems
 
 
-def _token_problems(given: dict[str, Tensor]) -> list[str]:
-    shape = given["x"].shape
+def _token_problems(given: dict[str, Tensor], hidden: int) -> list[str]:
+    x = given["x"]
+    wanted = (*x.shape[:-1], hidden)
+    wrong = [(name, given[name].shape) for name in ("residual", "skip") if name in given]
     return [
-        f"{name} must have the shape of x, {list(shape)}, got {list(given[name].shape)}."
-        + _shape_hint(name, given[name], given["x"])
-        for name in ("residual", "skip")
-        if name in given and given[name].shape != shape
+        f"{_all(names)} must have the shape of x, {list(wanted)}, got {list(shape)}."
+        + _shape_hint(names[0], shape, wanted)
+        for shape, names in _groups(wrong)
+        if shape != wanted
     ]
 
 
-def _shape_hint(name: str, tensor: Tensor, x: Tensor) -> str:
-    if tensor.numel() == x.numel():
-        return f"\n  hint: use {name}.reshape(x.shape)."
-    given, wanted = tensor.shape[::-1], x.shape[::-1]
-    if len(given) <= len(wanted) and all(a in (1, b) for a, b in zip(given, wanted, strict=False)):
-        return f"\n  hint: nothing is broadcast; use {name}.expand_as(x)."
+def _shape_hint(name: str, shape: torch.Size, wanted: tuple[int, ...]) -> str:
+    if shape.numel() == math.prod(wanted):
+        return f"{HINT}use {name}.reshape(x.shape)."
+    ends = list(zip(shape[::-1], wanted[::-1], strict=False))
+    if len(shape) <= len(wanted) and all(size in (1, due) for size, due in ends):
+        return f"{HINT}nothing is broadcast; use {name}.expand_as(x)."
     return ""
 
 
-def _transpose_hint(name: str) -> str:
-    return (
-        f"\n  hint: {name} uses nn.Linear layout (out_features, in_features); "
-        "this looks like its transpose."
-    )
+def _transpose_hint(what: str, looks: str) -> str:
+    return f"{HINT}{what} nn.Linear layout (out_features, in_features); {looks}."
 
 
 def _dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
     allowed = ", ".join(map(name_of, FLOAT_DTYPES))
+    dtypes = {name: tensor.dtype for name, tensor in given.items()}
     problems = [
-        f"{name} must be a floating-point tensor ({allowed}), got {name_of(tensor.dtype)}."
-        + ("" if tensor.is_complex() else f"\n  hint: convert it, as in {name}.float().")
-        for name, tensor in given.items()
-        if tensor.dtype not in FLOAT_DTYPES
+        f"{_all(names)} must be {_tensors('floating-point', names)} ({allowed}), "
+        f"got {name_of(dtype)}."
+        + ("" if dtype.is_complex else f"{HINT}convert it, as in {names[0]}.float().")
+        for dtype, names in _groups(dtypes.items())
+        if dtype not in FLOAT_DTYPES
     ]
     if problems:
         return problems
-    x = given["x"]
-    for name, tensor in given.items():
-        dtype = name_of(tensor.dtype)
-        if name in ("down_weight", "up_weight", "down_bias", "up_bias"):
-            if not _is_convertible(tensor.dtype, x.dtype, compute):
-                problems.append(
-                    f"{name} is {dtype} but the computation runs in {name_of(compute)}.\n"
-                    f"  hint: convert one side, e.g. adapter.to(torch.{name_of(x.dtype)}), "
-                    "or use torch.autocast."
-                )
-        elif name != "x" and (tensor.dtype == torch.float64) != (compute == torch.float64):
-            problems.append(
-                f"{name} is {dtype} but the computation runs in {name_of(compute)}; "
-                "float64 does not mix with other types.\n  hint: convert one side."
-            )
+    given_dtype = dtypes.pop("x")
+    wrong = [
+        (name, dtype)
+        for name, dtype in dtypes.items()
+        if (
+            not _is_convertible(dtype, given_dtype, compute)
+            if name in _WEIGHTS
+            else (dtype == torch.float64) != (compute == torch.float64)
+        )
+    ]
+    for dtype, names in _groups(wrong):
+        are = "is" if len(names) == 1 else "are"
+        problem = f"{_all(names)} {are} {name_of(dtype)} but the computation runs in "
+        problem += name_of(compute)
+        if torch.float64 in (dtype, compute):
+            problem += "; float64 does not mix with other types"
+        problem += "."
+        if names[0] in _WEIGHTS:
+            problem += f"{HINT}convert one side, e.g. adapter.to(torch.{name_of(given_dtype)})"
+            problem += "." if torch.float64 in (dtype, compute) else ", or use torch.autocast."
+        else:
+            problem += f"{HINT}convert one side."
+        problems.append(problem)
     return problems
 
 
@@ -194,8 +248,12 @@ def _device_problems(given: dict[str, Tensor]) -> list[str]:
     devices = {name: tensor.device for name, tensor in given.items()}
     if len(set(devices.values())) == 1:
         return []
-    listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
-    return [
-        f"all tensors must be on one device, got {listing}.\n"
-        f"  hint: adapter.to({str(given['x'].device)!r})."
-    ]
+    here = devices["x"]
+    away = [name for name, device in devices.items() if device != here]
+    hint = f"adapter.to({str(here)!r})."
+    if here.type == "meta":
+        hint = "x is on the meta device and has no values; make it where the adapter is."
+    elif not set(away) & {"down_weight", "up_weight"}:
+        hint = f"use {away[0]}.to({str(here)!r})."
+    found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    return [f"all tensors must be on one device, got {found}.{HINT}{hint}"]

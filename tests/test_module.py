@@ -230,6 +230,7 @@ def test_parametrized_projections_stay_fused_and_get_gradients(spy, wrap):
     [
         ({"hidden_size": "12"}, "hidden_size must be an integer, got '12'."),
         ({"bottleneck_size": 2.5}, "bottleneck_size must be an integer, got 2.5."),
+        ({"bottleneck_size": True}, "bottleneck_size must be an integer, got True."),
         ({"reduction_factor": "16"}, "reduction_factor must be a number, got '16'."),
         ({"dropout": "x"}, "dropout must be a number in [0, 1), got 'x'."),
         ({"activation": ["gelu"]}, "activation must be a name, such as \"gelu\", got ['gelu']."),

@@ -177,7 +177,7 @@ def hooked(**options):
         ({"skip": torch.zeros(1, 12)}, ValueError, r"skip must have the shape of x, \[3, 12\]"),
         ({"x": torch.zeros(3, 9)}, ValueError, r"down_weight must .* to match x \[3, 9\]"),
         ({"x": torch.zeros(3, 12).long()}, ValueError, "x must be a floating-point tensor"),
-        ({"x": torch.zeros(3, 12).double()}, ValueError, "down_weight is float32 but"),
+        ({"x": torch.zeros(3, 12).double()}, ValueError, r"up_weight.* are float32 but"),
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
     ],
     ids=["name", "residual", "skip", "hidden-size", "integer", "float64", "list"],

@@ -35,13 +35,16 @@ def test_a_missing_weight_is_named(name):
 
 def test_transposed_weights_are_named_with_a_hint():
     text = message(down_weight=torch.zeros(H, R), up_weight=torch.zeros(R, H))
-    assert (
-        f"down_weight must have shape [R, H] = [R, {H}] to match x [3, 5, {H}], got [{H}, {R}]."
-        in text
+    assert text == (
+        f"down_weight must have shape [R, H] and up_weight [H, R], with H = {H} to match x "
+        f"[3, 5, {H}], got [{H}, {R}] and [{R}, {H}].\n"
+        "  hint: they use nn.Linear layout (out_features, in_features); these look like their "
+        "transposes."
     )
-    assert f"up_weight must have shape [H, R] = [{H}, {R}]" in text
-    assert text.count("this looks like its transpose") == 2
-    assert "hint: up_weight uses nn.Linear layout (out_features, in_features)" in text
+    text = message(down_weight=torch.zeros(H, R))
+    assert f"[R, H] = [R, {H}] to match x [3, 5, {H}], got [{H}, {R}].\n" in text
+    assert "hint: down_weight uses nn.Linear layout (out_features, in_features); this looks" in text
+    assert "hint: up_weight uses nn.Linear layout" in message(up_weight=torch.zeros(R, H))
 
 
 def test_wrong_weight_shape_names_both_sides_without_the_hint():

@@ -12,10 +12,11 @@ from adapterkern.activations import canonical_name
 from adapterkern.backends import NAMES
 from adapterkern.functional import run_call
 from adapterkern.spec import AdapterCall, make_call
-from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of
+from adapterkern.validation import FLOAT_DTYPES, as_float, dropout_problems, name_of
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
+_MOST_UNITS = 2**31  # of a bottleneck: far beyond use, and far below what no float can count
 
 
 class BottleneckAdapter(nn.Module):
@@ -77,13 +78,18 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         sizes: dict[str, Any] = {"hidden_size": hidden_size, "bottleneck_size": bottleneck_size}
         for name, size in sizes.items():
-            if size is not None and not isinstance(size, numbers.Integral):
+            if size is not None and not (isinstance(size, numbers.Integral) and size is not True):
                 raise TypeError(f"{name} must be an integer, got {size!r}.")
         if bottleneck_size is None:
             if not isinstance(reduction_factor, float | int):
                 raise TypeError(f"reduction_factor must be a number, got {reduction_factor!r}.")
             if not reduction_factor > 0:
                 raise ValueError(f"reduction_factor must be positive, got {reduction_factor}.")
+            if hidden_size / _MOST_UNITS > reduction_factor:
+                raise ValueError(
+                    f"reduction_factor must leave a bottleneck_size up to {_MOST_UNITS}, "
+                    f"got {reduction_factor} for hidden_size {hidden_size}."
+                )
             bottleneck_size = max(1, int(hidden_size // reduction_factor))
         if hidden_size < 1 or bottleneck_size < 1:
             raise ValueError(
@@ -124,7 +130,7 @@ class BottleneckAdapter(nn.Module):
             size = 1 if scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         else:
-            self.scaling = float(scaling)
+            self.scaling = as_float("scaling", scaling)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """Adapter folders that are not read, and checkpoints that are not written: each by name."""
 
 import os
-import shutil
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from test_adapterhub_checkpoint import (
     without,
 )
 
-from adapterkern.integrations import adapterhub
-from adapterkern.integrations.adapterhub import checkpoint as module
+from adapterkern.integrations import adapterhub, folders
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 
@@ -105,15 +103,15 @@ def test_the_number_of_layers_is_checked_where_it_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reduction_factor": 0}, "reduction_factor must be a positive number, .*got 0"),
-        ({"reduction_factor": "x"}, "reduction_factor must be a positive number, .*got 'x'"),
+        ({"reduction_factor": 0}, "reduction_factor must be a number of at least .*got 0"),
+        ({"reduction_factor": "x"}, "reduction_factor must be a number of at least .*got 'x'"),
         ({"reduction_factor": None}, "reduction_factor must be .*got None"),
         ({"reduction_factor": {"0": -1}}, "reduction_factor must be"),
         ({"reduction_factor": True}, "reduction_factor must be"),
         ({"non_linearity": None}, "non_linearity must be the name of an activation, got None"),
         ({"scaling": "foo"}, 'scaling must be a number, "learned" or "channel", got \'foo\''),
         ({"dropout": 1.5}, r"dropout must be a number in \[0, 1\), got 1\.5"),
-        ({"leave_out": None}, "leave_out must be a list of layer numbers, got None"),
+        ({"leave_out": None}, "leave_out must be a list of layer numbers below 1000, got None"),
         ({"invertible_adapter": {"x": 1}}, "invertible_adapter must be a dict of block_type"),
         ({"invertible_adapter": "nice"}, "invertible_adapter must be .*got 'nice'"),
         ({"architecture": "union", "configs": None}, "configs of a union must be a list, got None"),
@@ -220,22 +218,26 @@ def test_save_onto_a_file_is_refused(tmp_path):
     assert (tmp_path / "b").read_text() == "mine"
 
 
-@pytest.mark.parametrize("step", ["save", "replace"])
+@pytest.mark.parametrize("step", ["save", "exchange", "replace"])
 def test_an_interrupted_save_never_leaves_a_mixture(tmp_path, monkeypatch, step):
     old = adapterhub.load(folder_with(tmp_path / "a"))
-    shutil.copytree(tmp_path / "a", tmp_path / "old")
     new = adapterhub.load(folder_with(tmp_path / "b", config={**CONFIG, "scaling": 2.0}))
 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(*((module.torch, "save") if step == "save" else (os, "replace")), fail)
+    if step == "replace":  # of single files, where folders cannot change places
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    owner, name = {"save": (torch, "save"), "exchange": (folders, "_exchange")}.get(
+        step, (os, "replace")
+    )
+    monkeypatch.setattr(owner, name, fail)
     for folder in (tmp_path / "a", tmp_path / "fresh"):
         with pytest.raises(OSError, match="disk full"):
             adapterhub.save(new, folder)
     monkeypatch.undo()
-    assert not os.path.exists(tmp_path / "fresh")
-    if step == "save":
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    if step != "replace":
         assert adapterhub.load(tmp_path / "a").config == old.config
     else:  # past the point of no return the folder says that it is incomplete
         with pytest.raises(FileNotFoundError, match="no adapter_config"):
@@ -324,7 +326,7 @@ SPARE = {"invertible_adapters.mine.F.0.weight": torch.ones(1)}
         (
             by_hand(layers={"a": BottleneckAdapter(H, R, activation="relu", device="meta")}),
             ValueError,
-            "adapter_up.weight is on the meta device",
+            "a: the up_weight is on the meta device",
         ),
     ],
 )
@@ -344,7 +346,7 @@ def test_a_save_that_fails_leaves_no_new_folders(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     (tmp_path / "mine").mkdir()
     with pytest.raises(OSError, match="disk full"):
         adapterhub.save(by_hand(), tmp_path / "mine" / "new" / "x" / "y")

@@ -5,35 +5,32 @@ A folder holds `adapter_config.json` and the weights, in `pytorch_adapter.bin` o
 a module of the base model, with or without the model's prefix ("bert.").
 """
 
-import contextlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapterkern.activations import canonical_name
 from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.configs import Config, activation_of, is_union, resolve
 from adapterkern.integrations.adapterhub.contents import (
-    entry_problems,
     problems_of,
     renamed,
+    tensor_problems,
     unwritable,
     wrong_kinds,
 )
+from adapterkern.integrations.adapterhub.files import (
+    read_config,
+    read_stable,
+    read_weights,
+    write,
+)
 from adapterkern.integrations.foreign.conversion import adapter_from_tensors
 from adapterkern.modules.bottleneck import BottleneckAdapter
-
-CONFIG_NAME = "adapter_config.json"
-BIN_NAME = "pytorch_adapter.bin"
-SAFE_NAME = "adapter.safetensors"
-FUSION_NAME = "adapter_fusion_config.json"
 
 _LEGACY = {
     "attention_text_task_adapters": "adapters",
@@ -49,6 +46,7 @@ _PARAMETERS = {
     "adapter_up.bias": "up_bias",
     "scaling": "scaling",
 }
+_MOST_SHOWN = 20  # problems in an error
 _VERSION = "adapters.1.3.0"  # of the format that `save` writes
 
 
@@ -96,13 +94,18 @@ def load(
     Raises:
         FileNotFoundError: the folder, its configuration or its weights are missing.
         ValueError: a file is damaged or not one of the library, weights are missing, left over or
-            of another shape than the configuration says, or `model_type` differs; the message
-            names the folder and all that is wrong.
+            of another shape than the configuration says or no plain floating-point tensors, or
+            `model_type` differs; the message names the folder and all that is wrong. Sizes are
+            compared before anything of them is allocated, and no code of a file is run.
         UnsupportedAdapterError: a Compacter, gated, fusion or layer-normed adapter, or another
             method altogether.
     """
-    folder = os.fspath(folder)
-    meta = _read_config(folder)
+    folder = os.fsdecode(folder)
+    return read_stable(folder, lambda folder: _load(folder, model_type, num_layers))
+
+
+def _load(folder: str, model_type: str | None, num_layers: int | None) -> AdapterCheckpoint:
+    meta = read_config(folder)
     if model_type is not None and meta.get("model_type") not in (None, model_type):
         raise ValueError(
             f"{folder} was trained for a model of type {meta['model_type']!r}, not {model_type!r}."
@@ -111,16 +114,33 @@ def load(
         configs = resolve(meta["config"], versioned="version" in meta)
     except (UnsupportedAdapterError, ValueError) as error:
         raise type(error)(f"{folder}: {error}") from None
-    layers, other = _sort_weights(_read_weights(folder), meta["name"])
-    problems = problems_of(layers, configs, meta.get("hidden_size"), num_layers)
+    layers, other = _sort_weights(read_weights(folder), meta["name"])
+    problems = tensor_problems(layers, other)
+    problems = problems or problems_of(layers, configs, meta.get("hidden_size"), num_layers)
     if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"{folder} is incomplete or does not fit its configuration:{listing}")
+        raise ValueError(
+            f"{folder} is incomplete or does not fit its configuration:{_listed(problems)}"
+        )
     config = configs[0]
-    built = {layer: _adapter(tensors, config) for layer, tensors in layers.items()}
+    built = {
+        layer: _adapter({name: _own(tensor) for name, tensor in tensors.items()}, config)
+        for layer, tensors in layers.items()
+    }
+    other = {key: _own(tensor) for key, tensor in other.items()}
     rest = {key: value for key, value in meta.items() if key not in ("config", "name")}
     name = meta["name"]
     return AdapterCheckpoint(name, built, config, meta["config"], rest, other, saved_name=name)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A plain copy in memory: the file may change or go."""
+    return tensor.detach().resolve_conj().resolve_neg().clone().contiguous()
+
+
+def _listed(problems: list[str]) -> str:
+    shown = [f"\n  - {problem}" for problem in islice(problems, _MOST_SHOWN)]
+    left = len(problems) - len(shown)
+    return "".join(shown) + (f"\n  - and {left} more" if left else "")
 
 
 def save(
@@ -128,8 +148,10 @@ def save(
 ) -> None:
     """Write an adapter folder that the library's `load_adapter` reads.
 
-    The folder is created where it does not exist. Old contents are replaced such that a reader
-    finds the old adapter, the new one, or no configuration, but never a mixture.
+    The folder is created where it does not exist. An old adapter in it is replaced in one step on
+    Linux: a reader, and who comes after a crash, finds the whole old adapter or the whole new one.
+    Elsewhere, and where the folder's parent may not be written, there may be no configuration for
+    a moment, but never a mixture. Other files in the folder stay.
 
     Args:
         checkpoint: from `load`, or made by hand: `config` may then also be the name of a preset or
@@ -170,12 +192,13 @@ def save(
         for key, parameter in _PARAMETERS.items()
         if parameter in tensors
     }
-    problems += [f"{k} is on the meta device" for k, w in {**weights, **other}.items() if w.is_meta]
+    problems += tensor_problems(layers, other)
     if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"the checkpoint does not fit its configuration or a folder:{listing}")
+        raise ValueError(
+            f"the checkpoint does not fit its configuration or a folder:{_listed(problems)}"
+        )
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    _write(folder, meta, {**weights, **other}, safetensors)
+    write(folder, meta, {**weights, **other}, safetensors)
 
 
 def _refuse_kinds(checkpoint: AdapterCheckpoint) -> None:
@@ -191,9 +214,8 @@ def _refuse_kinds(checkpoint: AdapterCheckpoint) -> None:
     }
     problems = wrong_kinds(checkpoint.name, checkpoint.layers, checkpoint.other_weights, entries)
     if problems:
-        listing = "".join(f"\n  - {problem}" for problem in problems)
         raise TypeError(
-            f"the checkpoint has parts that no folder can hold:{listing}\n"
+            f"the checkpoint has parts that no folder can hold:{_listed(problems)}\n"
             "  hint: layers are BottleneckAdapters, other_weights tensors, the rest what JSON holds"
         )
 
@@ -220,102 +242,6 @@ def _union_problems(config: Any, configs: list[Config]) -> list[str]:
         "which is what a folder holds"
         for key in changed
     ]
-
-
-def _write(folder: str, meta: dict, weights: dict[str, Tensor], safetensors: bool) -> None:
-    """Complete both files aside, then remove the old configuration first and put the new last."""
-    written, stale = (SAFE_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFE_NAME)
-    made = [path for path in (Path(folder), *Path(folder).parents) if not path.is_dir()]
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-            with open(os.path.join(aside, CONFIG_NAME), "w", encoding="utf-8") as file:
-                json.dump(meta, file, indent=2, sort_keys=True)
-            if safetensors:
-                # safetensors refuses tensors that share memory, as those of other methods may.
-                copies = {key: tensor.clone() for key, tensor in weights.items()}
-                _safetensors().save_file(copies, os.path.join(aside, written))
-            else:
-                torch.save(weights, os.path.join(aside, written))
-            for old in (CONFIG_NAME, stale):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(folder, old))
-            for name in (written, CONFIG_NAME):
-                os.replace(os.path.join(aside, name), os.path.join(folder, name))
-    except BaseException:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()  # only if it is empty
-        raise
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder} is not a folder.")
-    path = os.path.join(folder, CONFIG_NAME)
-    if not os.path.isfile(path):
-        if os.path.isfile(os.path.join(folder, FUSION_NAME)):
-            raise UnsupportedAdapterError(
-                f"{folder} holds an AdapterFusion layer, which is no bottleneck adapter (fusion).\n"
-                "  hint: load the folders of the adapters that it fuses"
-            )
-        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, so it is not an adapter's folder.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(meta, dict) or not meta.get("config") or "name" not in meta:
-        peft = isinstance(meta, dict) and "peft_type" in meta
-        raise ValueError(
-            f"{path} was not written by the adapters library: it lacks "
-            f"{'a configuration' if isinstance(meta, dict) and 'name' in meta else 'a name'}."
-            + (
-                "\n  hint: this is a PEFT adapter; peft.PeftModel.from_pretrained loads it"
-                if peft
-                else ""
-            )
-        )
-    problems = entry_problems(meta)
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}.")
-    return meta
-
-
-def _read_weights(folder: str) -> dict[str, Tensor]:
-    """Read the file that the library would choose: safetensors, else .bin, with tensors only."""
-    safe, pickled = (os.path.join(folder, name) for name in (SAFE_NAME, BIN_NAME))
-    path = safe if os.path.isfile(safe) else pickled
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{folder} has a configuration but neither {SAFE_NAME} nor {BIN_NAME}.\n"
-            "  hint: copy the whole folder, or save the adapter again"
-        )
-    if path == safe:
-        read = _safetensors().load_file
-    else:
-        read = _read_pickled
-    try:
-        weights = read(path)
-    except Exception as error:  # every format has errors of its own
-        raise ValueError(f"{path} is damaged or not a file of weights: {error}") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise ValueError(f"{path} does not hold a mapping of names to tensors.")
-    return dict(weights)
-
-
-def _read_pickled(path: str) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"{SAFE_NAME} needs the safetensors package.\n  hint: pip install safetensors"
-        ) from error
-    return safetensors.torch
 
 
 def _sort_weights(

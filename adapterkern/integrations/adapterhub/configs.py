@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,9 @@ _ALIASES = {
 }
 # The names of these activations in files that do not record the library's version.
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+_LEAST_FACTOR = 1e-3  # R = 1000 H: what is below is no size that anybody means
+_MOST_LAYERS = 1000  # no model is so deep
+_LONGEST = 1000  # characters of a preset with its fields
 # The library's names of activations that are not aliases in `adapterkern.activations`.
 _ACTIVATIONS = {"linear": "identity", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -160,21 +164,36 @@ def _members(config: Any) -> Sequence[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that a float holds: not NaN, not infinite, not an integer beyond both."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _is_factor(value: Any) -> bool:
-    return _is_number(value) and 0 < value < float("inf")
+    return _is_number(value) and value >= _LEAST_FACTOR
 
 
 def _are_factors(value: Any) -> bool:
     return all(map(_is_factor, value.values() if isinstance(value, Mapping) else [value]))
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_layer(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_LAYERS
+
+
+_FLAGS = (
+    *("mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "use_gating", "phm_layer"),
+    *("original_ln_before", "original_ln_after", "ln_before", "ln_after"),
+    "adapter_residual_before_ln",
+)
 # The requirement on each field, in words and as a test; the library itself checks none.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "reduction_factor": (
-        'a positive number, or a dict of layer numbers and "default" to such',
+        f'a number of at least {_LEAST_FACTOR}, or a dict of layer numbers and "default" to such',
         _are_factors,
     ),
     "non_linearity": ("the name of an activation", lambda value: isinstance(value, str)),
@@ -184,8 +203,13 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
     "leave_out": (
-        "a list of layer numbers",
-        lambda value: isinstance(value, Sequence) and all(isinstance(n, int) for n in value),
+        f"a list of layer numbers below {_MOST_LAYERS}",
+        lambda value: isinstance(value, list | tuple) and all(map(_is_layer, value)),
+    ),
+    **dict.fromkeys(_FLAGS, ("true or false", _is_flag)),
+    "residual_before_ln": (
+        'true, false or "post_add"',
+        lambda value: _is_flag(value) or value == "post_add",
     ),
 }
 
@@ -223,6 +247,8 @@ def _resolve_part(config: Any) -> list[Config]:
 
 
 def _preset(text: str) -> list[Config]:
+    if len(text) > _LONGEST:
+        raise ValueError(f"the name of a configuration has {len(text)} characters: {text[:40]}...")
     match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text)
     name = _ALIASES.get(match[1], match[1]) if match else ""
     if not match or name not in (*PRESETS, *_OTHERS, *_UNIONS):
@@ -233,7 +259,7 @@ def _preset(text: str) -> list[Config]:
         fields = ast.literal_eval("{" + pairs + "}")
         if not isinstance(fields, dict):
             raise ValueError("not field=value")
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"the fields of the configuration {text!r} cannot be read.") from error
     preset, allowed = _UNIONS.get(name) or (PRESETS.get(name), set(fields))
     if not set(fields) <= allowed:

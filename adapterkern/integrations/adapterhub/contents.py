@@ -3,12 +3,16 @@
 import json
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from adapterkern import _torch
 from adapterkern.integrations.adapterhub.configs import Config
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.validation import FLOAT_DTYPES, name_of
 
 Layers = Mapping[str, Mapping[str, Tensor]]  # layer to parameter to tensor
 # The name before a layer's number (the stack) to the name after it (the location) to the numbers.
@@ -19,7 +23,9 @@ _HOLDERS = (
     r"(?:^|\.)(?:\w*adapters|prefix_tunings|prefix_gates|loras|refts|prompt_tunings"
     r"|shared_parameters)\."
 )
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,6}(?![^.])")
+MOST_BYTES = 1 << 20  # of a configuration file; the library's largest, UniPELT's, has 3 kB
+_MOST_MISSING = 20  # layers told of one location
 
 
 def entry_problems(meta: Mapping[str, Any]) -> list[str]:
@@ -49,6 +55,10 @@ def unwritable(meta: Mapping[str, Any]) -> list[str]:
         )
     if not isinstance(version, str):
         problems.append(f"version must be a string or not in the metadata, got {version!r}")
+    if (size := len(json.dumps(meta))) > MOST_BYTES // 2:  # it is written with spaces
+        problems.append(
+            f"the configuration and the metadata have {size} bytes, over {MOST_BYTES // 2}"
+        )
     return problems
 
 
@@ -104,6 +114,47 @@ def renamed(
     return moved, problems
 
 
+def tensor_problems(layers: Layers, other: Mapping[str, Tensor]) -> list[str]:
+    """A sentence for every tensor that is not plain memory, or that no adapter computes with."""
+    problems = [
+        f"{layer}: the {problem}"
+        for layer, tensors in layers.items()
+        for problem in _problems_of_one(tensors)
+    ]
+    return problems + [
+        f"{key} {problem}" for key, tensor in other.items() if (problem := _oddity(tensor))
+    ]
+
+
+def _problems_of_one(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = [
+        f"{name} {problem}" for name, tensor in tensors.items() if (problem := _oddity(tensor))
+    ]
+    problems += [
+        f"{name} is {name_of(tensor.dtype)}, none of {', '.join(map(name_of, FLOAT_DTYPES))}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in FLOAT_DTYPES
+    ]
+    if not problems and len({tensor.dtype for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {name_of(tensor.dtype)}" for name, tensor in tensors.items())
+        problems = [f"tensors differ in dtype: {found}"]
+    return problems
+
+
+def _oddity(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being copied as it is: its memory is missing, packed or shared."""
+    if type(tensor) not in _torch.ORDINARY or tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        return f"must be a plain dense tensor, got a {type(tensor).__name__}, {layout}"
+    if tensor.is_meta:
+        return "is on the meta device"
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return (
+            f"has the shape {list(tensor.shape)} and only {tensor.untyped_storage().nbytes()} bytes"
+        )
+    return None
+
+
 def problems_of(
     layers: Layers, configs: list[Config], hidden_size: int | None, num_layers: int | None = None
 ) -> list[str]:
@@ -133,12 +184,18 @@ def problems_of(
         else:
             count = num_layers
         for location, present in locations.items():
-            for number in sorted(set(range(count)) ^ present):
-                layer = f"{stack}{number}{location}"
-                if number >= count:
-                    problems.append(f"{layer} is there, but num_layers is {count}")
-                elif not _indices(number, stack, stacks, left_out) & left_out:
-                    problems.append(f"{layer} is missing")
+            missing = (
+                f"{stack}{number}{location} is missing"
+                for number in range(count)
+                if number not in present
+                and left_out.isdisjoint(_indices(number, stack, stacks, left_out))
+            )
+            problems += islice(missing, _MOST_MISSING)
+            problems += [
+                f"{stack}{number}{location} is there, but num_layers is {count}"
+                for number in sorted(present)
+                if number >= count
+            ]
     return problems
 
 

@@ -1,0 +1,161 @@
+"""Folders that are written as a whole: a reader, or a crash, meets the old one or the new one.
+
+Two files cannot be replaced at once, but two folders can change places: `written_whole` fills a new
+folder beside the old one and has the kernel swap them. Where that is not possible (another system
+than Linux, a mount point, a parent that may not be written) `placed` moves the files one by one.
+"""
+
+import contextlib
+import ctypes
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | os.PathLike, replaced: Sequence[str]) -> Iterator[str]:
+    """Yield an empty folder to write into; its files are those of `folder` when the block ends.
+
+    Until then nothing in `folder` changes, and an error leaves it, and the folders above it, as
+    they were. What a killed process left beside `folder` goes at the next time.
+
+    Args:
+        folder: the folder to write, new or old.
+        replaced: names that are gone afterwards where the block did not write them; all other
+            files stay. The last of them is what makes a folder complete: these names are gone only
+            where it was written, which may be in a folder within, and where files are moved one by
+            one it is removed first and put last.
+    """
+    target = Path(os.path.realpath(folder))
+    made = [path for path in (target, *target.parents) if not path.is_dir()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        with contextlib.ExitStack() as stack:
+            # Beside it, for one rename of the whole; else within it, for one of each file.
+            beside = stack.enter_context(_folder_in(target.parent, _prefix(target)))
+            fresh = beside or stack.enter_context(_folder_in(target, ".saving-"))
+            if fresh is None:
+                raise PermissionError(
+                    f"{target} cannot be written: no new files are allowed there."
+                )
+            yield str(fresh)
+            if not (beside and _exchange(fresh, target, replaced)):
+                _place(fresh, target, replaced)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if it is empty
+        raise
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.saving-"
+
+
+@contextlib.contextmanager
+def _folder_in(parent: Path, prefix: str) -> Iterator[Path | None]:
+    """A folder that is locked while its owner lives, and goes with the block; None if forbidden."""
+    while True:
+        try:
+            made = tempfile.mkdtemp(dir=parent, prefix=prefix)
+        except OSError:
+            yield None
+            return
+        with _locked(made, wait=True) if fcntl else contextlib.nullcontext():
+            if not os.path.isdir(made):  # another process found it before it was locked
+                continue
+            try:
+                yield Path(made)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _locked(path: str | os.PathLike, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds the folder's lock within the block."""
+    with contextlib.ExitStack() as stack:
+        is_ours = False
+        with contextlib.suppress(OSError):  # it is gone, or this file system has no locks
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_ours = True
+        yield is_ours
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left: their locks are gone."""
+    beside = target.parent.glob(glob.escape(_prefix(target)) + "*")
+    for left in (*beside, *target.glob(".saving-*")) if fcntl else ():
+        with _locked(left) as is_ours:
+            if is_ours:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(fresh: Path, target: Path, replaced: Sequence[str]) -> bool:
+    """Let the two folders change places, with the old one's other files in both; whether it did."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if fcntl else None
+    if rename is None:
+        return False
+    try:
+        shutil.copystat(target, fresh)
+        _carry(target, fresh, replaced)
+    except OSError:
+        return False
+    paths = os.fsencode(fresh), os.fsencode(target)
+    if rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE) != 0:
+        return False
+    with contextlib.suppress(OSError):
+        _carry(fresh, target, replaced)  # what others put there in the meantime
+    return True
+
+
+def _carry(source: Path, target: Path, replaced: Sequence[str]) -> None:
+    """Link or copy what the source has and the target lacks."""
+    gone = replaced if (target / replaced[-1]).exists() else ()
+    for path in source.iterdir():
+        place = target / path.name
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name in gone or path.name.startswith(".saving-"):
+            continue
+        if is_folder and place.is_dir():
+            _carry(path, place, replaced)
+        elif os.path.lexists(place):
+            continue
+        elif is_folder:
+            shutil.copytree(path, place, symlinks=True, copy_function=_link)
+        else:
+            _link(path, place)
+
+
+def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _place(fresh: Path, target: Path, replaced: Sequence[str]) -> None:
+    """Move the files one by one, so that an incomplete folder lacks what completes it."""
+    written = sorted(fresh.iterdir(), key=lambda path: path.name == replaced[-1])
+    if (fresh / replaced[-1]).exists():
+        for name in reversed(replaced):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(target / name)
+    for path in written:
+        if path.is_dir() and (target / path.name).is_dir():
+            _place(path, target / path.name, replaced)
+        else:
+            os.replace(path, target / path.name)
