@@ -210,7 +210,7 @@ def test_importing_the_package_loads_no_optional_part():
 
 # How people call the package: a new argument comes last and has a default.
 SIGNATURES = {
-    "BottleneckAdapter": "(hidden_size, bottleneck_size=None, *, reduction_factor=16, "
+    "BottleneckAdapter": "(hidden_size, bottleneck_size=None, *, reduction_factor=None, "
     "activation='gelu', bias=True, scaling=1.0, dropout=0.0, init='identity', backend='auto', "
     "device=None, dtype=None)",
     "BottleneckAdapter.as_call": "(self, x, residual='input', skip=None)",
