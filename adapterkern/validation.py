@@ -20,7 +20,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def as_float(name: str, value: float) -> float:
+def as_float(name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:

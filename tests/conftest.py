@@ -1,6 +1,7 @@
 """All tests share a fixed seed, a clean dispatcher, and the device where there is one."""
 
 import os
+import signal
 import sys
 
 import cuda_facts
@@ -18,7 +19,14 @@ from adapterkern.testing import lost_device
 DEVICE_LOST = 86  # exit code of a worker of pytest-xdist whose device is gone
 
 
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def pytest_configure():
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: fixtures end what they started
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, with what they start
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")

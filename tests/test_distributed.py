@@ -1,6 +1,7 @@
 """Two gloo processes: DDP, FSDP2 and DTensor against one; the distributed example."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -12,12 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 120  # seconds, of about 15
 
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def end_with_the_parent():
+    """In a new process: the kernel ends it where this one is killed (PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,7 @@ def results(tmp_path_factory):
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_the_parent,
         )
         for rank in range(2)
     ]
@@ -93,6 +102,7 @@ def test_distributed_example_learns_its_task(method):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=end_with_the_parent,
     )
     late = threading.Timer(TIMEOUT, os.killpg, (process.pid, signal.SIGKILL))
     late.start()

@@ -1,10 +1,14 @@
 """Entry point of the `adapterkern` command: finds the command and imports that one module alone."""
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from adapterkern import __version__, dispatch
 
@@ -28,7 +32,7 @@ examples:
   adapterkern demo --quick   the whole path, in under a minute
   adapterkern check --help   options, examples and exit codes of one command
 
-exit codes: 0 success, 1 a check failed, 2 wrong usage
+exit codes: 0 success, 1 a check failed, 2 wrong usage, 128 + N ended by signal N
 """
 
 
@@ -65,11 +69,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        code = arguments.run(arguments)
+        with _interruptible():
+            code = arguments.run(arguments)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return 128 + next(iter(interrupt.args), signal.SIGINT)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: with the processes that it started.
+
+    A signal that the caller ignores, as nohup does, stays so.
+    """
+
+    def interrupt(number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)

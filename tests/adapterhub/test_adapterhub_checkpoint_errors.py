@@ -18,7 +18,8 @@ from test_adapterhub_checkpoint import (
     without,
 )
 
-from adapterkern.integrations import adapterhub, folders
+from adapterkern.integrations import adapterhub
+from adapterkern.integrations.adapterhub import exchange
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 
@@ -227,8 +228,8 @@ def test_an_interrupted_save_never_leaves_a_mixture(tmp_path, monkeypatch, step)
         raise OSError("disk full")
 
     if step == "replace":  # of single files, where folders cannot change places
-        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
-    owner, name = {"save": (torch, "save"), "exchange": (folders, "_exchange")}.get(
+        monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
+    owner, name = {"save": (torch, "save"), "exchange": (exchange, "_exchange")}.get(
         step, (os, "replace")
     )
     monkeypatch.setattr(owner, name, fail)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterkern.errors import UnsupportedAdapterError
 from adapterkern.integrations.adapterhub.contents import MOST_BYTES, entry_problems
-from adapterkern.integrations.folders import written_whole
+from adapterkern.integrations.adapterhub.exchange import written_whole
 
 CONFIG_NAME = "adapter_config.json"
 BIN_NAME = "pytorch_adapter.bin"

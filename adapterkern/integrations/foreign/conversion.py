@@ -58,6 +58,7 @@ def convert(
     """Return the adapter of a module with these parts, over the same parameters.
 
     Args:
+        function: the activation, as a module, a function or its name.
         around: what else the module calls, which computes nothing itself.
 
     Raises:
@@ -72,7 +73,7 @@ def convert(
             raise unsupported(
                 module, f"a projection is a {type(projection).__name__}, not a plain nn.Linear"
             )
-    activation = activation_name(function)
+    activation = function if isinstance(function, str) else activation_name(function)
     if activation is None:
         raise unsupported(module, f"its activation, {function!r}, has no fused form")
     if up.out_features != down.in_features:
@@ -80,6 +81,16 @@ def convert(
             module,
             f"it maps {down.in_features} features to {up.out_features}, so x cannot be added",
         )
+    if up.in_features != down.out_features:
+        raise unsupported(
+            module, f"its down-projection gives {down.out_features} features, its up-projection "
+            f"takes {up.in_features}",
+        )  # fmt: skip
+    if isinstance(scaling, Tensor) and tuple(scaling.shape) not in ((1,), (up.out_features,)):
+        raise unsupported(
+            module, f"its scaling has the shape {list(scaling.shape)}, not [1] or [H]",
+            "make it a parameter of shape [1]" if scaling.numel() == 1 else "",
+        )  # fmt: skip
     mode, p = module.training, 0.0
     if type(dropout) is nn.Dropout:
         mode, p = dropout.training, dropout.p  # the one part of an adapter that heeds its mode

@@ -1,4 +1,4 @@
-"""Finds which library a single module is of, and its parts; it imports none of the libraries.
+"""Finds the parts of a single module by its library; it imports none of the libraries.
 
 OpenDelta        AdapterLayer                 modulelist.{down_proj, non_linear, up_proj}
 SpeechBrain      HoulsbyAdapterLinear         adapter_down_proj, adapter_up_proj, activation
@@ -6,18 +6,45 @@ LLM-Adapters     bottleneck Linear            adapter_down, adapter_up, act_fn
 NeMo             LinearAdapter                module, a Sequential, and norm_position
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from adapterkern.integrations.foreign.conversion import convert, unsupported
+from adapterkern.integrations.foreign.described import from_description
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 
-def from_module(module: nn.Module) -> BottleneckAdapter:
-    """Return an adapter of another library as a `BottleneckAdapter` over the same parameters.
+def from_module(
+    module: nn.Module,
+    *,
+    down: str | None = None,
+    activation: str | Callable | None = None,
+    up: str | None = None,
+    scaling: str | float | None = None,
+    dropout: str | None = None,
+    residual: str | None = "input",
+    check: bool = True,
+) -> BottleneckAdapter:
+    """Return an adapter of another library, or your own, as a `BottleneckAdapter`.
 
-    What the module does around the adapter stays with the caller:
+    It is over the same parameters. A module of your own is described by the names of its parts:
+
+        foreign.from_module(module, down="fc1", activation="act", up="fc2")
+
+    Args:
+        down, up: the names of two plain `nn.Linear` in the module, as in `get_submodule`.
+        activation: the name of a submodule or of a function that the module holds, a function, or
+            the name of an activation such as "gelu".
+        scaling: a number, or the name of a number or a parameter in the module; None: 1.
+        dropout: the name of an `nn.Dropout` that drops out of the up-projection.
+        residual: what the module adds itself: "input", or None where the caller adds it; the
+            module's output is then `adapter(x, residual=None)`.
+        check: call the module once in each mode with random weights, and refuse it where its output
+            differs from that of the adapter. False takes the description's word.
+
+    Modules of these libraries are known; what they do around the adapter stays with the caller:
 
     - OpenDelta: `adapter(hidden)` is what `post_forward` returns for float32 input.
     - SpeechBrain: `adapter(module.pretrained_linear(x))` is the module's output.
@@ -31,10 +58,20 @@ def from_module(module: nn.Module) -> BottleneckAdapter:
     carried over and are refused.
 
     Raises:
-        UnsupportedAdapterError: the maths is not that of a `BottleneckAdapter`; the message says
-            why.
-        TypeError: not a module that is known.
+        UnsupportedAdapterError: the maths is not that of a `BottleneckAdapter`, or not that of the
+            description; the message says why.
+        ValueError: a name in the description is none of the module's; those that are there are
+            listed.
+        TypeError: not a module that is known, or half a description.
     """
+    described = {"down": down, "activation": activation, "up": up}
+    if any(part is not None for part in (*described.values(), scaling, dropout)):
+        missing = [name for name, part in described.items() if part is None]
+        if missing:
+            raise TypeError(
+                f"a description needs down, activation and up; {missing[0]} is missing."
+            )
+        return from_description(module, down, activation, up, scaling, dropout, residual, check)
     for matches, from_library in (
         (_is_opendelta, _from_opendelta),
         (_is_speechbrain, _from_speechbrain),
@@ -46,7 +83,8 @@ def from_module(module: nn.Module) -> BottleneckAdapter:
     raise TypeError(
         f"{type(module).__name__} is no adapter that adapterkern knows.\n"
         "  hint: OpenDelta's AdapterLayer, SpeechBrain's HoulsbyAdapterLinear, LLM-Adapters' "
-        "Linear and NeMo's LinearAdapter are; adapterhub.from_module knows AdapterHub's Adapter too"
+        "Linear and NeMo's LinearAdapter are; adapterhub.from_module knows AdapterHub's Adapter "
+        "too, and from_module(module, down=..., activation=..., up=...) takes one of your own"
     )
 
 

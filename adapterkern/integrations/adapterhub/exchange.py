@@ -32,9 +32,8 @@ def written_whole(folder: str | os.PathLike, replaced: Sequence[str]) -> Iterato
     Args:
         folder: the folder to write, new or old.
         replaced: names that are gone afterwards where the block did not write them; all other
-            files stay. The last of them is what makes a folder complete: these names are gone only
-            where it was written, which may be in a folder within, and where files are moved one by
-            one it is removed first and put last.
+            files stay. The last of them is what makes the folder complete: where files are moved
+            one by one it is removed first and put last.
     """
     target = Path(os.path.realpath(folder))
     made = [path for path in (target, *target.parents) if not path.is_dir()]
@@ -124,17 +123,11 @@ def _exchange(fresh: Path, target: Path, replaced: Sequence[str]) -> bool:
 
 def _carry(source: Path, target: Path, replaced: Sequence[str]) -> None:
     """Link or copy what the source has and the target lacks."""
-    gone = replaced if (target / replaced[-1]).exists() else ()
     for path in source.iterdir():
         place = target / path.name
-        is_folder = path.is_dir() and not path.is_symlink()
-        if path.name in gone or path.name.startswith(".saving-"):
+        if path.name in replaced or path.name.startswith(".saving-") or os.path.lexists(place):
             continue
-        if is_folder and place.is_dir():
-            _carry(path, place, replaced)
-        elif os.path.lexists(place):
-            continue
-        elif is_folder:
+        if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, place, symlinks=True, copy_function=_link)
         else:
             _link(path, place)
@@ -149,13 +142,8 @@ def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def _place(fresh: Path, target: Path, replaced: Sequence[str]) -> None:
     """Move the files one by one, so that an incomplete folder lacks what completes it."""
-    written = sorted(fresh.iterdir(), key=lambda path: path.name == replaced[-1])
-    if (fresh / replaced[-1]).exists():
-        for name in reversed(replaced):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(target / name)
-    for path in written:
-        if path.is_dir() and (target / path.name).is_dir():
-            _place(path, target / path.name, replaced)
-        else:
-            os.replace(path, target / path.name)
+    for name in reversed(replaced):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(target / name)
+    for name in sorted(os.listdir(fresh), key=lambda name: name == replaced[-1]):
+        os.replace(fresh / name, target / name)
