@@ -9,6 +9,7 @@ from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import bottleneck_adapter
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.explain import Explanation, ModelExplanation, explain
+from adapterkern.modules.insert import insert
 from adapterkern.modules.warmup import warmup
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "backends",
     "bottleneck_adapter",
     "explain",
+    "insert",
     "use_backend",
     "warmup",
 ]

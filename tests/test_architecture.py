@@ -223,6 +223,7 @@ SIGNATURES = {
     "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
     "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",
     "explain": "(adapter, *args, **kwargs)",
+    "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
     "use_backend": "(name)",
     "warmup": "(module, *args, **kwargs)",
 }
