@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the models come from transformers")
-
 import adapterkern as ak
+
+transformers = pytest.importorskip("transformers", reason="the models come from transformers")
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
