@@ -3,11 +3,13 @@
 __version__ = "0.1.0"
 
 from adapterkern.backends.base import BackendUnsupportedError
-from adapterkern.dispatch import Explanation, explain, use_backend
 from adapterkern.dispatch import available as backends
+from adapterkern.dispatch import use_backend
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import bottleneck_adapter
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.explain import Explanation, ModelExplanation, explain
+from adapterkern.modules.insert import insert
 from adapterkern.modules.warmup import warmup
 
 __all__ = [
@@ -15,10 +17,12 @@ __all__ = [
     "BottleneckAdapter",
     "Explanation",
     "FallbackWarning",
+    "ModelExplanation",
     "UnsupportedAdapterError",
     "backends",
     "bottleneck_adapter",
     "explain",
+    "insert",
     "use_backend",
     "warmup",
 ]

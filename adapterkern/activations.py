@@ -80,7 +80,7 @@ _CANONICAL = {alias: a.name for a in ACTIVATIONS.values() for alias in (a.name, 
 
 
 def canonical_name(name: str) -> str:
-    """The table's name for `name` or one of its aliases.
+    """The table's name for `name` or one of its aliases, in letters of either case.
 
     Raises:
         TypeError: `name` is not a string.
@@ -88,7 +88,7 @@ def canonical_name(name: str) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f'activation must be a name, such as "gelu", got {name!r}.')
-    found = _CANONICAL.get(name)
+    found = _CANONICAL.get(name) or _CANONICAL.get(name.lower())
     if found is None:
         known = ", ".join(
             a.name + (f" (alias {', '.join(a.aliases)})" if a.aliases else "")

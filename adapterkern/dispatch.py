@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,21 +14,6 @@ from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.spec import PLAIN_FEATURES, AdapterSpec
 
 logger = logging.getLogger("adapterkern")
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a call, and every reason why the others do not."""
-
-    call: str
-    backend: str
-    reasons: dict[str, tuple[str, ...]]
-
-    def __str__(self) -> str:
-        lines = [f"{self.call}", f"  runs on: {self.backend}"]
-        for name, reasons in self.reasons.items():
-            lines += [f"  {name}: {reason}" for reason in reasons]
-        return "\n".join(lines)
 
 
 class Decision(NamedTuple):
@@ -71,7 +55,7 @@ def select(call: Call, requested: str = "auto") -> Decision:
         BackendUnsupportedError: the named backend cannot run the call, or ADAPTERKERN_STRICT=1 and
             a call on a GPU would fall back to the reference.
     """
-    wanted = _wanted(requested)
+    wanted = wanted_backend(requested)
     if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
         return _decide(call.spec(), wanted)
     try:
@@ -86,7 +70,8 @@ def select(call: Call, requested: str = "auto") -> Decision:
     return decision
 
 
-def _wanted(requested: str) -> str:
+def wanted_backend(requested: str) -> str:
+    """The backend that `requested`, a surrounding `use_backend` or the environment names."""
     return requested if requested != "auto" else _forced or _env.BACKEND
 
 
@@ -159,7 +144,7 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
             ADAPTERKERN_STRICT=1 and the call is on a GPU.
     """
     check_environment()
-    wanted = _wanted(requested)
+    wanted = wanted_backend(requested)
     if wanted not in ("auto", "reference"):
         raise BackendUnsupportedError(_refusal(wanted, call, [why]))
     _report(device, call, why)
@@ -188,51 +173,3 @@ def use_backend(name: str) -> Iterator[None]:
 def available() -> dict[str, str | None]:
     """Every registered backend: None if it can run in this process, else the reason why not."""
     return {name: get(name).unavailable_reason() for name in NAMES}
-
-
-def explain(adapter: Any, x: Tensor | None = None, **options: Any) -> Explanation:
-    """Which backend runs this call, and every reason why the others do not.
-
-    Args:
-        adapter: a `BottleneckAdapter` (or any module with its `as_call`); or any callable, such as
-            a whole model, which is then run without gradients and its first adapter call explained.
-        x: [..., H], what `adapter` is called with; `options` are further keyword arguments.
-
-    Raises:
-        TypeError, ValueError: the call is not valid.
-        LookupError: the callable called no adapter.
-    """
-    check_environment()
-    unfused = getattr(adapter, "unfused_reason", lambda: None)()
-    if unfused is not None:
-        return Explanation(str(adapter), "PyTorch modules", dict.fromkeys(NAMES, (unfused,)))
-    if isinstance(adapter, Call):
-        spec, wanted = adapter.spec(), _wanted("auto")
-    elif hasattr(adapter, "as_call"):
-        spec, wanted = adapter.as_call(x, **options).spec(), _wanted(adapter.backend)
-    else:
-        spec, wanted = _first_decision(adapter, x, options)
-    reasons = {name: get(name).unsupported_reasons(spec) for name in NAMES}
-    if wanted == "auto":
-        able = [name for name in NAMES if not reasons[name]]
-        chosen = able[0] if able else "none: no backend can run it"
-        reasons |= {name: [f"{chosen} comes first"] for name in able[1:]}
-    else:
-        chosen = f"none: {wanted} was named and raises" if reasons[wanted] else f"{wanted} (named)"
-        others = [name for name in NAMES if name != wanted]
-        reasons |= {name: [*reasons[name], f"{wanted} was named"] for name in others}
-    listed = {name: tuple(why) for name, why in reasons.items() if why}
-    return Explanation(spec.describe(), chosen, listed)
-
-
-def _first_decision(function: Callable, x: Tensor | None, options: dict) -> tuple[AdapterSpec, str]:
-    global _decisions
-    kept, _decisions = _decisions, {}
-    try:
-        with torch.no_grad():
-            function(x, **options)
-        for key, decision in _decisions.items():
-            return decision.spec, key[0]
-    finally:
-        _decisions = kept
-    raise LookupError(f"{function!r} called no adapter, so there is nothing to explain.")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from eager import EagerAdapter
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,6 +115,20 @@ def fsdp_bf16(rank):
     }
 
 
+def first_fsdp_from_meta(rank):
+    """The older FSDP materialises a model from the meta device module by module."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), ak.BottleneckAdapter(HIDDEN, BOTTLENECK))
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    x = data(0)[0]
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        started = sharded.module
+        return {
+            "identity": torch.equal(started(x), started[0](x)),
+            "down": started[1].down_proj.weight.std().item(),
+        }
+
+
 def dtensor(rank):
     """Split x over its tokens and replicate the parameters: no kernel could take these."""
     mesh = init_device_mesh("cpu", (2,))
@@ -145,7 +159,8 @@ def main(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    results = {check.__name__: check(rank) for check in (ddp, fsdp, fsdp_bf16, dtensor)}
+    checks = (ddp, fsdp, fsdp_bf16, first_fsdp_from_meta, dtensor)
+    results = {check.__name__: check(rank) for check in checks}
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()

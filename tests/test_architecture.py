@@ -210,7 +210,7 @@ def test_importing_the_package_loads_no_optional_part():
 
 # How people call the package: a new argument comes last and has a default.
 SIGNATURES = {
-    "BottleneckAdapter": "(hidden_size, bottleneck_size=None, *, reduction_factor=16, "
+    "BottleneckAdapter": "(hidden_size, bottleneck_size=None, *, reduction_factor=None, "
     "activation='gelu', bias=True, scaling=1.0, dropout=0.0, init='identity', backend='auto', "
     "device=None, dtype=None)",
     "BottleneckAdapter.as_call": "(self, x, residual='input', skip=None)",
@@ -218,10 +218,12 @@ SIGNATURES = {
     "BottleneckAdapter.reset_parameters": "(self)",
     "BottleneckAdapter.unfused_reason": "(self)",
     "Explanation": "(call, backend, reasons)",
+    "ModelExplanation": "(rows)",
     "backends": "()",
     "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
     "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",
-    "explain": "(adapter, x=None, **options)",
+    "explain": "(adapter, *args, **kwargs)",
+    "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
     "use_backend": "(name)",
     "warmup": "(module, *args, **kwargs)",
 }

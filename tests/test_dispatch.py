@@ -249,52 +249,6 @@ def test_a_named_kernel_under_functorch_raises(spy):
         torch.func.grad(loss)(arguments["x"])
 
 
-def test_explain_names_the_choice_and_every_reason(clean_dispatch):
-    adapter = ak.BottleneckAdapter(10, 4)
-    explanation = ak.explain(adapter, torch.zeros(3, 10))
-    assert explanation.call == "H=10 R=4 gelu float32 on cpu, features: bias, input_residual"
-    assert explanation.backend == "reference"
-    for name in ("cuda", "triton"):
-        assert explanation.reasons[name] == tuple(get(name).unsupported_reasons(spec_on("cpu")))
-        assert f"\n  {name}: {explanation.reasons[name][0]}" in str(explanation)
-    assert "\n  runs on: reference\n" in str(explanation)
-
-
-def test_explain_tells_what_was_passed_over(spy):
-    adapter = ak.BottleneckAdapter(10, 4)
-    assert ak.explain(adapter, torch.zeros(10)).backend == "triton"
-    assert ak.explain(adapter, torch.zeros(10)).reasons["reference"] == ("triton comes first",)
-    with ak.use_backend("reference"):
-        explanation = ak.explain(adapter, torch.zeros(10))
-    assert explanation.backend == "reference (named)"
-    assert explanation.reasons["triton"] == ("reference was named",)
-    adapter.backend = "cuda"
-    assert ak.explain(adapter, torch.zeros(10)).backend == "none: cuda was named and raises"
-    assert not spy.forwards
-
-
-def test_explain_sees_autocast_options_and_training(clean_dispatch):
-    adapter = ak.BottleneckAdapter(10, 4, dropout=0.5)
-    x = torch.zeros(3, 10)
-    with torch.autocast("cpu", torch.bfloat16):
-        explanation = ak.explain(adapter, x, residual=None, skip=x)
-    assert explanation.call == (
-        "H=10 R=4 gelu bfloat16 on cpu, features: bias, dropout, mixed_dtypes, skip"
-    )
-    assert "dropout" not in ak.explain(adapter.eval(), x).call
-
-
-def test_explain_takes_a_call_and_a_callable(spy):
-    x = torch.zeros(3, 10)
-    model = torch.nn.Sequential(torch.nn.Linear(10, 10), ak.BottleneckAdapter(10, 4))
-    assert ak.explain(model, x).backend == "triton"
-    assert ak.explain(lambda x: model(x), x) == ak.explain(model[1], x)
-    as_call = model[1].as_call(x)
-    assert ak.explain(as_call) == ak.explain(model[1], x)
-    with pytest.raises(LookupError, match="called no adapter"):
-        ak.explain(torch.nn.Identity(), x)
-
-
 class OtherCall(NamedTuple):
     """A second kind of call: four methods are all that it has in common with an adapter's."""
 
@@ -366,11 +320,6 @@ def test_a_call_under_a_transform_does_not_take_the_decision_of_one_outside(spy)
     x = given.pop("x")
     torch.func.vmap(lambda row: ak.bottleneck_adapter(row, **given))(x)
     assert spy.forwards == [False]  # plain operations ran
-
-
-def test_explain_refuses_what_the_call_would_refuse():
-    with pytest.raises(ValueError, match=r"down_weight must have shape \[R, H\] = \[R, 11\]"):
-        ak.explain(ak.BottleneckAdapter(10, 4), torch.zeros(3, 11))
 
 
 def test_make_call_keeps_what_it_is_given():

@@ -70,6 +70,11 @@ def test_fsdp_in_bfloat16_is_as_good_as_eager_there(results):
     assert 0 < found["ours"] < 2 * found["eager"] + 1e-4
 
 
+def test_the_older_fsdp_starts_a_model_from_the_meta_device_at_the_identity(results):
+    assert results["first_fsdp_from_meta"]["identity"]
+    assert results["first_fsdp_from_meta"]["down"] == pytest.approx((3 * 16) ** -0.5, rel=0.3)
+
+
 def test_dtensor_runs_as_plain_operations_and_is_right(results):
     found = results["dtensor"]
     assert found["plain"]

@@ -45,7 +45,7 @@ def test_parameters_have_the_documented_names_and_shapes():
 
 @pytest.mark.parametrize(
     ("hidden", "factor", "expected"),
-    [(768, 16, 48), (768, 2, 384), (10, 4, 2), (7, 16, 1), (9, 1.5, 6)],
+    [(768, None, 48), (768, 16, 48), (768, 2, 384), (10, 4, 2), (7, 16, 1), (9, 1.5, 6)],
 )
 def test_bottleneck_size_follows_the_reduction_factor(hidden, factor, expected):
     adapter = ak.BottleneckAdapter(hidden, reduction_factor=factor)
@@ -97,6 +97,11 @@ def test_inits_draw_what_they_say():
     assert not identity.up_proj.bias.any()
 
 
+def test_names_of_activations_are_read_in_either_case():
+    names = [ak.BottleneckAdapter(4, activation=n).activation for n in ("GELU", "Swish", "ReLU")]
+    assert names == ["gelu", "silu", "relu"]
+
+
 def test_reset_parameters_begins_anew():
     adapter = adapter_of(scaling="channel", init="identity")
     before = adapter.down_proj.weight.clone()
@@ -105,6 +110,26 @@ def test_reset_parameters_begins_anew():
     assert adapter.down_proj.weight.abs().max() <= 12**-0.5
     assert not adapter.up_proj.weight.any()
     assert torch.equal(adapter.scaling, torch.ones(12))
+
+
+@pytest.mark.parametrize("init", ["identity", "houlsby", "bert"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["parents-first", "children-first"])
+def test_a_model_from_the_meta_device_starts_as_its_init_says(init, reverse):
+    """As FSDP and others materialise it: every submodule by itself, in either order."""
+    adapter = ak.BottleneckAdapter(512, 256, init=init, scaling="channel", device="meta")
+    modules = list(adapter.modules())
+    for module in reversed(modules) if reverse else modules:
+        module.to_empty(device="cpu", recurse=False)
+        with torch.no_grad():
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(7)
+        module.reset_parameters()
+    down, up = adapter.down_proj.weight, adapter.up_proj.weight
+    stds = {"identity": ((3 * 512) ** -0.5, 0.0), "houlsby": (0.0088, 0.0088), "bert": (0.02, 0.02)}
+    assert (down.std().item(), up.std().item()) == pytest.approx(stds[init], rel=0.02)
+    assert bool(adapter.down_proj.bias.any()) == (init == "identity")
+    assert not adapter.up_proj.bias.any()
+    assert torch.equal(adapter.scaling, torch.ones(512))
 
 
 def test_device_and_dtype_reach_every_parameter():
@@ -120,6 +145,11 @@ def test_device_and_dtype_reach_every_parameter():
         ((12, 0), {}, "hidden_size and bottleneck_size must be at least 1, got 12 and 0."),
         ((0, 4), {}, "at least 1, got 0 and 4."),
         ((12,), {"reduction_factor": 0}, "reduction_factor must be positive, got 0."),
+        (
+            (12, 4),
+            {"reduction_factor": 3},
+            "bottleneck_size (4) and reduction_factor (3) both fix the adapter's width.",
+        ),
         ((12,), {"init": "zero"}, "known inits are identity, houlsby, bert"),
         ((12,), {"activation": "prelu"}, "known activations are gelu"),
         ((12,), {"backend": "cublas"}, "known backends are auto, triton, cuda, reference"),

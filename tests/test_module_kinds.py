@@ -49,13 +49,10 @@ class Square(nn.Module):
         return weight * weight
 
 
-def replace(kind):
-    def change(projection, adapter, name):
-        made = kind(projection.in_features, projection.out_features)
-        made.load_state_dict(projection.state_dict())
-        setattr(adapter, name, made)
-
-    return change
+def plain(projection, kind=nn.Linear):
+    made = kind(projection.in_features, projection.out_features)
+    made.load_state_dict(projection.state_dict())
+    return made
 
 
 def by(make):
@@ -65,6 +62,10 @@ def by(make):
         setattr(adapter, name, make(projection))
 
     return change
+
+
+def replace(kind):
+    return by(functools.partial(plain, kind=kind))
 
 
 def double_parameters(projection, *_):
@@ -84,12 +85,14 @@ def own_forward(projection, *_):
 
 
 def quantise(projection, adapter, name):
+    projection = plain(projection)
     with warnings.catch_warnings(action="ignore"):
         quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(projection), {nn.Linear})
     setattr(adapter, name, quantised[0])
 
 
 def fake_quantise(projection, adapter, name):
+    projection = plain(projection)
     with warnings.catch_warnings(action="ignore"):
         projection.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
         made = torch.ao.nn.qat.Linear.from_float(projection)

@@ -16,6 +16,7 @@ from adapterkern.validation import FLOAT_DTYPES, as_float, dropout_problems, nam
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
+REDUCTION_FACTOR = 16  # where nothing is said; the most common of published adapters
 _MOST_UNITS = 2**31  # of a bottleneck: far beyond use, and far below what no float can count
 
 
@@ -25,7 +26,7 @@ class BottleneckAdapter(nn.Module):
     Args:
         hidden_size: H, the width of x.
         bottleneck_size: R; None: H // reduction_factor, at least 1.
-        reduction_factor: H / R, used where `bottleneck_size` is None.
+        reduction_factor: H / R, in place of `bottleneck_size`; 16 where neither is given.
         activation: see `adapterkern.bottleneck_adapter`.
         bias: whether both projections have a bias.
         scaling: a float, "learned" (a parameter of shape [1]) or "channel" (a parameter of shape
@@ -48,8 +49,8 @@ class BottleneckAdapter(nn.Module):
 
     Raises:
         TypeError: a size, a number or a name is something else.
-        ValueError: a size below 1, an unknown name, a dropout outside [0, 1), or a dtype that is
-            not a floating-point one.
+        ValueError: a size below 1, both `bottleneck_size` and `reduction_factor`, an unknown name,
+            a dropout outside [0, 1), or a dtype that is not a floating-point one.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; learned
     scaling: He et al. 2021, arXiv:2110.04366; channel scaling: Steitz and Roth 2024,
@@ -65,7 +66,7 @@ class BottleneckAdapter(nn.Module):
         hidden_size: int,
         bottleneck_size: int | None = None,
         *,
-        reduction_factor: float = 16,
+        reduction_factor: float | None = None,
         activation: str = "gelu",
         bias: bool = True,
         scaling: float | str = 1.0,
@@ -76,80 +77,28 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes: dict[str, Any] = {"hidden_size": hidden_size, "bottleneck_size": bottleneck_size}
-        for name, size in sizes.items():
-            if size is not None and not (isinstance(size, numbers.Integral) and size is not True):
-                raise TypeError(f"{name} must be an integer, got {size!r}.")
-        if bottleneck_size is None:
-            if not isinstance(reduction_factor, float | int):
-                raise TypeError(f"reduction_factor must be a number, got {reduction_factor!r}.")
-            if not reduction_factor > 0:
-                raise ValueError(f"reduction_factor must be positive, got {reduction_factor}.")
-            if hidden_size / _MOST_UNITS > reduction_factor:
-                raise ValueError(
-                    f"reduction_factor must leave a bottleneck_size up to {_MOST_UNITS}, "
-                    f"got {reduction_factor} for hidden_size {hidden_size}."
-                )
-            bottleneck_size = max(1, int(hidden_size // reduction_factor))
-        if hidden_size < 1 or bottleneck_size < 1:
-            raise ValueError(
-                "hidden_size and bottleneck_size must be at least 1, "
-                f"got {hidden_size} and {bottleneck_size}.\n"
-                "  hint: an adapter of size 0 is no adapter; leave it out."
-            )
-        if init not in INITS:
-            raise ValueError(f"unknown init {init!r}.\n  hint: known inits are {', '.join(INITS)}.")
-        if backend not in ("auto", *NAMES):
-            known = ", ".join(NAMES)
-            raise ValueError(
-                f"unknown backend {backend!r}.\n  hint: known backends are auto, {known}."
-            )
-        if isinstance(scaling, str) and scaling not in SCALINGS:
-            raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
-        if not isinstance(scaling, str | float | int):
-            raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
-        problems = dropout_problems(dropout)
-        if problems:
-            raise ValueError(*problems)
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            allowed = ", ".join(map(name_of, FLOAT_DTYPES))
-            raise ValueError(f"dtype must be one of {allowed}, got {dtype}.")
+        size = _bottleneck_size(hidden_size, bottleneck_size, reduction_factor)
+        _check_options(scaling, dropout, init, backend, dtype)
         self.hidden_size = hidden_size
-        self.bottleneck_size = bottleneck_size
+        self.bottleneck_size = size
         self.activation = canonical_name(activation)
         self.dropout = dropout
         self.init = init
         self.backend = backend
-        self.down_proj = nn.Linear(
-            hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype
-        )
-        self.up_proj = nn.Linear(
-            bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype
-        )
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.down_proj = Projection(hidden_size, size, draw=init, **options)
+        zero_or_drawn = "zeros" if init == "identity" else init
+        self.up_proj = Projection(size, hidden_size, draw=zero_or_drawn, **options)
         if isinstance(scaling, str):
-            size = 1 if scaling == "learned" else hidden_size
-            self.scaling = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+            length = 1 if scaling == "learned" else hidden_size
+            self.scaling = nn.Parameter(torch.ones(length, device=device, dtype=dtype))
         else:
             self.scaling = as_float(scaling)
-        self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as `init` says; a learned scaling returns to 1."""
-        if self.init == "identity":
-            self.down_proj.reset_parameters()  # nn.Linear's own: Kaiming-uniform with a = sqrt(5)
-            nn.init.zeros_(self.up_proj.weight)
-        else:
-            for projection in (self.down_proj, self.up_proj):
-                if self.init == "houlsby":
-                    nn.init.trunc_normal_(projection.weight, std=0.01, a=-0.02, b=0.02)
-                else:
-                    nn.init.normal_(projection.weight, std=0.02)
         for projection in (self.down_proj, self.up_proj):
-            if projection.bias is not None and (
-                projection is self.up_proj or self.init != "identity"
-            ):
-                nn.init.zeros_(projection.bias)
+            projection.reset_parameters()
         if isinstance(self.scaling, nn.Parameter):
             nn.init.ones_(self.scaling)
 
@@ -244,6 +193,85 @@ class BottleneckAdapter(nn.Module):
             f"activation={self.activation}, bias={bias}, "
             f"scaling={scaling}, dropout={self.dropout}, init={self.init}, backend={self.backend}"
         )
+
+
+class Projection(nn.Linear):
+    """A linear layer that itself knows how the adapter starts.
+
+    What materialises a model from the meta device (FSDP, `to_empty`) resets every submodule on its
+    own, children after their parents, so the adapter's own reset would not have the last word.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, draw: str, **options: Any) -> None:
+        self.draw = draw  # before nn.Linear's __init__, which draws
+        super().__init__(in_features, out_features, **options)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        if self.draw == "identity":
+            super().reset_parameters()  # Kaiming-uniform with a = sqrt(5), the bias as well
+            return
+        if self.draw == "zeros":
+            nn.init.zeros_(self.weight)
+        elif self.draw == "houlsby":
+            nn.init.trunc_normal_(self.weight, std=0.01, a=-0.02, b=0.02)
+        else:
+            nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def _bottleneck_size(hidden_size: int, size: int | None, factor: float | None) -> int:
+    """R of an adapter from what was given of it, checked."""
+    sizes: dict[str, Any] = {"hidden_size": hidden_size, "bottleneck_size": size}
+    for name, given in sizes.items():
+        if given is not None and not (isinstance(given, numbers.Integral) and given is not True):
+            raise TypeError(f"{name} must be an integer, got {given!r}.")
+    if size is not None and factor is not None:
+        raise ValueError(
+            f"bottleneck_size ({size}) and reduction_factor ({factor}) both fix the adapter's "
+            "width.\n  hint: give one of them"
+        )
+    if size is None:
+        factor = REDUCTION_FACTOR if factor is None else factor
+        if not isinstance(factor, float | int):
+            raise TypeError(f"reduction_factor must be a number, got {factor!r}.")
+        if not factor > 0:
+            raise ValueError(f"reduction_factor must be positive, got {factor}.")
+        if hidden_size / _MOST_UNITS > factor:
+            raise ValueError(
+                f"reduction_factor must leave a bottleneck_size up to {_MOST_UNITS}, "
+                f"got {factor} for hidden_size {hidden_size}."
+            )
+        size = max(1, int(hidden_size // factor))
+    if hidden_size < 1 or size < 1:
+        raise ValueError(
+            "hidden_size and bottleneck_size must be at least 1, "
+            f"got {hidden_size} and {size}.\n"
+            "  hint: an adapter of size 0 is no adapter; leave it out."
+        )
+    return size
+
+
+def _check_options(
+    scaling: float | str, dropout: float, init: str, backend: str, dtype: torch.dtype | None
+) -> None:
+    if init not in INITS:
+        raise ValueError(f"unknown init {init!r}.\n  hint: known inits are {', '.join(INITS)}.")
+    if backend not in ("auto", *NAMES):
+        known = ", ".join(NAMES)
+        raise ValueError(f"unknown backend {backend!r}.\n  hint: known backends are auto, {known}.")
+    if isinstance(scaling, str) and scaling not in SCALINGS:
+        raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
+    if not isinstance(scaling, str | float | int):
+        raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
+    problems = dropout_problems(dropout)
+    if problems:
+        raise ValueError(*problems)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(map(name_of, FLOAT_DTYPES))
+        raise ValueError(f"dtype must be one of {allowed}, got {dtype}.")
 
 
 def is_linear(projection: nn.Module) -> bool:

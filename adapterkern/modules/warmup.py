@@ -1,6 +1,7 @@
 """Compiles and loads the kernels that the first calls of a module need."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,11 +50,18 @@ def warmup(module: nn.Module, *args: Any, **kwargs: Any) -> None:
             "ak.warmup was called while a CUDA graph is being captured, which allows no kernel to "
             "be loaded.\n  hint: call it before `with torch.cuda.graph(...)`"
         )
+    with undisturbed(module, args, kwargs):
+        _run(module, *_copied((args, kwargs), {}))
+
+
+@contextmanager
+def undisturbed(module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+    """Give the buffers of `module`, and torch's random generators, back as they were before."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     tensors = [*module.parameters(), *_tensors((args, kwargs))]
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.inference_mode(False):
-        _run(module, *_copied((args, kwargs), {}))
+        yield
     with torch.no_grad():
         for buffer, value in buffers:
             if not torch.equal(buffer, value):  # by value: batch_norm writes without a new version

@@ -25,7 +25,7 @@ def test_the_example_trains_saves_loads_and_prints_the_same_losses():
     )
     assert ran.returncode == 0, ran.stderr
     printed = ran.stdout
-    assert "2 of 2 adapter layers run fused (patched)" in printed
+    assert "2 of 2 adapter layers run in adapterkern (patched)" in printed
     before, after = re.search(r"training loss: ([\d.]+) before, ([\d.]+) after", printed).groups()
     assert 0.1 < float(before) < 0.69  # random guesses cost log(2)
     assert float(after) == pytest.approx(float(before), abs=1e-5)

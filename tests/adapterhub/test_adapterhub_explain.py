@@ -19,22 +19,23 @@ def test_explain_reads_well_on_a_mixed_model():
     model = bert("seq_bn[reduction_factor=4]", "double_seq_bn[ln_after=True]")
     text = str(adapterhub.explain(model))
     assert text.splitlines()[0] == (
-        "2 of 6 adapter layers would run fused (not patched: all of it runs the library's code)"
+        "2 of 6 adapter layers would run in adapterkern "
+        "(not patched: all of it runs the library's code)"
     )
     cells = [line.split() for line in text.splitlines()[1:5]]
     assert cells[0][:3] == ["layer", "location", "adapter"]
     assert cells[2][0] == "encoder.layer.{0-1}.output"
-    assert cells[2][1:] == ["output_adapter", "a", "32", "8", "relu", "fused"]
+    assert cells[2][1:] == ["output_adapter", "a", "32", "8", "relu", "reference"]
     assert text.splitlines()[-1].startswith("  ln_after: it has a LayerNorm of its own")
 
 
 def test_explain_names_activations_of_what_is_not_fused_too():
     model = bert(UNFIT, "seq_bn[non_linearity='mish']", "compacter++[reduction_factor=4]")
-    shown = {(row.adapter, row.activation, row.path) for row in adapterhub.explain(model).rows}
+    shown = {(row.adapter, row.activation, row.runs_on) for row in adapterhub.explain(model).rows}
     assert shown == {
-        ("a", "relu", "fallback"),
-        ("b", "MishActivation", "fallback"),
-        ("c", "gelu", "fallback"),
+        ("a", "relu", "library"),
+        ("b", "MishActivation", "library"),
+        ("c", "gelu", "library"),
     }
 
 
@@ -50,7 +51,7 @@ def test_explain_tells_models_of_one_container_apart():
     both = nn.ModuleList([bert(), bert()])
     adapterhub.patch(both[0])
     report = adapterhub.explain(both)
-    assert str(report).splitlines()[0] == "2 of 4 adapter layers run fused (patched)"
+    assert str(report).splitlines()[0] == "2 of 4 adapter layers run in adapterkern (patched)"
     assert {(row.layer[0], row.reason) for row in report.rows} == {("0", ""), ("1", "unpatched")}
 
 

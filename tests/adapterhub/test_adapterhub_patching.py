@@ -24,7 +24,7 @@ def test_patch_runs_every_active_layer_and_changes_no_result(counted):
     expected = run(model)
     assert not counted
     report = adapterhub.patch(model)
-    assert len(report.fused) == len(report.rows) == 4
+    assert len(report.replaced) == len(report.rows) == 4
     torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-6)
     assert len(counted) == 4
 

@@ -16,8 +16,8 @@ from adapterkern.cli.demo.corpus import Task
 from adapterkern.cli.demo.findings import Check, StepTime
 from adapterkern.cli.demo.model import MAX_LENGTH, TextClassifier, load_task
 from adapterkern.cli.demo.training import Encoded, logits_of, optimizer_for
-from adapterkern.dispatch import explain
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.explain import explain
 from adapterkern.parity import metric
 
 # Both paths sum in float32 in different orders, through a whole model and back. Measured: about

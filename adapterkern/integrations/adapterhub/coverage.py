@@ -1,21 +1,23 @@
-"""What runs fused in a model and what does not, as rows and as a table."""
+"""What runs each adapter of a model, as rows and as a table."""
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import nn
 
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.foreign.activations import activation_name
+from adapterkern.modules.explain import table
 
-COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "path", "reason")
+COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "runs on", "reason")
+LIBRARY = "library"  # the code of AdapterHub itself
 
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter in one layer; `path` is "fused" or "fallback", `reason` its code."""
+    """One adapter in one layer; `runs_on` is the backend of adapterkern that runs it, or LIBRARY,
+    and `reason` then the code of why.
+    """
 
     layer: str  # the name of the library's BottleneckLayer in the model
     location: str  # mh_adapter | output_adapter | cross_adapter
@@ -23,24 +25,26 @@ class Row:
     hidden_size: int | None
     bottleneck_size: int | None
     activation: str
-    path: str
+    runs_on: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every adapter of a model and the path it takes, as `explain` and `patch` return it."""
+    """Every adapter of a model and what runs it, as `explain` and `patch` return it."""
 
     rows: tuple[Row, ...]
     patched: bool
 
     @property
-    def fused(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.path == "fused")
+    def replaced(self) -> tuple[Row, ...]:
+        """The adapters that adapterkern runs in the library's place, in a patched model."""
+        return tuple(row for row in self.rows if row.runs_on != LIBRARY)
 
     @property
     def fallbacks(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.path != "fused")
+        """The adapters that the library runs, patched or not."""
+        return tuple(row for row in self.rows if row.runs_on == LIBRARY)
 
     def by_reason(self) -> dict[str, list[Row]]:
         """The fallbacks, grouped by the code of their reason."""
@@ -54,45 +58,11 @@ class Report:
         if not self.rows:
             return f"no adapters yet ({state})"
         verb = "run" if self.patched else "would run"
-        head = f"{len(self.fused)} of {len(self.rows)} adapter layers {verb} fused ({state})"
-        lines = [COLUMNS, *_collapsed(self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-        table = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
+        count = f"{len(self.replaced)} of {len(self.rows)} adapter layers"
+        head = f"{count} {verb} in adapterkern ({state})"
+        cells = [[("?" if c is None else str(c)) for c in astuple(row)] for row in self.rows]
         why = [f"  {reason}: {REASONS[reason]}" for reason in self.by_reason()]
-        return "\n".join([head, *table, *why])
-
-
-def _collapsed(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
-    """Rows as cells; those that differ in a layer's number alone are one line with ranges."""
-    groups: dict[tuple[str, ...], list[list[int]]] = {}
-    for row in rows:
-        sizes = [
-            "?" if size is None else str(size) for size in (row.hidden_size, row.bottleneck_size)
-        ]
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.layer)
-        key = (pattern, row.location, row.adapter, *sizes, row.activation, row.path, row.reason)
-        groups.setdefault(key, []).append(
-            [int(n) for n in re.findall(r"(?<![^.])\d+(?![^.])", row.layer)]
-        )
-    for (pattern, *cells), numbers in groups.items():
-        for position in range(pattern.count("*")):
-            pattern = pattern.replace("*", _ranges(sorted({n[position] for n in numbers})), 1)
-        yield (pattern, *cells)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers in short: 3 for one, {0-2,5} for several."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return text if len(numbers) == 1 else "{" + text + "}"
+        return "\n".join([head, *table(COLUMNS, cells), *why])
 
 
 def sizes_of(adapter: nn.Module) -> tuple[int | None, int | None]:

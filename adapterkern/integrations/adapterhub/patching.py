@@ -16,7 +16,13 @@ from torch import nn
 from adapterkern import _torch
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub import fast_path
-from adapterkern.integrations.adapterhub.coverage import Report, Row, shown_activation, sizes_of
+from adapterkern.integrations.adapterhub.coverage import (
+    LIBRARY,
+    Report,
+    Row,
+    shown_activation,
+    sizes_of,
+)
 from adapterkern.integrations.adapterhub.eligibility import parts_of
 from adapterkern.integrations.adapterhub.fast_path import ADAPTER, FLAG, LAYER, OFF
 from adapterkern.integrations.adapterhub.reasons import REASONS
@@ -28,6 +34,8 @@ from adapterkern.integrations.adapterhub.stock import (
     ModelAdaptersConfig,
     require_known_version,
 )
+from adapterkern.modules import explain as explaining
+from adapterkern.spec import make_call
 
 _METHODS = {
     name: (getattr(BottleneckLayer, name), getattr(fast_path, name))
@@ -145,7 +153,7 @@ def patched(
 
 
 def explain(model: nn.Module) -> Report:
-    """Every adapter of a model and the path it takes in its present mode and setup, patched or not.
+    """Every adapter of a model and what runs it in its present mode and setup, patched or not.
 
     The setup is that of a surrounding `AdapterSetup`, else the model's own.
 
@@ -235,9 +243,17 @@ def _rows(model: nn.Module, in_part: bool = False) -> Iterator[Row]:
                     reason = "dtype"
             if in_part and fast_path.level_of(layer.adapters_config) == OFF:
                 reason = "unpatched"
-            path = "fallback" if reason else "fused"
-            sizes = sizes_of(adapter)
-            yield Row(name, layer.location_key, adapter_name, *sizes, activation, path, reason)
+            runs_on = LIBRARY if reason else _backend(parts, base_dtype)
+            place = name, layer.location_key, adapter_name
+            yield Row(*place, *sizes_of(adapter), activation, runs_on, reason)
+
+
+def _backend(parts: Any, dtype: torch.dtype | None) -> str:
+    """The backend that runs an adapter with these parts, for hidden states of this dtype."""
+    down, up, down_bias, up_bias, activation, scaling = parts
+    x = down.new_empty((1, down.shape[1]), dtype=dtype)
+    call = make_call(x, down, up, down_bias, up_bias, activation=activation, scaling=scaling)
+    return explaining.explain(call).backend
 
 
 def _meets(base_dtype: torch.dtype | None, weight: torch.Tensor) -> bool:

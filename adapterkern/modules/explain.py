@@ -1,0 +1,247 @@
+"""`explain`: which backend runs a call, or every adapter call of a model, and why."""
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from adapterkern import _torch, dispatch
+from adapterkern.backends import NAMES, get
+from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.warmup import undisturbed
+from adapterkern.spec import AdapterSpec
+from adapterkern.validation import name_of
+
+CALLED = "PyTorch modules"  # where a projection has to be called to be itself
+COLUMNS = ("adapter", "calls", "H", "R", "activation", "dtype", "runs on")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_observing = threading.Lock()  # held while a model is being explained
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, and every reason why the others do not."""
+
+    call: str
+    backend: str
+    reasons: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        return "\n".join([self.call, f"  runs on: {self.backend}", *self._listed()])
+
+    def _listed(self) -> list[str]:
+        if self.backend == CALLED:  # the same for every backend
+            return [f"  {CALLED}: {why}" for why in next(iter(self.reasons.values()))]
+        return [f"  {name}: {why}" for name, reasons in self.reasons.items() for why in reasons]
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One kind of call that a model made of one of its adapters."""
+
+    adapter: str  # the name of its module in the model; "" where no module holds the weights
+    calls: int  # of this kind; 0 for an adapter that the model did not call
+    hidden_size: int
+    bottleneck_size: int
+    activation: str
+    dtype: str  # of the computation
+    explanation: Explanation | None  # None where it was not called
+
+    @property
+    def backend(self) -> str:
+        """What runs it; "not called" where nothing did."""
+        return "not called" if self.explanation is None else self.explanation.backend
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """Every adapter of a model, what its calls ran on, and why; str() makes a table of it."""
+
+    rows: tuple[AdapterRow, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            (r.adapter or "(no module)", str(r.calls), str(r.hidden_size), str(r.bottleneck_size),
+             r.activation, r.dtype, r.backend)
+            for r in self.rows
+        ]  # fmt: skip
+        why = dict.fromkeys(
+            line for r in self.rows if r.explanation for line in r.explanation._listed()
+        )
+        return "\n".join([*table(COLUMNS, lines), *why])
+
+
+@overload
+def explain(
+    adapter: BottleneckAdapter | dispatch.Call, *args: Any, **kwargs: Any
+) -> Explanation: ...
+@overload
+def explain(adapter: Callable, *args: Any, **kwargs: Any) -> ModelExplanation: ...
+def explain(adapter: Any, *args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
+    """Which backend runs a call, and every reason why the others do not.
+
+    Args:
+        adapter: a `BottleneckAdapter` (or any module with its `as_call`), or a call that `as_call`
+            made: gives an `Explanation`, and nothing is computed. Or a whole model, or any other
+            callable: it runs once, without gradients, and every adapter that it holds or calls is
+            a row of a `ModelExplanation`. The state of the model and of the random generators is
+            afterwards what it was.
+        args, kwargs: what `adapter` is called with, as in `explain(model, **tokenizer(text))`.
+
+    Raises:
+        TypeError, ValueError: the call is not valid.
+        LookupError: a callable that called no adapter.
+    """
+    dispatch.check_environment()
+    if isinstance(adapter, dispatch.Call):
+        return _explanation(adapter.spec(), dispatch.wanted_backend("auto"))
+    if hasattr(adapter, "as_call"):
+        unfused = adapter.unfused_reason()
+        if unfused is not None:
+            return _called(adapter, unfused)
+        return _explanation(
+            adapter.as_call(*args, **kwargs).spec(), dispatch.wanted_backend(adapter.backend)
+        )
+    return _explain_model(adapter, args, kwargs)
+
+
+def _called(adapter: Any, reason: str) -> Explanation:
+    return Explanation(str(adapter), CALLED, dict.fromkeys(NAMES, (reason,)))
+
+
+def _explanation(spec: AdapterSpec, wanted: str) -> Explanation:
+    reasons = {name: get(name).unsupported_reasons(spec) for name in NAMES}
+    if wanted == "auto":
+        able = [name for name in NAMES if not reasons[name]]
+        chosen = able[0] if able else "none: no backend can run it"
+        reasons |= {name: [f"{chosen} comes first"] for name in able[1:]}
+    else:
+        chosen = f"none: {wanted} was named and raises" if reasons[wanted] else f"{wanted} (named)"
+        others = [name for name in NAMES if name != wanted]
+        reasons |= {name: [*reasons[name], f"{wanted} was named"] for name in others}
+    listed = {name: tuple(why) for name, why in reasons.items() if why}
+    return Explanation(spec.describe(), chosen, listed)
+
+
+def _explain_model(model: Callable, args: Sequence, kwargs: dict) -> ModelExplanation:
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    adapters = {name: m for name, m in modules.items() if isinstance(m, BottleneckAdapter)}
+    owners = {id(p): name for name, m in modules.items() for p in m.parameters(recurse=False)}
+    chosen: Counter[tuple[str, AdapterSpec, str]] = Counter()
+    unfused: Counter[tuple[str, str]] = Counter()
+
+    def note(call: dispatch.Call, requested: str) -> None:
+        holders = [owners[id(t)] for t in call.tensors().values() if id(t) in owners]
+        chosen[_common_parent(holders), call.spec(), dispatch.wanted_backend(requested)] += 1
+
+    with ExitStack() as stack:
+        stack.enter_context(_observed(note))
+        for name, adapter in adapters.items():
+            reason = adapter.unfused_reason()
+            if reason is not None:  # dispatch is not asked, so a hook counts the calls
+                hook = partial(_count, unfused, (name, reason))
+                stack.callback(adapter.register_forward_pre_hook(hook).remove)
+        if _torch.has_compiled():  # nor does compiled code ask
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if isinstance(model, nn.Module):
+            stack.enter_context(undisturbed(model, args, kwargs))
+        stack.enter_context(torch.no_grad())
+        model(*args, **kwargs)
+    rows = [_row_of_call(*key, count) for key, count in chosen.items()]
+    rows += [
+        _row_of_module(name, adapters[name], count, _called(adapters[name], reason))
+        for (name, reason), count in unfused.items()
+    ]
+    seen = {row.adapter for row in rows}
+    rows += [_row_of_module(name, adapters[name], 0, None) for name in adapters if name not in seen]
+    if not rows:
+        raise LookupError(f"{model!r} called no adapter, so there is nothing to explain.")
+    order = {name: place for place, name in enumerate(modules)}
+    return ModelExplanation(tuple(sorted(rows, key=lambda row: order.get(row.adapter, -1))))
+
+
+def _row_of_call(name: str, spec: AdapterSpec, wanted: str, calls: int) -> AdapterRow:
+    return AdapterRow(
+        name, calls, spec.hidden_size, spec.bottleneck_size, spec.activation,
+        name_of(spec.compute_dtype), _explanation(spec, wanted),
+    )  # fmt: skip
+
+
+def _row_of_module(
+    name: str, adapter: BottleneckAdapter, calls: int, explanation: Explanation | None
+) -> AdapterRow:
+    parameter = next(adapter.parameters(), None)
+    return AdapterRow(
+        name, calls, adapter.hidden_size, adapter.bottleneck_size, adapter.activation,
+        "?" if parameter is None else name_of(parameter.dtype), explanation,
+    )  # fmt: skip
+
+
+def _count(counter: Counter, key: tuple, *_: Any) -> None:
+    counter[key] += 1
+
+
+def _common_parent(names: list[str]) -> str:
+    """The module that holds all of these, as "layer.0" does of "layer.0.down" and "layer.0.up"."""
+    paths = [name.split(".") for name in names]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in same)
+
+
+@contextmanager
+def _observed(note: Callable[[dispatch.Call, str], None]) -> Iterator[None]:
+    """Tell `note` of every call for which this thread asks dispatch, which need not know it."""
+    thread = threading.get_ident()
+    with _observing:
+        select = dispatch.select
+
+        def observing(call: dispatch.Call, requested: str = "auto") -> dispatch.Decision:
+            if threading.get_ident() == thread:
+                note(call, requested)
+            return select(call, requested)
+
+        dispatch.select = observing
+        try:
+            yield
+        finally:
+            dispatch.select = select
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows in aligned columns; those that differ only in numbers within the first cell, a module's
+    name, are one line with ranges of numbers.
+    """
+    groups: dict[tuple[str, ...], list[list[int]]] = {}
+    for name, *cells in rows:
+        numbers = [int(number) for number in _NUMBER.findall(name)]
+        groups.setdefault((_NUMBER.sub("*", name), *cells), []).append(numbers)
+    lines = [tuple(heads)]
+    for (name, *cells), members in groups.items():
+        for values in zip(*members, strict=True):
+            name = name.replace("*", _ranges(sorted(set(values))), 1)
+        lines.append((name, *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in short: 3 for one, {0-2,5} for several."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return text if len(numbers) == 1 else "{" + text + "}"
