@@ -77,9 +77,14 @@ def test_tensors_that_no_adapter_computes_with_are_refused(tmp_path, tensors, me
 def test_views_of_larger_memory_and_negative_views_give_their_values(tmp_path):
     whole = torch.randn(2 * H, 2 * H, dtype=torch.complex64)
     tensors = {**weights(), DOWN: whole.conj().imag[:2, :H]}
+    up = DOWN.replace("down.0", "up")
+    tensors[up] = tensors[up].T.contiguous().T
     assert tensors[DOWN].is_neg()
+    assert not tensors[up].is_contiguous()
     adapter = adapterhub.load(folder_with(tmp_path, tensors)).layers["bert.encoder.layer.1.output"]
     assert torch.equal(adapter.down_proj.weight, -whole.imag[:2, :H])
+    assert torch.equal(adapter.up_proj.weight, tensors[up])
+    assert adapter.up_proj.weight.is_contiguous()
     assert adapter.down_proj.weight.untyped_storage().nbytes() == 2 * H * 4
 
 
@@ -276,6 +281,17 @@ def test_weights_stay_in_their_file_until_they_are_known_to_fit(tmp_path):
         file.seek(0)
         file.write(b"\x00" * size)
     assert torch.equal(mapped, torch.zeros(2, H))
+
+
+@pytest.mark.parametrize("scaling", ["learned", "channel"])
+def test_a_learned_scaling_is_not_saved_as_a_number(tmp_path, scaling):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu", scaling=scaling)}
+    with pytest.raises(ValueError, match="output: scaling is unknown"):
+        adapterhub.save(adapterhub.AdapterCheckpoint("mine", layers, "seq_bn"), tmp_path / "a")
+    made = adapterhub.AdapterCheckpoint("mine", layers, f"seq_bn[scaling='{scaling}']")
+    adapterhub.save(made, tmp_path / "a")
+    saved = adapterhub.load(tmp_path / "a").layers["encoder.layer.0.output"]
+    assert torch.equal(saved.scaling, layers["encoder.layer.0.output"].scaling)
 
 
 def test_a_projection_that_is_more_than_its_weights_is_not_saved(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapterkern.activations import canonical_name
@@ -134,7 +135,7 @@ def _load(folder: str, model_type: str | None, num_layers: int | None) -> Adapte
 
 def _own(tensor: Tensor) -> Tensor:
     """A plain copy in memory: the file may change or go."""
-    return tensor.detach().resolve_conj().resolve_neg().clone().contiguous()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _listed(problems: list[str]) -> str:
