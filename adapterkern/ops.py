@@ -147,11 +147,12 @@ class _BottleneckAdapter(torch.autograd.Function):
     def forward(ctx, backend: str, save: bool, call: AdapterCall, *tensors: Tensor | None):
         _, _, _, *asked = ctx.needs_input_grad
         needs = Needs(*asked)
-        outputs, saved = _forward(backend, call, save or needs.z)
+        reads_z = needs.z
+        outputs, saved = _forward(backend, call, save or reads_z)
         kept, ctx.outlines = split(tensors, needs)
         if needs.scaling:
             kept = _without_inference_tensors(kept, needs)
-        ctx.save_for_backward(*kept, saved.z if needs.z else None)
+        ctx.save_for_backward(*kept, saved.z if reads_z else None)
         ctx.options = option_values(call)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
@@ -171,7 +172,9 @@ class _BottleneckAdapter(torch.autograd.Function):
         if grad_z is not None:  # a second derivative's
             below = reference.backward_of_down(call, grad_z, needs)
             pairs = zip(gradients, below, strict=True)
-            gradients = Gradients(*[b if a is None else a if b is None else a + b for a, b in pairs])
+            gradients = Gradients(
+                *[b if a is None else a if b is None else a + b for a, b in pairs]
+            )
         return (None, None, None, *gradients)  # autograd converts those of residual and skip
 
 

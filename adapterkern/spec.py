@@ -231,9 +231,9 @@ Layout = tuple[torch.Size, torch.dtype]
 
 
 @functools.cache  # of tuples of bools there are few
-def _roles(needs: Needs) -> tuple[tuple[bool, bool], ...]:
+def _roles(needs: Needs) -> tuple[Needs, tuple[bool, ...]]:
     """For each tensor whether the gradients need its values, which are those that equations (5) to
-    (13) read, and whether they need at least its shape and dtype.
+    (13) read; and whether, without these, they need its shape and dtype.
     """
     values = Needs(
         x=needs.down_weight,
@@ -242,20 +242,21 @@ def _roles(needs: Needs) -> tuple[tuple[bool, bool], ...]:
         up_bias=needs.scaling,
         scaling=needs.dz or needs.up_weight or needs.up_bias,
     )
-    described = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
-    return tuple(zip(values, described, strict=True))
+    known = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
+    return values, tuple(k and not v for k, v in zip(known, values, strict=True))
 
 
 def split(
     tensors: Iterable[Tensor | None], needs: Needs
 ) -> tuple[list[Tensor | None], list[Layout | None]]:
     """What a backward keeps of the tensors of a call: values, or else outlines, or else nothing."""
-    roles = _roles(needs)
-    kept, outlines = [], []
-    for tensor, (keeps, describes) in zip(tensors, roles, strict=True):
-        kept.append(tensor if keeps else None)
-        only = tensor is not None and describes and not keeps
-        outlines.append((tensor.shape, tensor.dtype) if only else None)  # type: ignore[union-attr]
+    values, described = _roles(needs)
+    given = tuple(tensors)
+    kept = [tensor if keeps else None for tensor, keeps in zip(given, values, strict=True)]
+    outlines = [
+        (tensor.shape, tensor.dtype) if describes and tensor is not None else None
+        for tensor, describes in zip(given, described, strict=True)
+    ]
     return kept, outlines
 
 

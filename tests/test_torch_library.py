@@ -71,9 +71,21 @@ def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
     expected = torch.autograd.grad(eager.sum(), wanted)
     for gradient, want in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
-    assert not z.requires_grad
     assert z.shape == (24, 4)
     assert len(spy.backwards) == 1
+
+
+def test_forward_op_is_differentiable_in_the_pre_activation_too():
+    """Second derivatives pass through it."""
+    given = op_arguments()
+    _, z = FORWARD("reference", True, *given)
+    leaves = [given.x, given.down_weight, given.down_bias]
+    dz = torch.randn_like(z)
+    found = torch.autograd.grad(z, leaves, dz)
+    plain = torch.nn.functional.linear(*leaves)
+    expected = torch.autograd.grad(plain, leaves, dz.view_as(plain))
+    for gradient, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, want)
 
 
 @pytest.mark.parametrize("device", ["MPS", "XPU", "PrivateUse1"])

@@ -16,7 +16,7 @@ from adapterkern.backends.base import (
 from adapterkern.backends.triton import backward as bwd
 from adapterkern.backends.triton import forward as fwd
 from adapterkern.backends.triton import launcher, weight_gradients
-from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.activations import GRADIENTS, VALUES
 from adapterkern.backends.triton.launch_config import (
     SUM,
     Device,
@@ -263,7 +263,7 @@ def _channel(call: AdapterCall) -> dict:
 
 
 def _activations(call: AdapterCall) -> dict:
-    return {"ACTIVATION": VALUES[call.activation], "DERIVATIVE": DERIVATIVES[call.activation]}
+    return {"ACTIVATION": VALUES[call.activation], "GRADIENT": GRADIENTS[call.activation]}
 
 
 def _units(call: AdapterCall) -> dict:
