@@ -185,6 +185,25 @@ def test_fake_tensors_run_forward_and_backward():
     assert adapter.up_proj.weight.grad.shape == (16, 4)
 
 
+def test_fake_gradients_have_the_dtypes_of_real_ones_where_tensors_differ_in_dtype():
+    given = {n: t.detach() for n, t in tensors((3,), residual=True, scaling=10).items()}
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16] * 3
+    given = {name: t.to(dtype) for (name, t), dtype in zip(given.items(), dtypes, strict=False)}
+    call = make_call(**given)
+    needs = Needs(*[True] * 6, scaling=True)
+
+    def layouts(call):
+        y, z = FORWARD("reference", True, *call)
+        found = BACKWARD("reference", needs, *call, z, torch.zeros_like(y))
+        return [(t.dtype, t.shape, t.stride()) for t in (y, z, *found)]
+
+    real = layouts(call)
+    assert {dtype for dtype, *_ in real[2:]} == {torch.bfloat16, torch.float32}
+    with FakeTensorMode() as mode:
+        faked = {name: mode.from_tensor(t) for name, t in given.items()}
+        assert layouts(call._replace(**faked)) == real
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx_records_one_op(mode):
     given = {name: t.detach() for name, t in tensors((3,)).items()}
