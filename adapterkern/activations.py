@@ -1,9 +1,8 @@
-"""The one table of activations: name, aliases, value and derivative, in plain PyTorch.
+"""The one table of activations: name, aliases, value and gradient, in plain PyTorch.
 
 Every backend names the activations it implements; the tests compare each with this table.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,68 +10,55 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_INV_SQRT_2 = 1 / math.sqrt(2)
-_INV_SQRT_2_PI = 1 / math.sqrt(2 * math.pi)
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_TANH_CUBIC = 0.044715  # Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2
 LEAKY_SLOPE = 0.01
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One elementwise activation a = value(z) and its derivative da/dz = derivative(z)."""
+    """One elementwise activation a = value(z), and dz = gradient(z, da), which is da act'(z).
+
+    The gradients are those that autograd takes for the values, in one pass each. They put Inf, NaN
+    and the kinks where autograd puts them: relu selects, da or 0, and all others multiply.
+    """
 
     name: str
     value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
     aliases: tuple[str, ...] = ()
 
 
-def _gelu_derivative(z: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(z * _INV_SQRT_2))
-    return cdf + z * torch.exp(-0.5 * z * z) * _INV_SQRT_2_PI
-
-
-def _gelu_tanh_derivative(z: Tensor) -> Tensor:
-    t = torch.tanh(_SQRT_2_OVER_PI * (z + _TANH_CUBIC * z * z * z))
-    inner = _SQRT_2_OVER_PI * (1 + 3 * _TANH_CUBIC * z * z)
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * inner
-
-
-def _silu_derivative(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-def _sigmoid_derivative(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 - s)
-
-
-def _tanh_derivative(z: Tensor) -> Tensor:
-    return 1 - torch.tanh(z).square()
-
-
-def _leaky_relu_derivative(z: Tensor) -> Tensor:
-    return torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE)
+def _silu_gradient(z: Tensor, da: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (z.requires_grad or da.requires_grad):
+        s = torch.sigmoid(z)  # torch has no derivative of silu_backward
+        return da * s * (1 + z * (1 - s))
+    return _aten.silu_backward(da, z)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("gelu", F.gelu, _gelu_derivative),
+        Activation("gelu", F.gelu, lambda z, da: _aten.gelu_backward(da, z)),
         Activation(
             "gelu_tanh",
             lambda z: F.gelu(z, approximate="tanh"),
-            _gelu_tanh_derivative,
+            lambda z, da: _aten.gelu_backward(da, z, approximate="tanh"),
             ("gelu_new",),
         ),
-        Activation("relu", torch.relu, lambda z: (~(z <= 0)).to(z.dtype)),  # 1 at NaN, as autograd
-        Activation("silu", F.silu, _silu_derivative, ("swish",)),
-        Activation("tanh", torch.tanh, _tanh_derivative),
-        Activation("sigmoid", torch.sigmoid, _sigmoid_derivative),
-        Activation("leaky_relu", F.leaky_relu, _leaky_relu_derivative, ("leakyrelu",)),
-        Activation("identity", lambda z: z, torch.ones_like),
+        Activation("relu", torch.relu, lambda z, da: _aten.threshold_backward(da, z, 0)),
+        Activation("silu", F.silu, _silu_gradient, ("swish",)),
+        Activation("tanh", torch.tanh, lambda z, da: _aten.tanh_backward(da, torch.tanh(z))),
+        Activation(
+            "sigmoid", torch.sigmoid, lambda z, da: _aten.sigmoid_backward(da, torch.sigmoid(z))
+        ),
+        Activation(
+            "leaky_relu",
+            F.leaky_relu,
+            lambda z, da: _aten.leaky_relu_backward(da, z, LEAKY_SLOPE, False),
+            ("leakyrelu",),
+        ),
+        Activation("identity", lambda z: z, lambda z, da: da),
     )
 }
 

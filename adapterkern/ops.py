@@ -30,7 +30,9 @@ from adapterkern.spec import (
     Outputs,
     Saved,
     added_gradients,
+    join,
     option_values,
+    split,
     tensor_values,
 )
 
@@ -134,39 +136,72 @@ def _backward(
 
 
 class _BottleneckAdapter(torch.autograd.Function):
-    """Autograd of one call; the forward's backend runs the backward. Saves x, z and parameters."""
+    """Autograd of one call; the forward's backend runs the backward.
+
+    Saves what the gradients asked for need (`spec.split`). z is an output like y, so that a second
+    derivative reaches x and the down-projection through it, without the values of x.
+    """
 
     # ctx style: see the top. `tensors` are those of `call`, which autograd does not look into.
     @staticmethod
-    def forward(ctx, backend: str, call: AdapterCall, *tensors: Tensor | None):
-        outputs, saved = _forward(backend, call, True)
-        read = call.for_backward()
-        ctx.save_for_backward(*tensor_values(read), *saved)
-        ctx.options = option_values(read)
+    def forward(ctx, backend: str, save: bool, call: AdapterCall, *tensors: Tensor | None):
+        _, _, _, *asked = ctx.needs_input_grad
+        needs = Needs(*asked)
+        reads_z = needs.z
+        outputs, saved = _forward(backend, call, save or reads_z)
+        kept, ctx.outlines = split(tensors, needs)
+        if needs.scaling:
+            kept = _without_inference_tensors(kept, needs)
+        ctx.save_for_backward(*kept, saved.z if reads_z else None)
+        ctx.options = option_values(call)
         ctx.backend = backend
-        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
         return (*outputs, *saved)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
-        if grad_y is None:
-            return (None, None, *Gradients())
-        _, _, *asked = ctx.needs_input_grad
-        upstream, needs = Outputs(grad_y), Needs(*asked)
-        *tensors, z = ctx.saved_tensors
-        call, saved = AdapterCall(*tensors, *ctx.options), Saved(z)
-        if not (needs.dz or needs.parameters):
-            gradients = Gradients(**added_gradients(upstream, needs))
-        elif torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
-            if ctx.backend != "reference":
-                _log_plain_backward(ctx.backend)
-            gradients = _differentiable_backward(call, upstream, needs)
-        elif not torch.compiler.is_compiling() and _torch.is_batched(grad_y):
-            gradients = reference.backward(call, saved, upstream, needs)
-        else:
-            gradients = _backward(ctx.backend, call, saved, upstream, needs)
-        return (None, None, *gradients)  # autograd converts those of residual and skip
+    def backward(ctx, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, _, _, *asked = ctx.needs_input_grad
+        needs, gradients = Needs(*asked), Gradients()
+        given = grad_z if grad_y is None else grad_y
+        if given is None:
+            return (None, None, None, *gradients)
+        *kept, z = ctx.saved_tensors
+        call = join(kept, ctx.outlines, ctx.options, given)
+        if grad_y is not None:
+            gradients = _gradients(ctx.backend, call, Saved(z), Outputs(grad_y), needs)
+        if grad_z is not None:  # a second derivative's
+            below = reference.backward_of_down(call, grad_z, needs)
+            pairs = zip(gradients, below, strict=True)
+            gradients = Gradients(
+                *[b if a is None else a if b is None else a + b for a, b in pairs]
+            )
+        return (None, None, None, *gradients)  # autograd converts those of residual and skip
+
+
+def _without_inference_tensors(kept: Sequence[Tensor | None], needs: Needs) -> list[Tensor | None]:
+    """Copies of inference tensors, which autograd does not save, where plain layers save none: for
+    a learned scaling they keep u instead of the up-projection.
+    """
+    copied = ("up_bias",) if needs.dz else ("up_bias", "up_weight")
+    return [
+        t.clone() if t is not None and name in copied and t.is_inference() else t
+        for name, t in zip(TENSOR_NAMES, kept, strict=True)
+    ]
+
+
+def _gradients(
+    backend: str, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
+) -> Gradients:
+    """The gradients of y, by the backend or in plain operations."""
+    if not (needs.dz or needs.parameters):
+        return Gradients(**added_gradients(upstream, needs))
+    if torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
+        if backend != "reference":
+            _log_plain_backward(backend)
+        return reference.backward(call, saved, upstream, needs)
+    if not torch.compiler.is_compiling() and _torch.is_batched(upstream.y):
+        return reference.backward(call, saved, upstream, needs)
+    return _backward(backend, call, saved, upstream, needs)
 
 
 _apply = _torch.apply_of(_BottleneckAdapter)
@@ -180,8 +215,8 @@ def _forward_autograd(backend: str, save: bool, *fields: Any) -> tuple[Tensor, .
     tensors = tensor_values(call)
     if not _needs_gradient(tensors):
         return _results(*_forward(backend, call, save))
-    *outputs, z = _BottleneckAdapter.apply(backend, call, *tensors)
-    return (*outputs, z if save else z.new_empty(0))
+    *outputs, z = _BottleneckAdapter.apply(backend, save, call, *tensors)
+    return _results(Outputs(*outputs), Saved(z if save else None))
 
 
 _library.impl("forward", _forward_autograd, "Autograd")
@@ -204,43 +239,28 @@ def _log_plain_backward(backend: str) -> None:
     )
 
 
-def _differentiable_backward(call: AdapterCall, upstream: Outputs, needs: Needs) -> Gradients:
-    """The same gradients as a graph of plain PyTorch operations, for a second derivative."""
-    # With aliases: an input computed from another must not count towards that one's gradient.
-    inputs = {n: t.view_as(t) for n, t in call.tensors().items() if t is not None}
-    parameters: dict[str, Any] = inputs
-    outputs, _ = reference.forward(call._replace(**parameters))
-    wanted = [name for name in inputs if getattr(needs, name)]
-    sources, grad_y = [inputs[name] for name in wanted], upstream.y.to(outputs.y.dtype)
-    computed = torch.autograd.grad(outputs.y, sources, grad_y, create_graph=True)
-    named: dict[str, Any] = dict(zip(wanted, computed, strict=True))
-    return Gradients(**named, **added_gradients(upstream, needs))
-
-
 def run(call: AdapterCall, backend: str) -> Tensor:
     """y of a validated call on the backend of that name, recorded where a gradient is needed."""
     if torch.compiler.is_compiling():
         return _forward_op(backend, _needs_gradient(call.tensors().values()), *call)[0]
     tensors = tensor_values(call)
     if _needs_gradient(tensors):
-        return _apply(backend, call, *tensors)[0]
+        return _apply(backend, False, call, *tensors)[0]
     return _forward(backend, call, False)[0].y
 
 
-def _flops(products: int, fields: Iterable[Any]) -> int:
-    shapes: Any = _read(fields, AdapterCall)[0]  # torch gives shapes in place of the tensors
-    return products * 2 * math.prod(shapes.x[:-1]) * math.prod(shapes.down_weight)
-
-
 def _forward_flops(backend: str, save: bool, *fields: Any, **_: Any) -> int:
-    return _flops(2, fields)
+    shapes: Any = _read(fields, AdapterCall)[0]  # torch gives shapes in place of the tensors
+    return 2 * 2 * math.prod(shapes.x) * shapes.down_weight[0]
 
 
 def _backward_flops(backend: str, needs: Sequence[bool], *fields: Any, **_: Any) -> int:
     """Only those of the four products count whose gradients are asked for."""
     asked = Needs(*needs)
     products = asked.dz + asked.x + asked.down_weight + (asked.up_weight or asked.scaling)
-    return _flops(products, fields)
+    shapes: Any = _read(fields, AdapterCall, Saved, Outputs)
+    call, _, upstream = shapes
+    return products * 2 * math.prod(upstream.y) * call.down_weight[0]
 
 
 def _register_flop_formulas() -> None:

@@ -22,7 +22,7 @@ from adapterkern.spec import (
     Outputs,
     Saved,
     added_gradients,
-    tensor_values,
+    shape_of,
 )
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
@@ -48,17 +48,42 @@ def forward(
     return _forward(call, down, up)
 
 
+def forward_of_values(call: AdapterCall) -> tuple[Outputs, Saved]:
+    """The same where nothing is to be differentiated: in full precision the product of the
+    up-projection is added to what lies in y, which saves two of the passes over [T, H].
+    """
+    dtype = call.compute_dtype
+    residual = call.x if call.add_input else call.residual
+    scaled = call.scaling is not None or call.scale != 1.0 or call.dropout > 0
+    if residual is None or scaled or dtype.itemsize < 4 or residual.dtype != dtype:
+        return forward(call)
+    with _without_autocast(call.x):
+        z = _pre_activation(call)
+        a = ACTIVATIONS[call.activation].value(z)
+        y = residual.new_empty(residual.shape)
+        if call.up_bias is None:
+            y.copy_(residual)
+        else:
+            torch.add(residual, call.up_bias, out=y)
+        y.view(-1, call.hidden_size).addmm_(
+            a.reshape(-1, call.bottleneck_size), _to(call.up_weight, dtype).T
+        )
+    return Outputs(y if call.skip is None else y + call.skip), Saved(z)
+
+
+def _pre_activation(call: AdapterCall) -> Tensor:
+    dtype = call.compute_dtype
+    x = _without_gaps(_to(call.x, dtype))
+    return F.linear(x, _to(call.down_weight, dtype), _to(call.down_bias, dtype))
+
+
 def _forward(
     call: AdapterCall,
     down: Callable[[Tensor], Tensor] | None,
     up: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Outputs, Saved]:
     dtype = call.compute_dtype
-    if down is None:
-        x = _without_gaps(_to(call.x, dtype))
-        z = F.linear(x, _to(call.down_weight, dtype), _to(call.down_bias, dtype))
-    else:
-        z = _to(down(call.x), dtype)
+    z = _pre_activation(call) if down is None else _to(down(call.x), dtype)
     a = ACTIVATIONS[call.activation].value(z)
     if up is None:
         y = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
@@ -82,53 +107,92 @@ def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -
     """The gradients in `needs`, equations (5) to (12).
 
     Args:
-        saved: z [T, R], the pre-activation that forward computed.
+        call: may have outlines in place of what the gradients do not need (`spec.has_values`).
+        saved: z [T, R], the pre-activation that forward computed; it may be absent likewise.
         upstream: the gradient of y [..., H], any strides, in the dtype of y.
 
     The gradients of residual and skip are that of y itself.
     """
-    assert saved.z is not None
-    with _without_autocast(call.x):
-        gradients = _backward(call, saved.z, upstream.y.reshape(-1, call.hidden_size), needs)
-    shaped = [
-        None
-        if gradient is None or tensor is None
-        else gradient.to(tensor.dtype).reshape(tensor.shape)
-        for gradient, tensor in zip(gradients, tensor_values(call), strict=True)
-    ]
-    return Gradients(*shaped)._replace(**added_gradients(upstream, needs))
+    with _without_autocast(upstream.y):
+        dy = upstream.y.reshape(-1, call.hidden_size)
+        dz, of_up = _backward_of_up(call, saved.z, dy, needs)
+        found = {} if dz is None else _backward_of_down(call, dz, needs, dy)
+    return _shaped(call, found | of_up)._replace(**added_gradients(upstream, needs))
 
 
-def _backward(call: AdapterCall, z: Tensor, dy: Tensor, needs: Needs) -> Gradients:
+def backward_of_down(call: AdapterCall, dz: Tensor, needs: Needs) -> Gradients:
+    """The part of the gradients in `needs` that a gradient of z [T, R] itself has, equations (10)
+    to (12): a second derivative asks for it.
+    """
+    with _without_autocast(dz):
+        return _shaped(call, _backward_of_down(call, dz, needs, None))
+
+
+def _backward_of_up(
+    call: AdapterCall, z: Tensor | None, dy: Tensor, needs: Needs
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """dz [T, R], where it is needed, and the gradients of the up-projection and the scaling."""
     dtype, activation = call.compute_dtype, ACTIVATIONS[call.activation]
-    # For elementwise products and long sums, which half precision would lose and kernels do not.
-    wide = torch.promote_types(dtype, torch.float32)
-    x = call.x.reshape(-1, call.hidden_size)  # [T, H]
-    dx = d_down = d_up = d_down_bias = d_up_bias = d_scaling = None
-
-    du = (dy * (call.scale if call.scaling is None else call.scaling)).to(dtype)  # [T, H]  (5)
+    found, a, dz = {}, None, None
     if needs.up_weight or needs.scaling:
+        assert z is not None
         a = activation.value(z)  # [T, R], recomputed rather than saved
-    if needs.up_weight:
-        d_up = du.T @ a  # [H, R]                                                           (6)
+    if needs.dz or needs.up_weight or needs.up_bias:
+        du = dy  # [T, H]                                                                   (5)
+        if call.scaling is not None:
+            du = dy * call.scaling
+        elif call.scale != 1.0:
+            du = dy * call.scale
+        du = _to(du, dtype)
+    if needs.up_weight and a is not None:
+        # [H, R], as a^T du: the transpose of a is the smaller one to make.                 (6)
+        found["up_weight"] = (a.T @ du).T.contiguous()
     if needs.up_bias:
-        d_up_bias = du.sum(0)  # [H]                                                        (7)
-    if needs.scaling:
-        u = F.linear(a, call.up_weight.to(dtype), _to(call.up_bias, dtype))
-        d_scaling = (dy.to(wide) * u.to(wide)).sum(0)  # [H]                                (8)
-        if call.scaling is not None and call.scaling.numel() == 1:
-            d_scaling = d_scaling.sum(0, keepdim=True)
+        found["up_bias"] = du.sum(0)  # [H]                                                 (7)
+    if needs.scaling and a is not None:
+        u = F.linear(a, _to(call.up_weight, dtype), _to(call.up_bias, dtype))
+        # Half precision would lose products and a long sum, and the kernels do not.
+        wide = torch.promote_types(dtype, torch.float32)
+        d_scaling = (_to(dy, wide) * _to(u, wide)).sum(0)  # [H]                            (8)
+        single = call.scaling is not None and shape_of(call.scaling)[0] == 1
+        found["scaling"] = d_scaling.sum(0, keepdim=True) if single else d_scaling
     if needs.dz:
-        da = du @ call.up_weight.to(dtype)
-        dz = (da.to(wide) * activation.derivative(z.to(wide))).to(dtype)  # [T, R]          (9)
+        assert z is not None
+        da = du @ _to(call.up_weight, dtype)
+        dz = activation.gradient(z, da)  # [T, R]                                           (9)
+    return dz, found
+
+
+def _backward_of_down(
+    call: AdapterCall, dz: Tensor, needs: Needs, dy: Tensor | None
+) -> dict[str, Tensor]:
+    """The gradients of the down-projection and of x, which gets `dy` too where it is added."""
+    found = {}
     if needs.down_weight:
-        d_down = dz.T @ x.to(dtype)  # [R, H]                                               (10)
+        x = _to(call.x.reshape(-1, call.hidden_size), dz.dtype)
+        found["down_weight"] = dz.T @ x  # [R, H]                                           (10)
     if needs.down_bias:
-        d_down_bias = dz.sum(0)  # [R]                                                      (11)
+        found["down_bias"] = dz.sum(0)  # [R]                                               (11)
     if needs.x:
-        dx = dz @ call.down_weight.to(dtype)  # [T, H]                                      (12)
-        dx = dx + dy if call.add_input else dx
-    return Gradients(dx, d_down, d_up, d_down_bias, d_up_bias, scaling=d_scaling)
+        down_weight = _to(call.down_weight, dz.dtype)
+        if dy is None or not call.add_input:
+            found["x"] = dz @ down_weight  # [T, H]                                         (12)
+        elif dy.dtype == dz.dtype:
+            found["x"] = torch.addmm(dy, dz, down_weight)
+        else:
+            found["x"] = dz @ down_weight + dy
+    return found
+
+
+def _shaped(call: AdapterCall, found: dict[str, Tensor]) -> Gradients:
+    """Each gradient in the shape and dtype of its tensor."""
+    tensors = call.tensors()
+    shaped = {}
+    for name, gradient in found.items():
+        tensor = tensors[name]
+        if tensor is not None:
+            shaped[name] = _to(gradient, tensor.dtype).reshape(shape_of(tensor))
+    return Gradients(**shaped)
 
 
 def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:

@@ -6,7 +6,10 @@ options. Every backend refuses an optional tensor that is given, and an option t
 default, until it lists its feature.
 """
 
+import functools
+import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
 
@@ -53,7 +56,7 @@ class AdapterCall(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        return self.x.numel() // self.hidden_size
+        return math.prod(shape_of(self.x)[:-1])
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -73,11 +76,9 @@ class AdapterCall(NamedTuple):
         """The fields that are not tensors, by name."""
         return {name: getattr(self, name) for name in OPTION_NAMES}
 
-    def for_backward(self) -> "AdapterCall":
-        """The call as its backward reads it: not the values of what is added to the sum."""
-        if self.residual is None and self.skip is None:
-            return self
-        return self._replace(residual=None, skip=None)
+    def for_backward(self, needs: "Needs") -> "AdapterCall":
+        """The call as the backward of `needs` reads it: with outlines, or less (`split`)."""
+        return join(*split(tensor_values(self), needs), option_values(self), self.x)
 
     def key(self) -> tuple:
         """All that validation and choice read, so that a second call like it costs one lookup.
@@ -154,6 +155,19 @@ _signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class_
 _kind = operator.attrgetter("dtype", "device", "layout", "__class__")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor of a call is itself rather than an outline, which stands in a backward for
+    one whose values no gradient needs: [*shape, 0] in its dtype and on its device, so that there is
+    nothing to read or to copy. No size of a call is 0 but for the number of tokens.
+    """
+    return tensor.shape[-1] > 0
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor of a call, also from its outline."""
+    return tensor.shape if has_values(tensor) else tensor.shape[:-1]
+
+
 class Outputs(NamedTuple):
     """The outputs of a call; upstream of a backward, the gradient of each."""
 
@@ -184,6 +198,11 @@ class Needs(NamedTuple):
         return self.x or self.down_weight or self.down_bias
 
     @property
+    def z(self) -> bool:
+        """Whether the pre-activation is needed."""
+        return self.dz or self.up_weight or self.scaling
+
+    @property
     def parameters(self) -> bool:
         """Whether a gradient is a sum over the tokens."""
         return self.down_weight or self.up_weight or self.down_bias or self.up_bias or self.scaling
@@ -206,6 +225,53 @@ class Gradients(NamedTuple):
 
 
 assert Needs._fields == Gradients._fields == TENSOR_NAMES, "a gradient for every tensor"
+
+
+Layout = tuple[torch.Size, torch.dtype]
+
+
+@functools.cache  # of tuples of bools there are few
+def _roles(needs: Needs) -> tuple[Needs, tuple[bool, ...]]:
+    """For each tensor whether the gradients need its values, which are those that equations (5) to
+    (13) read; and whether, without these, they need its shape and dtype.
+    """
+    values = Needs(
+        x=needs.down_weight,
+        down_weight=needs.x,
+        up_weight=needs.dz or needs.scaling,
+        up_bias=needs.scaling,
+        scaling=needs.dz or needs.up_weight or needs.up_bias,
+    )
+    known = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
+    return values, tuple(k and not v for k, v in zip(known, values, strict=True))
+
+
+def split(
+    tensors: Iterable[Tensor | None], needs: Needs
+) -> tuple[list[Tensor | None], list[Layout | None]]:
+    """What a backward keeps of the tensors of a call: values, or else outlines, or else nothing."""
+    values, described = _roles(needs)
+    given = tuple(tensors)
+    kept = [tensor if keeps else None for tensor, keeps in zip(given, values, strict=True)]
+    outlines = [
+        (tensor.shape, tensor.dtype) if describes and tensor is not None else None
+        for tensor, describes in zip(given, described, strict=True)
+    ]
+    return kept, outlines
+
+
+def join(
+    kept: Iterable[Tensor | None],
+    outlines: Iterable[Layout | None],
+    options: Iterable[Any],
+    like: Tensor,
+) -> AdapterCall:
+    """The call of a backward from what `split` kept of it; outlines lie where `like` does."""
+    tensors = [
+        tensor if layout is None else like.new_empty((*layout[0], 0), dtype=layout[1])
+        for tensor, layout in zip(kept, outlines, strict=True)
+    ]
+    return AdapterCall(*tensors, *options)  # type: ignore[arg-type]
 
 
 def added_gradients(upstream: Outputs, needs: Needs) -> dict[str, Tensor | None]:

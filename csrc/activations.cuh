@@ -1,4 +1,4 @@
-// The activations and their derivatives in float32; formulas as in adapterkern/activations.py.
+// The activations in float32, and their gradients dz of da; formulas as in docs/math.md.
 #pragma once
 
 #include "params.h"
@@ -13,8 +13,8 @@ struct Gelu {
   static __device__ __forceinline__ float value(float z) {
     return 0.5f * z * (1.0f + erff(z * kInvSqrt2));
   }
-  static __device__ __forceinline__ float derivative(float z) {
-    return 0.5f * (1.0f + erff(z * kInvSqrt2)) + z * expf(-0.5f * z * z) * kInvSqrt2Pi;
+  static __device__ __forceinline__ float gradient(float z, float da) {
+    return da * (0.5f * (1.0f + erff(z * kInvSqrt2)) + z * expf(-0.5f * z * z) * kInvSqrt2Pi);
   }
 };
 
@@ -25,51 +25,57 @@ struct GeluTanh {
     return sigmoid(kTwoSqrt2OverPi * (z + kCubic * z * z * z));
   }
   static __device__ __forceinline__ float value(float z) { return z * gate(z); }
-  static __device__ __forceinline__ float derivative(float z) {
+  static __device__ __forceinline__ float gradient(float z, float da) {
     const float s = gate(z);
-    return s + z * s * (1.0f - s) * kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * z * z);
+    return da * (s + z * s * (1.0f - s) * kTwoSqrt2OverPi * (1.0f + 3.0f * kCubic * z * z));
   }
 };
 
-struct Relu {  // NaN passes, and has derivative 1, as in eager
+// NaN is active, as in eager. The gradient selects, as autograd's does: Inf or NaN behind an
+// inactive unit must not pass.
+struct Relu {
   static __device__ __forceinline__ float value(float z) { return z < 0.0f ? 0.0f : z; }
-  static __device__ __forceinline__ float derivative(float z) { return z <= 0.0f ? 0.0f : 1.0f; }
+  static __device__ __forceinline__ float gradient(float z, float da) {
+    return z <= 0.0f ? 0.0f : da;
+  }
 };
 
 struct Silu {
   static __device__ __forceinline__ float value(float z) { return z * sigmoid(z); }
-  static __device__ __forceinline__ float derivative(float z) {
+  static __device__ __forceinline__ float gradient(float z, float da) {
     const float s = sigmoid(z);
-    return s * (1.0f + z * (1.0f - s));
+    return da * (s * (1.0f + z * (1.0f - s)));
   }
 };
 
 struct Tanh {
   static __device__ __forceinline__ float value(float z) { return tanhf(z); }
-  static __device__ __forceinline__ float derivative(float z) {
+  static __device__ __forceinline__ float gradient(float z, float da) {
     // 1 / cosh^2, which does not cancel as 1 - tanh^2 does.
     const float decay = expf(-2.0f * fabsf(z));
-    return 4.0f * decay / ((1.0f + decay) * (1.0f + decay));
+    return da * (4.0f * decay / ((1.0f + decay) * (1.0f + decay)));
   }
 };
 
 struct Sigmoid {
   static __device__ __forceinline__ float value(float z) { return sigmoid(z); }
-  static __device__ __forceinline__ float derivative(float z) {
+  static __device__ __forceinline__ float gradient(float z, float da) {
     const float s = sigmoid(z);
-    return s * (1.0f - s);
+    return da * (s * (1.0f - s));
   }
 };
 
 struct LeakyRelu {
   static constexpr float kSlope = 0.01f;
   static __device__ __forceinline__ float value(float z) { return z > 0.0f ? z : kSlope * z; }
-  static __device__ __forceinline__ float derivative(float z) { return z > 0.0f ? 1.0f : kSlope; }
+  static __device__ __forceinline__ float gradient(float z, float da) {
+    return da * (z > 0.0f ? 1.0f : kSlope);
+  }
 };
 
 struct Identity {
   static __device__ __forceinline__ float value(float z) { return z; }
-  static __device__ __forceinline__ float derivative(float) { return 1.0f; }
+  static __device__ __forceinline__ float gradient(float, float da) { return da; }
 };
 
 // The formulas in the order of the enum Activation.
@@ -136,15 +142,15 @@ __device__ __forceinline__ void clear_padded_units(float (&v)[n], int64_t unit,
   }
 }
 
-// v *= act'(z), and z becomes act(z).
+// v, which is da, becomes dz, and z becomes act(z).
 template <int n>
-__device__ __forceinline__ void apply_derivative(float (&v)[n], float (&z)[n], int64_t activation) {
+__device__ __forceinline__ void apply_gradient(float (&v)[n], float (&z)[n], int64_t activation) {
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
     with_activation(activation, AllFormulas(), [&](auto formula) {
 #pragma unroll
       for (int i = 0; i < n / 2; ++i) {
-        v[i] *= formula.derivative(z[i]);
+        v[i] = formula.gradient(z[i], v[i]);
         z[i] = formula.value(z[i]);
       }
     });

@@ -77,7 +77,7 @@ struct Backward : PolicyBase<BackwardParams> {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) da[i] *= of_units.factor;
     copy(kept.a, z);
-    apply_derivative(da, kept.a, params.activation);
+    apply_gradient(da, kept.a, params.activation);
     round_to<Scalar>(da);
     clear_padded_units(da, unit, params.bottleneck_size);
     copy(kept.dz, da);

@@ -261,7 +261,7 @@ def sent(recorder, kind):
     named = call.tensors() | outputs._asdict() | saved._asdict()
     launches = described(recorder, named)
     upstream = Outputs(torch.zeros_like(outputs.y))
-    gradients = get("cuda").backward(call.for_backward(), saved, upstream, ALL)
+    gradients = get("cuda").backward(call.for_backward(ALL), saved, upstream, ALL)
     named |= {f"d_{n}": g for n, g in gradients._asdict().items() if n != "scaling"}
     return launches + described(recorder, {**named, "dy": upstream.y})
 

@@ -20,8 +20,8 @@ def parts():
     return adapter, torch.randn(2, 16), (down.weight, up.weight, down.bias, up.bias)
 
 
-# An autograd.Function that keeps five tensors for the backward takes six calls.
-@pytest.mark.parametrize(("records", "most"), [(False, 37), (True, 43)])
+# An autograd.Function that keeps what the backward needs takes ten calls.
+@pytest.mark.parametrize(("records", "most"), [(False, 37), (True, 47)])
 def test_one_call_makes_few_calls_of_its_own(parts, records, most):
     """A check, a conversion or a copy more is a call more."""
     _, x, weights = parts

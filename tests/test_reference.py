@@ -122,6 +122,35 @@ def test_backward_of_half_precision_stays_in_range():
     torch.testing.assert_close(found["x"].double(), 1 + weights.expand(4, 10), rtol=3e-3, atol=3e-3)
 
 
+def half_call(dtype, dy, **options):
+    """A call in half precision beside a float32 residual, and its gradients from a float32 dy."""
+    sizes = {"x": (len(dy), 1), "down_weight": (1, 1), "up_weight": (1, 1), "up_bias": (1,)}
+    arguments = {name: torch.ones(size, dtype=dtype) for name, size in sizes.items()}
+    arguments |= {name: arguments[name].float() for name in ("up_weight", "up_bias")}
+    call = make(arguments, residual=torch.zeros(len(dy), 1), activation="identity", **options)
+    _, saved = reference.forward(call)
+    needs = Needs(True, True, True, up_bias=True, scaling=call.scaling is not None)
+    return reference.backward(call, saved, Outputs(torch.tensor(dy)[:, None]), needs)
+
+
+def test_du_is_rounded_to_the_products_dtype_before_it_is_summed():
+    """As eager, which stores it: 1 + 2^-9 is 1 in bfloat16."""
+    assert half_call(torch.bfloat16, [1 + 2**-9] * 2).up_bias.item() == 2.0
+
+
+def test_dy_is_scaled_before_it_is_rounded():
+    """1e5 is beyond float16, a hundredth of it is not."""
+    found = half_call(torch.float16, [1e5], scaling=0.01)
+    for gradient in (found.x, found.down_weight, found.up_weight, found.up_bias):
+        torch.testing.assert_close(gradient.flatten().float(), torch.tensor([1000.0]))
+
+
+def test_the_gradient_of_the_scaling_is_computed_in_float32():
+    """dy is not rounded to the products' dtype, nor its product with u = 1 + 1, nor their sum."""
+    found = half_call(torch.bfloat16, [1 + 2**-12, 256.0, 1.0], scaling=torch.ones(1))
+    assert found.scaling.item() == 2 * (258 + 2**-12)
+
+
 # Beyond the grid of the parity rule: many tokens, and sizes without a common factor.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(

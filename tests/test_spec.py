@@ -5,7 +5,7 @@ import torch
 from eager import tensors
 
 import adapterkern as ak
-from adapterkern.spec import make_call
+from adapterkern.spec import TENSOR_NAMES, make_call
 from adapterkern.validation import FLOAT_DTYPES, name_of
 
 H, R = 10, 4
@@ -260,6 +260,15 @@ def test_float32_master_weights_may_meet_half_precision_x(half):
     spec = call_of(**{**arguments, "x": arguments["x"].to(half)}).spec()
     assert spec.compute_dtype == half
     assert "mixed_dtypes" in spec.features
+
+
+@pytest.mark.parametrize("name", TENSOR_NAMES)
+def test_mixed_dtypes_is_a_feature_whichever_tensor_differs(name):
+    arguments = tensors((3,), H, R, torch.float32, residual=True, skip=True, scaling=H)
+    assert "mixed_dtypes" not in call_of(**arguments).features()
+    call = call_of(**arguments)
+    call = call._replace(**{name: getattr(call, name).to(torch.bfloat16)})
+    assert "mixed_dtypes" in call.features()
 
 
 def test_autocast_converts_every_smaller_type():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from host_work import Operations
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -75,6 +76,22 @@ def test_batched_gradients_are_seen():
     assert both("is_batched", torch.ones(0)) == (False, False)
 
 
+class Named(torch.Tensor):
+    pass
+
+
+def test_what_is_watched_is_told_from_ordinary_calls():
+    x = torch.ones(2)
+    assert not _torch.is_watched(x)
+    assert not _torch.is_watched(nn.Parameter(x))
+    for tensor in (x.as_subclass(Named), torch._neg_view(x), torch._efficientzerotensor(2)):
+        assert _torch.is_watched(tensor)
+    with Operations():
+        assert _torch.is_watched(x)
+    with torch.profiler.profile():
+        assert _torch.is_watched(x)
+
+
 HOOKS = {
     "register_forward_hook": lambda *_: None,
     "register_forward_pre_hook": lambda *_: None,
@@ -132,9 +149,6 @@ def test_below_autograd_gives_the_same_tensors_both_ways():
 
 
 def test_subclasses_count_only_where_they_change_what_operations_do():
-    class Named(torch.Tensor):
-        pass
-
     rows = torch.ones(2, 3)
     nested = torch.nested.nested_tensor([rows], layout=torch.jagged)
     assert _torch.is_subclass(nested)

@@ -71,9 +71,21 @@ def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
     expected = torch.autograd.grad(eager.sum(), wanted)
     for gradient, want in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
-    assert not z.requires_grad
     assert z.shape == (24, 4)
     assert len(spy.backwards) == 1
+
+
+def test_forward_op_is_differentiable_in_the_pre_activation_too():
+    """Second derivatives pass through it."""
+    given = op_arguments()
+    _, z = FORWARD("reference", True, *given)
+    leaves = [given.x, given.down_weight, given.down_bias]
+    dz = torch.randn_like(z)
+    found = torch.autograd.grad(z, leaves, dz)
+    plain = torch.nn.functional.linear(*leaves)
+    expected = torch.autograd.grad(plain, leaves, dz.view_as(plain))
+    for gradient, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, want)
 
 
 @pytest.mark.parametrize("device", ["MPS", "XPU", "PrivateUse1"])
@@ -171,6 +183,25 @@ def test_fake_tensors_run_forward_and_backward():
     assert (y.shape, y.dtype) == ((2, 3, 16), torch.bfloat16)
     assert x.grad.shape == x.shape
     assert adapter.up_proj.weight.grad.shape == (16, 4)
+
+
+def test_fake_gradients_have_the_dtypes_of_real_ones_where_tensors_differ_in_dtype():
+    given = {n: t.detach() for n, t in tensors((3,), residual=True, scaling=10).items()}
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16] * 3
+    given = {name: t.to(dtype) for (name, t), dtype in zip(given.items(), dtypes, strict=False)}
+    call = make_call(**given)
+    needs = Needs(*[True] * 6, scaling=True)
+
+    def layouts(call):
+        y, z = FORWARD("reference", True, *call)
+        found = BACKWARD("reference", needs, *call, z, torch.zeros_like(y))
+        return [(t.dtype, t.shape, t.stride()) for t in (y, z, *found)]
+
+    real = layouts(call)
+    assert {dtype for dtype, *_ in real[2:]} == {torch.bfloat16, torch.float32}
+    with FakeTensorMode() as mode:
+        faked = {name: mode.from_tensor(t) for name, t in given.items()}
+        assert layouts(call._replace(**faked)) == real
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

@@ -48,7 +48,7 @@ def launched(gpu, given, save=True, needs=ALL):
     launches = described(gpu, named)
     if save:
         upstream = Outputs(torch.zeros_like(outputs.y))
-        gradients = get("triton").backward(call.for_backward(), saved, upstream, needs)
+        gradients = get("triton").backward(call.for_backward(needs), saved, upstream, needs)
         named |= {f"d_{name}": gradient for name, gradient in gradients._asdict().items()}
         del named["d_scaling"]  # computed from what the launches wrote
         launches += described(gpu, {**named, "dy": upstream.y})

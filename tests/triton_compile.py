@@ -33,7 +33,7 @@ from adapterkern.backends.triton import (
     launch_config,
     weight_gradients,
 )
-from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.activations import GRADIENTS, VALUES
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, RowBlock
 from adapterkern.spec import make_call
 
@@ -224,7 +224,7 @@ def wgmma_jobs() -> list[Job]:
     its product, in every mix of types, and the loops that a learned scaling enters, with one. The
     kernels out of the bottleneck convert no first factor: `jobs` has them. With relu, which takes
     the compiler a third of the time, where `jobs` does not have them with GELU."""
-    relu: Options = (("ACTIVATION", "relu"), ("DERIVATIVE", "relu"))
+    relu: Options = (("ACTIVATION", "relu"), ("GRADIENT", "relu"))
     converting = ("fwd_kernel", "down_kernel", "bwd_dx_kernel", "dz_kernel", "dw_kernel")
     found = [job for job in jobs((90,), tuple(DTYPES)) if job.kernel.endswith(converting)]
     mixed = [job for job in found if job.dtype in MIXED]
@@ -307,7 +307,7 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
     mix = DTYPES[job.dtype]
     constants = {
         "ACTIVATION": "gelu",
-        "DERIVATIVE": "gelu",
+        "GRADIENT": "gelu",
         "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[mix.products],
         "PRECISION": "ieee" if mix.ieee else "tf32",
         "ADD_INPUT": True,
@@ -325,7 +325,7 @@ def compiled_kernel(job: Job) -> triton.compiler.CompiledKernel:
     }
     constants |= dict(job.options)
     constants["ACTIVATION"] = VALUES[constants["ACTIVATION"]]
-    constants["DERIVATIVE"] = DERIVATIVES[constants["DERIVATIVE"]]
+    constants["GRADIENT"] = GRADIENTS[constants["GRADIENT"]]
     aligned = constants.pop("aligned", True)
     names = kernel.arg_names
     given = {name: value for name, value in constants.items() if isinstance(value, str)}

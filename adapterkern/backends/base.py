@@ -15,6 +15,8 @@ from adapterkern.spec import (
     Outputs,
     Saved,
     added_gradients,
+    has_values,
+    shape_of,
     tensor_values,
 )
 from adapterkern.validation import name_of
@@ -91,7 +93,8 @@ class Backend(ABC):
     ) -> Gradients:
         """The gradients in `needs`, from what forward saved and the gradients of its outputs.
 
-        `call` may lack residual and skip (`AdapterCall.for_backward`).
+        `call` may lack tensors that are added to the sum, and biases, and have outlines in place of
+        tensors whose values are not needed (`spec.has_values`); z is there if `needs.z`.
         """
 
 
@@ -131,7 +134,7 @@ def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
     """Room for the gradients asked for, contiguous whatever the strides of the tensors are."""
     return Gradients(
         *[
-            t.new_empty(t.shape) if need and t is not None else None
+            t.new_empty(shape_of(t)) if need and t is not None else None
             for t, need in zip(tensor_values(call), needs, strict=True)
         ]
     )
@@ -147,7 +150,7 @@ def scaling_gradient(call: AdapterCall, sums: Tensor | None) -> Tensor | None:
     """The gradient of a learned scaling from `sums` [H], float32: over all features for [1]."""
     if sums is None or call.scaling is None:
         return None
-    if call.scaling.numel() == 1:
+    if shape_of(call.scaling)[0] == 1:
         sums = sums.sum(0, keepdim=True)
     return sums.to(call.scaling.dtype)
 
@@ -158,9 +161,14 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def optional_rows(tensor: Tensor | None) -> Tensor | None:
+    """The same of a tensor that may be absent, or an outline."""
+    return None if tensor is None or not has_values(tensor) else rows(tensor)
+
+
 def packed(tensor: Tensor | None) -> Tensor | None:
-    """A parameter without gaps, where there is one."""
-    return None if tensor is None else tensor.contiguous()
+    """A parameter without gaps, where there is one with values."""
+    return None if tensor is None or not has_values(tensor) else tensor.contiguous()
 
 
 def allow_tf32() -> bool:

@@ -82,11 +82,12 @@ _MIXED: tuple[dict, ...] = (  # with a half-precision x
     {"parameter_dtype": torch.float32, "residual": "tensor", "residual_dtype": torch.float32},
 )
 # Inf and NaN: activations that keep a token finite whose z is Inf, at widths that are no tile's;
-# and with few units to sum, gradients that are Inf rather than NaN. Not relu: where dy is Inf,
-# autograd puts 0 at an inactive unit, and every backend here, the reference too, 0 times Inf: NaN.
+# and with few units to sum, gradients that are Inf rather than NaN. And relu, whose inactive units
+# have gradient 0 whatever da is.
 _NONFINITE: tuple[dict, ...] = (
     {"nonfinite": True, "activation": "tanh"},
     {"nonfinite": True, "activation": "sigmoid", "bottleneck_size": 3},
+    {"nonfinite": True, "activation": "relu"},
 )
 # (T, H, R) on a GPU, in row blocks and with fewer tokens.
 _APART_SIZE = (37, 1030, 49)
@@ -154,8 +155,8 @@ def _large(dtypes: list[torch.dtype], activations: list[str], level: str) -> lis
         return cases
     base = _sized(_APART_SIZE, Case(activation=activations[0]))
     cases += [*_alternating(base, dtypes, _APART, every_dtype=False), *_mixed(base, dtypes)]
-    for index, (arithmetic, size) in enumerate(itertools.product(arithmetics, _NONFINITE_SIZES), 1):
-        option = _NONFINITE[index % len(_NONFINITE)]
+    for index, (arithmetic, size) in enumerate(itertools.product(arithmetics, _NONFINITE_SIZES)):
+        option = _NONFINITE[(index + index // len(_NONFINITE_SIZES)) % len(_NONFINITE)]
         cases.append(replace(_sized(size, arithmetic), **option))
     if level == "full":
         for size in _FULL_SIZES:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import emulated
 from cuda_forms import FORMS
+from special_values import assert_gradient_is_autograds
 
 from adapterkern.backends import get
 from adapterkern.backends.cuda import backend as cuda_backend
@@ -37,7 +38,7 @@ from adapterkern.parity import (
     metric,
     options,
 )
-from adapterkern.spec import Needs, Outputs
+from adapterkern.spec import Needs, Outputs, Saved
 from adapterkern.validation import name_of
 
 ALL = Needs(*[True] * 8)
@@ -234,7 +235,9 @@ def test_cuda_nan_stays_in_its_row(run_as, form, dtype):
 
 
 @each_form_and_dtype
-@pytest.mark.parametrize(("activation", "bottleneck"), [("tanh", None), ("sigmoid", 3)])
+@pytest.mark.parametrize(
+    ("activation", "bottleneck"), [("tanh", None), ("sigmoid", 3), ("relu", None)]
+)
 def test_cuda_has_inf_and_nan_where_eager_has_them(
     kernels, monkeypatch, form, dtype, activation, bottleneck
 ):
@@ -246,6 +249,13 @@ def test_cuda_has_inf_and_nan_where_eager_has_them(
         monkeypatch.setattr(cuda_backend, "token_plan", in_clusters)
     with emulated(kernels, FORMS[form].device):
         assert not missed(replace(case, bottleneck_size=bottleneck or case.bottleneck_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_gradients_of_special_values_are_autograds(run_as, activation, dtype):
+    run_as("row_block")
+    assert_gradient_is_autograds(get("cuda"), activation, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -263,7 +273,8 @@ def test_cuda_computes_only_the_gradients_asked_for(run_as, form):
         if sum(subset) not in (1, 5) and form != "row_block":
             continue
         needs = Needs(*subset[:5], scaling=subset[5])
-        some = get("cuda").backward(call, saved, upstream, needs)
+        kept = saved if needs.z else Saved(None)
+        some = get("cuda").backward(call.for_backward(needs), kept, upstream, needs)
         for wanted, a, b in zip(needs, full, some, strict=True):
             assert torch.equal(a, b) if wanted else b is None
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from forms import FORMS
+from special_values import assert_gradient_is_autograds
 
 from adapterkern.backends import get
 from adapterkern.parity import Case, check_case, differing_bits, metric
-from adapterkern.spec import Needs, Outputs
+from adapterkern.spec import Needs, Outputs, Saved
 from adapterkern.validation import name_of
 
 pytestmark = pytest.mark.interpreter
@@ -76,7 +77,9 @@ def test_triton_nan_stays_in_its_row(run_as, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(("activation", "bottleneck"), [("tanh", None), ("sigmoid", 3)])
+@pytest.mark.parametrize(
+    ("activation", "bottleneck"), [("tanh", None), ("sigmoid", 3), ("relu", None)]
+)
 def test_triton_has_inf_and_nan_where_eager_has_them(run_as, form, dtype, activation, bottleneck):
     """Inf in a token makes act(z) 1 or 0 in the units that are there, and must not become NaN in
     those that only fill up the tile. With few units, gradients are Inf as often as NaN."""
@@ -85,6 +88,12 @@ def test_triton_has_inf_and_nan_where_eager_has_them(run_as, form, dtype, activa
     run_as(form)
     case = Case(dtype=dtype, activation=activation, nonfinite=True, **FORMS[form].sizes)
     assert not missed(replace(case, bottleneck_size=bottleneck or case.bottleneck_size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_gradients_of_special_values_are_autograds(activation, dtype):
+    assert_gradient_is_autograds(triton, activation, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,7 +111,8 @@ def test_triton_computes_only_the_gradients_asked_for(run_as, form):
         if form != "split" and sum(subset) != 1:
             continue
         needs = Needs(*subset[:5], scaling=subset[5])
-        gradients = triton.backward(call, saved, upstream, needs)
+        kept = saved if needs.z else Saved(None)
+        gradients = triton.backward(call.for_backward(needs), kept, upstream, needs)
         assert [gradient is not None for gradient in gradients] == list(needs)
         for gradient, expected in zip(gradients, full, strict=True):
             assert gradient is None or metric(gradient, expected) < 2e-7

@@ -7,7 +7,7 @@ from forms import FORMS
 
 from adapterkern.backends import get
 from adapterkern.backends.triton import launches as triton_launches
-from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.activations import GRADIENTS, VALUES
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.parity import Case, check_case, grid, options, refusals
 from adapterkern.spec import Needs, Outputs, Saved
@@ -132,7 +132,7 @@ def _tanh_approximation_of_gelu(monkeypatch):
 
 
 def _tanh_approximation_of_gelu_derivative(monkeypatch):
-    monkeypatch.setitem(DERIVATIVES, "gelu", DERIVATIVES["gelu_tanh"])
+    monkeypatch.setitem(GRADIENTS, "gelu", GRADIENTS["gelu_tanh"])
 
 
 def _last_block_of_tokens_not_launched(monkeypatch):

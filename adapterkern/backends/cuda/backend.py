@@ -18,6 +18,7 @@ from adapterkern.backends.base import (
     empty_gradients,
     empty_outputs,
     empty_units,
+    optional_rows,
     packed,
     rows,
     scaling_gradient,
@@ -155,8 +156,8 @@ class CudaBackend(Backend):
             "up_weight": rows(call.up_weight),
             "down_bias": packed(call.down_bias),
             "up_bias": packed(call.up_bias),
-            "residual": None if call.residual is None else rows(call.residual),
-            "skip": None if call.skip is None else rows(call.skip),
+            "residual": optional_rows(call.residual),
+            "skip": optional_rows(call.skip),
             "scaling": packed(call.scaling),
         }
         added = call.x if call.add_input else call.residual, call.skip
@@ -171,7 +172,7 @@ class CudaBackend(Backend):
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         self._check_loaded()
-        if call.x.numel() == 0:
+        if upstream.y.numel() == 0:
             return zero_gradients(call, upstream, needs)
         *computed, d_scaling = self._run(
             (*tensor_values(call), saved.z, upstream.y),
@@ -190,14 +191,14 @@ class CudaBackend(Backend):
         recording: Launches,
     ) -> tuple[Tensor | None, ...]:
         """The gradients but for the scaling's, of which the last result holds the sums."""
-        assert z is not None
+        assert z is not None or not needs.z
         device, num_tokens = call.x.device, call.num_tokens
         inputs = {
-            "x": rows(call.x),
+            "x": optional_rows(call.x),
             "dy": rows(dy),
             "z": z,
-            "down_weight": rows(call.down_weight),
-            "up_weight": rows(call.up_weight),
+            "down_weight": optional_rows(call.down_weight),
+            "up_weight": optional_rows(call.up_weight),
             "up_bias": packed(call.up_bias),
             "scaling": packed(call.scaling),
         }

@@ -1,4 +1,5 @@
-"""Activations and their derivatives on float32 tiles; formulas as in `adapterkern/activations.py`.
+"""Activations on float32 tiles, and their gradients dz of da; formulas as in docs/math.md. relu's
+selects, as autograd's does: Inf or NaN behind an inactive unit must not pass.
 
 They use tl.exp and tl.erf alone, with constants to the right of tiles, so that the same source runs
 in Triton's CPU interpreter.
@@ -22,8 +23,8 @@ def gelu(z):
 
 
 @triton.jit
-def gelu_derivative(z):
-    return 0.5 * (1 + tl.erf(z * _INV_SQRT_2)) + z * tl.exp(-0.5 * z * z) * _INV_SQRT_2_PI
+def gelu_gradient(z, da):
+    return da * (0.5 * (1 + tl.erf(z * _INV_SQRT_2)) + z * tl.exp(-0.5 * z * z) * _INV_SQRT_2_PI)
 
 
 @triton.jit
@@ -32,9 +33,9 @@ def sigmoid(z):
 
 
 @triton.jit
-def sigmoid_derivative(z):
+def sigmoid_gradient(z, da):
     s = sigmoid(z)
-    return s * (1 - s)
+    return da * (s * (1 - s))
 
 
 @triton.jit
@@ -44,9 +45,9 @@ def gelu_tanh(z):
 
 
 @triton.jit
-def gelu_tanh_derivative(z):
+def gelu_tanh_gradient(z, da):
     s = sigmoid((z + z * z * z * _TANH_CUBIC) * _TWO_SQRT_2_OVER_PI)
-    return s + z * s * (1 - s) * (1 + z * z * (3 * _TANH_CUBIC)) * _TWO_SQRT_2_OVER_PI
+    return da * (s + z * s * (1 - s) * (1 + z * z * (3 * _TANH_CUBIC)) * _TWO_SQRT_2_OVER_PI)
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def relu(z):
 
 
 @triton.jit
-def relu_derivative(z):
-    return tl.where(z <= 0, 0.0, 1.0)  # 1 at NaN, as in eager
+def relu_gradient(z, da):
+    return tl.where(z <= 0, 0.0, da)  # NaN is active, as in eager
 
 
 @triton.jit
@@ -65,9 +66,9 @@ def silu(z):
 
 
 @triton.jit
-def silu_derivative(z):
+def silu_gradient(z, da):
     s = sigmoid(z)
-    return s * (1 + z * (1 - s))
+    return da * (s * (1 + z * (1 - s)))
 
 
 @triton.jit
@@ -86,9 +87,10 @@ def tanh(z):
 
 
 @triton.jit
-def tanh_derivative(z):
+def tanh_gradient(z, da):
     decay = tl.exp(-2 * tl.abs(z))
-    return 4 * decay / ((1 + decay) * (1 + decay))  # sech^2, without the cancellation of 1 - tanh^2
+    # sech^2, without the cancellation of 1 - tanh^2
+    return da * (4 * decay / ((1 + decay) * (1 + decay)))
 
 
 @triton.jit
@@ -97,8 +99,8 @@ def leaky_relu(z):
 
 
 @triton.jit
-def leaky_relu_derivative(z):
-    return tl.where(z > 0, 1.0, _LEAKY_SLOPE)
+def leaky_relu_gradient(z, da):
+    return da * tl.where(z > 0, 1.0, _LEAKY_SLOPE)
 
 
 @triton.jit
@@ -107,8 +109,8 @@ def identity(z):
 
 
 @triton.jit
-def identity_derivative(z):
-    return tl.full(z.shape, 1.0, tl.float32)
+def identity_gradient(z, da):
+    return da
 
 
 VALUES = {
@@ -121,13 +123,13 @@ VALUES = {
     "leaky_relu": leaky_relu,
     "identity": identity,
 }
-DERIVATIVES = {
-    "gelu": gelu_derivative,
-    "gelu_tanh": gelu_tanh_derivative,
-    "relu": relu_derivative,
-    "silu": silu_derivative,
-    "tanh": tanh_derivative,
-    "sigmoid": sigmoid_derivative,
-    "leaky_relu": leaky_relu_derivative,
-    "identity": identity_derivative,
+GRADIENTS = {
+    "gelu": gelu_gradient,
+    "gelu_tanh": gelu_tanh_gradient,
+    "relu": relu_gradient,
+    "silu": silu_gradient,
+    "tanh": tanh_gradient,
+    "sigmoid": sigmoid_gradient,
+    "leaky_relu": leaky_relu_gradient,
+    "identity": identity_gradient,
 }

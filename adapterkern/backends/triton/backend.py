@@ -108,7 +108,7 @@ class TritonBackend(Backend):
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        if call.x.numel() == 0:
+        if upstream.y.numel() == 0:
             return zero_gradients(call, upstream, needs)
         *computed, sums = launcher.run(
             (*tensor_values(call), saved.z, upstream.y),
@@ -122,28 +122,29 @@ class TritonBackend(Backend):
         self, call: AdapterCall, z: Tensor | None, dy: Tensor, needs: Needs, recording
     ) -> tuple[Tensor | None, ...]:
         """The gradients but for the scaling's, of which the last result holds the sums."""
-        assert z is not None
-        x, dy, sums = rows(call.x), rows(dy), None
-        z = unit_rows(call, z)  # hooks on saved tensors may have packed it
+        dy, sums = rows(dy), None
+        num_tokens = dy.shape[0]
         out = empty_gradients(call, needs._replace(residual=False, skip=False, scaling=False))
         for gradient in out:
             recording.own(gradient)
         dz = a = None
         if needs.down_weight or needs.down_bias:
-            dz = recording.own(empty_units(call, x.shape[0]))
+            dz = recording.own(empty_units(call, num_tokens))
         if needs.up_weight or needs.scaling:
-            a = recording.own(empty_units(call, x.shape[0]))
-        device = _device(x.device)
+            a = recording.own(empty_units(call, num_tokens))
+        device = _device(dy.device)
         launches = CallLaunches(call, recording, device)
-        if needs.dz or a is not None:
+        if needs.z:
+            assert z is not None
+            z = unit_rows(call, z)  # hooks on saved tensors may have packed it
             plan = token_plan(dx_problem(call, dy, device), device)
             if isinstance(plan, RowBlock):
                 launches.dx_row_block(z, dy, out.x, dz, a, plan.kernel)
             else:
                 launches.dx_split(z, dy, out.x, dz, a, plan)
         if needs.parameters:
-            weights = weight_gradient_plan(weights_problem(call, x, dy, device), device)
-            sums = launches.weight_gradients(x, dy, dz, a, out, needs, weights)
+            weights = weight_gradient_plan(weights_problem(call, call.x, dy, device), device)
+            sums = launches.weight_gradients(dy, dz, a, out, needs, weights)
         return *out, sums
 
 
@@ -158,8 +159,8 @@ def dx_problem(call: AdapterCall, dy: Tensor, device: Device) -> Problem:
 
 
 def weights_problem(call: AdapterCall, x: Tensor, dy: Tensor, device: Device) -> Problem:
-    """The problem that the weight gradients' launch is planned for; x and dy [T, H]."""
-    return _problem(call, device, x, dy)
+    """The problem that the weight gradients' launch is planned for; dy [T, H], x or its outline."""
+    return _problem(call, device, dy, x)
 
 
 def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:

@@ -84,7 +84,7 @@ def bottleneck_bwd_dx_kernel(
     scaling_ptr, scale,                             # in: [1] or [H], or a float, or neither: 1
     dx_ptr, dz_ptr, a_ptr,                          # out or None: [T, H], [T, R], [T, R]
     num_tokens, hidden_size, bottleneck_size, stride_dy_token, stride_unit_token,
-    ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,  # @triton.jit, float32 -> float32
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,  # @triton.jit, of float32: z; z and da
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
@@ -109,7 +109,7 @@ def bottleneck_bwd_dx_kernel(
             num_tokens, hidden_size, bottleneck_size, stride_dy_token,
             DTYPE, PRECISION, CHANNEL_SCALING, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
         )  # fmt: skip
-        dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
+        dz = existing_units(GRADIENT(z.to(tl.float32), da), unit, bottleneck_size, EVEN_R)
         dz = dz.to(DTYPE)
         if dz_ptr is not None:
             store_units(
@@ -142,7 +142,7 @@ def bottleneck_bwd_split_dz_kernel(
     dz_ptr, a_ptr,                                     # out or None: [T, R]
     num_tokens, hidden_size, bottleneck_size, features_per_split,
     stride_dy_token, stride_unit_token,
-    ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
@@ -174,7 +174,7 @@ def bottleneck_bwd_split_dz_kernel(
             z = load_units(
                 z_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
-            dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
+            dz = existing_units(GRADIENT(z.to(tl.float32), da), unit, bottleneck_size, EVEN_R)
             store_units(
                 dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
@@ -189,7 +189,7 @@ def bottleneck_bwd_split_dz_kernel(
 def finished_dz(
     partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
     num_tokens, bottleneck_size, num_splits, stride_unit_token,
-    ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
     SUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of dz from the partial sums of da, of which the first feature slice stores dz and a
@@ -203,7 +203,7 @@ def finished_dz(
             partial_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, num_splits,
             EVEN_R, SUM_STAGES,
         )  # fmt: skip
-        dz = existing_units(da * DERIVATIVE(z.to(tl.float32)), unit, bottleneck_size, EVEN_R)
+        dz = existing_units(GRADIENT(z.to(tl.float32), da), unit, bottleneck_size, EVEN_R)
         dz = dz.to(DTYPE)
         if tl.program_id(1) == 0:
             if dz_ptr is not None:
@@ -226,7 +226,7 @@ def bottleneck_bwd_split_dx_kernel(
     dx_ptr,                          # out: [T, H], or None
     num_tokens, hidden_size, bottleneck_size, num_splits, features_per_program,
     stride_dy_token, stride_unit_token,
-    ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, ADD_INPUT: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr, R_MULTIPLE: tl.constexpr,
     ONE_TILE: tl.constexpr,          # BLOCK_R >= R
@@ -243,7 +243,7 @@ def bottleneck_bwd_split_dx_kernel(
         dz = finished_dz(
             partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
             num_tokens, bottleneck_size, num_splits, stride_unit_token,
-            ACTIVATION, DERIVATIVE, DTYPE, EVEN_R, SUM_STAGES,
+            ACTIVATION, GRADIENT, DTYPE, EVEN_R, SUM_STAGES,
         )  # fmt: skip
     first = tl.program_id(1) * features_per_program
     last = tl.minimum(first + features_per_program, hidden_size)
@@ -256,7 +256,7 @@ def bottleneck_bwd_split_dx_kernel(
                 dz = finished_dz(
                     partial_ptr, dz_ptr, a_ptr, z_ptr, token, unit,
                     num_tokens, bottleneck_size, num_splits, stride_unit_token,
-                    ACTIVATION, DERIVATIVE, DTYPE, EVEN_R, SUM_STAGES,
+                    ACTIVATION, GRADIENT, DTYPE, EVEN_R, SUM_STAGES,
                 )  # fmt: skip
                 if dx_ptr is not None:
                     w_down = load_down_tile(

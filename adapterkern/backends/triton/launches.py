@@ -6,11 +6,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from adapterkern.backends.base import allow_tf32, empty_units, packed, rows, unit_stride
+from adapterkern.backends.base import (
+    allow_tf32,
+    empty_units,
+    optional_rows,
+    packed,
+    unit_stride,
+)
 from adapterkern.backends.triton import backward as bwd
 from adapterkern.backends.triton import forward as fwd
 from adapterkern.backends.triton import launcher, weight_gradients
-from adapterkern.backends.triton.activations import DERIVATIVES, VALUES
+from adapterkern.backends.triton.activations import GRADIENTS, VALUES
 from adapterkern.backends.triton.launch_config import (
     SUM,
     Device,
@@ -23,7 +29,7 @@ from adapterkern.backends.triton.launch_config import (
     out_stages,
     sum_stages,
 )
-from adapterkern.spec import AdapterCall, Gradients, Needs
+from adapterkern.spec import AdapterCall, Gradients, Needs, shape_of
 
 
 class CallLaunches:
@@ -37,7 +43,7 @@ class CallLaunches:
         self, x: Tensor, y: Tensor, z: Tensor | None, config: LaunchConfig
     ) -> None:
         call = self._call
-        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        residual, skip = optional_rows(call.residual), optional_rows(call.skip)
         self._launch(
             fwd.bottleneck_fwd_kernel, (cdiv(x.shape[0], config.block_t),),
             x, packed(call.down_weight), packed(call.up_weight),
@@ -56,7 +62,7 @@ class CallLaunches:
     def forward_split(self, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
         call = self._call
         num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
-        residual, skip = _optional_rows(call.residual), _optional_rows(call.skip)
+        residual, skip = optional_rows(call.residual), optional_rows(call.skip)
         down_bias = packed(call.down_bias)
         partial, a = None, None
         if plan.num_splits > 1:
@@ -155,7 +161,6 @@ class CallLaunches:
 
     def weight_gradients(
         self,
-        x: Tensor,
         dy: Tensor,
         dz: Tensor | None,
         a: Tensor | None,
@@ -165,7 +170,8 @@ class CallLaunches:
     ) -> Tensor | None:
         """Write those of the weights and biases; return the sums over tokens for the scaling."""
         call = self._call
-        num_tokens, hidden, bottleneck = x.shape[0], call.hidden_size, call.bottleneck_size
+        num_tokens, hidden, bottleneck = dy.shape[0], call.hidden_size, call.bottleneck_size
+        x = optional_rows(call.x)
         down, up = gradients.down_weight, gradients.up_weight
         down_bias, up_bias = gradients.down_bias, gradients.up_bias
         config = plan.kernel
@@ -177,7 +183,8 @@ class CallLaunches:
                 return output
             if like is None or (output is None and not wanted):
                 return None
-            return self._own(like.new_empty((plan.num_splits, *like.shape), dtype=torch.float32))
+            shape = (plan.num_splits, *shape_of(like))
+            return self._own(like.new_empty(shape, dtype=torch.float32))
 
         # d(scaling) needs G and sum(dy) even where dW_up and db_up are not asked for.
         part_down, part_down_bias = room(down, call.down_weight), room(down_bias, call.down_bias)
@@ -190,15 +197,15 @@ class CallLaunches:
             x, dy, dz, a, None if in_parts else scaling, None if in_parts else scale,
             part_down, part_up, part_down_bias, part_up_bias,
             num_tokens, hidden, bottleneck, plan.tokens_per_split,
-            x.stride(0), dy.stride(0), unit_stride(call),
+            _stride(x), dy.stride(0), unit_stride(call),
             **_dtypes(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
-            **_units(call), **_tiles(call, config, self._gradient_stages(config, x, dy)),
+            **_units(call), **_tiles(call, config, self._gradient_stages(config, call.x, dy)),
         )  # fmt: skip
         if not in_parts:
             return None
         d_scaling = None
         if needs.scaling:
-            d_scaling = self._own(x.new_empty(hidden, dtype=torch.float32))
+            d_scaling = self._own(dy.new_empty(hidden, dtype=torch.float32))
         config = SUM
         unit_blocks = 1 if needs.scaling else cdiv(bottleneck, config.block_r)
         up_tiles = cdiv(hidden, config.block_h) * unit_blocks
@@ -235,10 +242,6 @@ class CallLaunches:
         return out_stages(config, self._device, *sizes)
 
 
-def _optional_rows(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else rows(tensor)
-
-
 def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
@@ -260,7 +263,7 @@ def _channel(call: AdapterCall) -> dict:
 
 
 def _activations(call: AdapterCall) -> dict:
-    return {"ACTIVATION": VALUES[call.activation], "DERIVATIVE": DERIVATIVES[call.activation]}
+    return {"ACTIVATION": VALUES[call.activation], "GRADIENT": GRADIENTS[call.activation]}
 
 
 def _units(call: AdapterCall) -> dict:
