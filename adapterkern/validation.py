@@ -1,10 +1,15 @@
 """Checks that the tensors of a call fit together, before any pointer is taken."""
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LAYOUTS = (torch.strided, torch.jagged)  # nested tensors are jagged; they bring their own linear
+
+DROPOUT = "a number in [0, 1)"
 
 Tensors = dict[str, Tensor | None]  # the tensors of an `AdapterCall` by name
 
@@ -38,14 +43,28 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
         raise ValueError("\n".join(problems))
 
 
+def real(name: str, value: Any, expected: str) -> float:
+    """A real number as a float: Python's own, numpy's or another; a truth value is none.
+
+    Raises:
+        TypeError: it is no such number.
+        ValueError: no float is as large.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {expected}, got a number beyond all floats.") from None
+
+
 def dropout_problems(dropout: float) -> list[str]:
     """List what is wrong with a probability of dropout.
 
     Raises:
         TypeError: it is no number.
     """
-    if not isinstance(dropout, (float, int)):
-        raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}.")
+    dropout = real("dropout", dropout, DROPOUT)
     if 0.0 <= dropout < 1.0:
         return []
     return [

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from adapterkern import _torch, dispatch, reference
 from adapterkern.activations import canonical_name
 from adapterkern.backends import NAMES
-from adapterkern.functional import run_call
+from adapterkern.functional import bottleneck_adapter
 from adapterkern.spec import AdapterCall, make_call
-from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of
+from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of, real
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
@@ -100,8 +100,8 @@ class BottleneckAdapter(nn.Module):
             )
         if isinstance(scaling, str) and scaling not in SCALINGS:
             raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
-        if not isinstance(scaling, str | float | int):
-            raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
+        if not isinstance(scaling, str):
+            scaling = real("scaling", scaling, 'a float, "learned" or "channel"')
         problems = dropout_problems(dropout)
         if problems:
             raise ValueError(*problems)
@@ -124,7 +124,7 @@ class BottleneckAdapter(nn.Module):
             size = 1 if scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
         else:
-            self.scaling = float(scaling)
+            self.scaling = scaling
         self.reset_parameters()
 
     @torch.no_grad()
@@ -154,7 +154,11 @@ class BottleneckAdapter(nn.Module):
         down, up = self.down_proj, self.up_proj  # asked for once: nn.Module searches for them
         if not (_is_linear(down) and _is_linear(up)) or _torch.beyond_its_class(down, up):
             return self._forward_through_modules(x, residual, skip)
-        return run_call(self._fused_call(x, residual, skip, down, up), self.backend)
+        return bottleneck_adapter(
+            x, down.weight, up.weight, down.bias, up.bias, residual=residual, skip=skip,
+            activation=self.activation, scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
 
     def as_call(
         self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None

@@ -89,6 +89,7 @@ class TritonBackend(Backend):
             tensor_values(call),
             (save, tuned.generation, *options_of(call)),
             lambda recording: self._forward(call, save, recording),
+            call.scale,
         )
         return Outputs(y), Saved(z)
 
@@ -114,6 +115,7 @@ class TritonBackend(Backend):
             (*tensor_values(call), saved.z, upstream.y),
             (needs, tuned.generation, *options_of(call)),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+            call.scale,
         )
         added = added_gradients(upstream, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, sums), **added)
