@@ -104,12 +104,10 @@ class Recording:
     """Notes what a backend's code does for one call. `addresses` are those of the call's tensors.
 
     Subclasses add how their language launches. keeps: whether a `Repeat` is to come of it. scale:
-    the call's, the one float of a launch; known by being this very object.
+    the call's; a launch that takes it gets this very object, by which it is known.
     """
 
-    def __init__(
-        self, addresses: Sequence[int], keeps: bool = True, scale: float | None = None
-    ) -> None:
+    def __init__(self, addresses: Sequence[int], keeps: bool = True, scale: float = 1.0) -> None:
         self._num_inputs, self._keeps, self._scale = len(addresses), keeps, scale
         self._slots = {a: Slot("inputs", i) for i, a in enumerate(addresses) if a}
         self._made: list[Tensor] = []  # alive, so that no address is given to two
@@ -141,9 +139,11 @@ class Recording:
     def step(self, launch: Callable, arguments: Sequence[Any], held: Any = None) -> None:
         """Note that `launch(*arguments)` has run. held: what must live as long as it may run."""
         assert len(arguments) > 1  # with one alone, itemgetter gives no tuple
-        given = [SCALE if isinstance(a, float) and a is self._scale else a for a in arguments]
-        if any(isinstance(argument, float) for argument in given):
-            self._keeps = False  # what another scale makes of it is not known
+        given = list(arguments)
+        if self._scale != 1.0:
+            given = [SCALE if argument is self._scale else argument for argument in given]
+            if any(isinstance(argument, float) for argument in given):
+                self._keeps = False  # what another scale makes of it is not known
         self._steps.append((launch, given))
         self._held.append(held)
 

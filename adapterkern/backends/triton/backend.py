@@ -38,10 +38,16 @@ from adapterkern.spec import (
 )
 
 try:
+    from triton import knobs
+
     from adapterkern.backends.triton import launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.launches import CallLaunches
 
+    if knobs.runtime.interpret:  # as the kernels that were just defined have found it
+        from adapterkern.backends.triton.interpreter import make_bfloat16_exact
+
+        make_bfloat16_exact()
     _IMPORT_ERROR = None
 except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"

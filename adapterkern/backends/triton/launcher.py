@@ -112,7 +112,7 @@ def run(
     inputs: tuple[Tensor | None, ...],
     options: tuple,
     code: Callable[[Launches], Results],
-    scale: float,
+    scale: float = 1.0,
 ) -> Results:
     """Run a call's launches on the device of x, as `Repeats.run` does."""
     x: Any = inputs[0]
