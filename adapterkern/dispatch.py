@@ -181,8 +181,10 @@ def _report(device: torch.device, call: str, why: str) -> None:
         raise BackendUnsupportedError(
             f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
         )
+    if torch.compiler.is_compiling():
+        return
     mark = object()
-    if not torch.compiler.is_compiling() and _logged.setdefault(why, mark) is mark:
+    if _logged.setdefault(why, mark) is mark:  # of threads that come at once, one
         logger.warning("the PyTorch reference runs %s (%s)", call, why)
 
 

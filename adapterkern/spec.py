@@ -295,7 +295,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
-    if not torch.compiler.is_compiling() and not _torch.may_autocast():
+    if not _torch.may_autocast():
         return x.dtype
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
