@@ -60,7 +60,8 @@ VARIABLES = (
         "0 | 1",
         "0",
         "Triton's own switch, read when kernels are defined. With 1 (and only then) the triton "
-        "backend accepts CPU tensors; see `adapterkern.testing`.",
+        "backend accepts CPU tensors, slowly; its bfloat16 is then mended for all kernels of the "
+        "process.",
     ),
     Variable(
         "XDG_CACHE_HOME",

@@ -6,8 +6,9 @@ but that nothing public tells of hooks on all modules. tests/test_torch_door.py 
 Other modules call through this one, as in `_torch.functorch_is_active()`.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +63,11 @@ def _probe_forward_ad() -> bool:
     except AssertionError:
         return True
     return True
+
+
+@contextlib.contextmanager
+def _with_warnings_of_sizes() -> Iterator[None]:
+    yield
 
 
 def _has_no_memory(tensor: Tensor) -> bool:
@@ -154,21 +160,51 @@ def is_batched(gradient: Tensor) -> bool:
     return _C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(gradient)
 
 
+@_or(torch.jit.is_tracing)
+def jit_is_tracing() -> bool:
+    """Whether torch.jit.trace records, for itself or for an export to ONNX."""
+    return _C._get_tracing_state() is not None
+
+
+@_or(_with_warnings_of_sizes)
+@contextlib.contextmanager
+def jit_tracing_paused() -> Iterator[None]:
+    """Within the block torch.jit.trace records nothing, and sizes are the integers that they are
+    elsewhere: to compare them is then no warning of a size that the trace holds fast.
+    """
+    state = _C._get_tracing_state()
+    _C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _C._set_tracing_state(state)
+
+
 @_or(lambda tensor: True, _ONE)  # the op may be called at any time
 def is_watched(tensor: Any) -> bool:
-    """Whether the op must be seen or torch's dispatcher must prepare this tensor.
+    """Whether the op must be seen, or torch's dispatcher must prepare this tensor.
 
-    The former is so under a dispatch mode, torch.jit.trace and the profiler; the latter with
-    subclasses, and with tensors whose memory does not hold their values yet.
+    The former is so under a dispatch mode, torch.jit.trace (of a backward) and the profiler, the
+    latter with subclasses.
     """
     return (
         _C._len_torch_dispatch_stack() > 0
         or type(tensor) not in ORDINARY
         or _C._get_tracing_state() is not None
         or _C._autograd._profiler_enabled()
-        or tensor.is_neg()
-        or tensor._is_zerotensor()
     )
+
+
+_is_neg: Any = Tensor.is_neg
+_is_zero: Any = getattr(Tensor, "_is_zerotensor", None)
+
+
+@_or(lambda tensors: True in map(_is_neg, tensors), (_ONE,))
+def has_views_of_values(tensors: Iterable[Tensor]) -> bool:
+    """Whether the memory of some tensor does not hold its values: they are its negatives, as in
+    `z.conj().imag`, or zeros that no memory holds.
+    """
+    return True in map(_is_neg, tensors) or True in map(_is_zero, tensors)
 
 
 @_or(_infer_below_autograd, tuple)

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from adapterkern import _env
+from adapterkern import _env, _torch
 from adapterkern.backends import NAMES, get
 from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.spec import PLAIN_FEATURES, AdapterSpec
@@ -37,10 +38,23 @@ class Call(Protocol):
     def spec(self) -> AdapterSpec: ...
 
 
-_forced: str | None = None  # set by use_backend; process-wide, like the flags under torch.backends
+class _Thread(threading.local):
+    """What `use_backend` has set in one thread."""
+
+    def __init__(self) -> None:
+        self.forced: str | None = None
+        # The threads in which autograd runs the backward of GPUs, and computes what checkpointing
+        # left out: Python did not start them, and they open no blocks.
+        self.is_foreign = threading.get_ident() not in {t.ident for t in threading.enumerate()}
+
+
+_thread = _Thread()
+_open: dict[object, str] = {}  # the blocks of all threads, the latest last
+_latest: str | None = None
+_lock = threading.Lock()  # of `_open` and `_latest`
 _decisions: dict[tuple, Decision] = {}
 _MOST_DECISIONS = 4096  # kept; a process that sees more kinds of calls decides some of them again
-_logged: set[str] = set()
+_logged: dict[str, object] = {}  # each reason, with a mark of the call that was first
 
 
 def select(call: Call, requested: str = "auto") -> Decision:
@@ -57,7 +71,14 @@ def select(call: Call, requested: str = "auto") -> Decision:
     """
     wanted = wanted_backend(requested)
     if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
-        return _decide(call.spec(), wanted)
+        return _decide_in_graph(call.spec(), wanted, torch.compiler.is_exporting())
+    if _torch.jit_is_tracing():
+        with _torch.jit_tracing_paused():
+            spec = call.spec()
+        if wanted not in ("auto", "reference"):
+            reason = "torch.jit.trace records operations of PyTorch alone; torch.export does not"
+            raise BackendUnsupportedError(_refusal(wanted, spec.describe(), [reason]))
+        return _decide_in_graph(spec, wanted, exports=True)
     try:
         key = wanted, type(call), call.key()
         decision = _decisions.get(key)
@@ -72,7 +93,9 @@ def select(call: Call, requested: str = "auto") -> Decision:
 
 def wanted_backend(requested: str) -> str:
     """The backend that `requested`, a surrounding `use_backend` or the environment names."""
-    return requested if requested != "auto" else _forced or _env.BACKEND
+    if requested != "auto":
+        return requested
+    return _thread.forced or (_thread.is_foreign and _latest) or _env.BACKEND
 
 
 def check_environment() -> None:
@@ -112,6 +135,18 @@ def _decide(spec: AdapterSpec, wanted: str) -> Decision:
     raise BackendUnsupportedError(_refusal("auto", spec.describe(), listed))
 
 
+def _decide_in_graph(spec: AdapterSpec, wanted: str, exports: bool) -> Decision:
+    """The decision for a graph. exports: whether other machines run it, that may lack this package.
+
+    Such a graph holds plain operations, since what this machine has says nothing about those, and
+    no runtime or converter knows the op. A kernel backend that is named stays: it was asked for.
+    """
+    if not exports or wanted not in ("auto", "reference"):
+        return _decide(spec, wanted)
+    check_environment()
+    return Decision(spec, "reference", plain=True)
+
+
 def _refusal(name: str, call: str, reasons: list[str]) -> str:
     listing = "\n".join(f"  - {reason}" for reason in reasons)
     return f'backend "{name}" cannot run this call ({call}):\n{listing}'
@@ -131,8 +166,10 @@ def _report(device: torch.device, call: str, why: str) -> None:
         raise BackendUnsupportedError(
             f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
         )
-    if not torch.compiler.is_compiling() and why not in _logged:
-        _logged.add(why)
+    if torch.compiler.is_compiling():
+        return
+    mark = object()
+    if _logged.setdefault(why, mark) is mark:  # of threads that come at once, one
         logger.warning("the PyTorch reference runs %s (%s)", call, why)
 
 
@@ -154,20 +191,33 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls with backend="auto" run on `name` ("auto": chosen automatically).
 
-    Process-wide, as the flags under `torch.backends` are. Backward runs on the backend its forward
-    ran on.
+    In the thread that enters it, as with `torch.no_grad`: a thread of yours opens a block of its
+    own, those that autograd starts follow the latest block that is open. Backward runs on the
+    backend its forward ran on.
 
     Raises:
         ValueError: unknown backend name.
     """
-    global _forced
     if name != "auto":
         get(name)
-    before, _forced = _forced, name
+    before, _thread.forced, block = _thread.forced, name, object()
+    _note(block, name)
     try:
         yield
     finally:
-        _forced = before
+        _thread.forced = before
+        _note(block, None)
+
+
+def _note(block: object, name: str | None) -> None:
+    """A block of some thread begins with this name, or ends."""
+    global _latest
+    with _lock:
+        if name is None:
+            del _open[block]
+        else:
+            _open[block] = name
+        _latest = next(reversed(_open.values()), None)
 
 
 def available() -> dict[str, str | None]:

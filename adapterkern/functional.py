@@ -1,6 +1,8 @@
 """The operation as a function: one call made, a backend chosen, the op run."""
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from adapterkern import dispatch, ops, reference
 from adapterkern.spec import AdapterCall, make_call
@@ -56,10 +58,18 @@ def bottleneck_adapter(
 
     Differentiable in x, residual, skip, the weights, the biases and scaling; only gradients that
     are asked for are computed, and repeated runs give the same bits. Under functorch transforms,
-    forward-mode AD and differentiated twice, plain PyTorch operations run instead.
+    forward-mode AD and differentiated twice, plain PyTorch operations run instead; torch.export,
+    torch.jit.trace and exports to ONNX write those, torch.export only where no kernel is named.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751; derivation in docs/math.md (1)-(12).
     """
+    tensors = x, down_weight, up_weight, down_bias, up_bias, residual, skip, scaling
+    if has_torch_function_variadic(*tensors) and not torch.compiler.is_compiling():
+        # As for a function of torch: a Proxy of torch.fx makes one node of the call.
+        return handle_torch_function(
+            bottleneck_adapter, tensors, *tensors[:5], residual=residual, skip=skip,
+            activation=activation, scaling=scaling, dropout=dropout, backend=backend,
+        )  # fmt: skip
     call = make_call(
         x, down_weight, up_weight, down_bias, up_bias, residual, skip, activation, scaling, dropout
     )

@@ -13,6 +13,7 @@ import functools
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, get_type_hints
 
@@ -113,7 +114,7 @@ _backward_op = torch.ops.adapterkern.backward.default
 
 
 def _forward(backend: str, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
-    """Run the forward below autograd, as an op where operations are traced, faked or counted."""
+    """Run the forward below autograd, as an op where operations are watched, faked or counted."""
     if not _torch.is_watched(call.x):
         return get(backend).forward(call, save)
     results = _torch.below_autograd(_forward_op, backend, save, *call)
@@ -127,6 +128,8 @@ def _backward(
     """Run the backward, as an op where operations are traced, faked or counted."""
     # Compiled autograd traces the backward of an eager call with tensors that look ordinary.
     if not torch.compiler.is_compiling() and not _torch.is_watched(upstream.y):
+        if backend != "reference" and _torch.has_views_of_values(upstream):
+            upstream = Outputs(upstream.y.clone())
         return get(backend).backward(call, saved, upstream, needs)
     added = added_gradients(upstream, needs)  # which an op would have to copy
     asked = [need and n not in added for n, need in zip(TENSOR_NAMES, needs, strict=True)]
@@ -242,11 +245,46 @@ def _log_plain_backward(backend: str) -> None:
 def run(call: AdapterCall, backend: str) -> Tensor:
     """y of a validated call on the backend of that name, recorded where a gradient is needed."""
     if torch.compiler.is_compiling():
-        return _forward_op(backend, _needs_gradient(call.tensors().values()), *call)[0]
+        return _run_compiled(call, backend)
+    if backend != "reference":  # whose operations read values, not memory
+        call = _in_memory(call)
     tensors = tensor_values(call)
     if _needs_gradient(tensors):
         return _apply(backend, False, call, *tensors)[0]
     return _forward(backend, call, False)[0].y
+
+
+def _run_compiled(call: AdapterCall, backend: str) -> Tensor:
+    """As `run`, in a graph. The op takes a scale as a constant: with another at every call the
+    graph would be made anew each time. Such a scale, and what is added after it, stay outside.
+    """
+    save = _needs_gradient(call.tensors().values())
+    if not _is_dynamic(call.scale):
+        return _forward_op(backend, save, *call)[0]
+    inner = call._replace(scale=1.0, add_input=False, residual=None, skip=None)
+    y = _forward_op(backend, save, *inner)[0] * call.scale
+    for added in (call.x if call.add_input else call.residual, call.skip):
+        if added is not None:
+            y = y + added
+    return y
+
+
+def _is_dynamic(scale: float) -> bool:
+    """Whether torch.compile takes it for one that changes: then it cannot compare it, unless with
+    what guards compare it with, as with 1.
+    """
+    known, other = torch.fx.experimental.symbolic_shapes.statically_known_true, sys.float_info.min
+    return not (known(scale == other) or known(scale != other))
+
+
+def _in_memory(call: AdapterCall) -> AdapterCall:
+    """The call with its values in memory, where kernels read them."""
+    given = [tensor for tensor in tensor_values(call) if tensor is not None]
+    if not _torch.has_views_of_values(given):
+        return call
+    copies = {n: t.clone() for n, t in call.tensors().items() if t is not None}
+    parameters: dict[str, Any] = copies
+    return call._replace(**parameters)
 
 
 def _forward_flops(backend: str, save: bool, *fields: Any, **_: Any) -> int:

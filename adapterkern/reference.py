@@ -42,7 +42,7 @@ def forward(
             such as a module that has to be called to be itself; give both or none. They see the
             autocast of the caller.
     """
-    if down is None and (torch.compiler.is_compiling() or _torch.may_autocast()):
+    if down is None and _torch.may_autocast():
         with _without_autocast(call.x):
             return _forward(call, down, up)
     return _forward(call, down, up)

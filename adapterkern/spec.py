@@ -9,6 +9,7 @@ default, until it lists its feature.
 import functools
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
-from adapterkern.validation import as_float, name_of, validate
+from adapterkern.validation import DROPOUT, name_of, real, validate
 
 # A registered op would give a wrong or no derivative for these, or would not understand them: such
 # calls run as plain PyTorch operations under plain autograd.
 PLAIN_FEATURES = frozenset({"dropout", "forward_ad", "functorch", "tensor_subclass"})
+
+SCALING = "a float or a tensor of shape [1] or [H]"
+_LARGEST = sys.float_info.max
 
 
 class AdapterCall(NamedTuple):
@@ -88,7 +92,7 @@ class AdapterCall(NamedTuple):
         x, residual, skip = self.x, self.residual, self.skip
         shape = x.shape
         return (
-            shape[-1], _kind(x), self.scale == 1.0, _keyed_options(self),
+            shape[-1], _kind(x), self.scale == 1.0, options_but_scale(self),
             residual is not None and (residual.shape == shape, _kind(residual)),
             skip is not None and (skip.shape == shape, _kind(skip)),
             _torch.forward_ad_is_active(), _torch.functorch_is_active(),
@@ -150,7 +154,7 @@ _FEATURE_OF = {
 tensor_values = operator.attrgetter(*TENSOR_NAMES)
 option_values = operator.attrgetter(*OPTION_NAMES)
 _other_tensors = operator.attrgetter(*(n for n in TENSOR_NAMES if n not in ("x", *ADDED)))
-_keyed_options = operator.attrgetter(*(n for n in OPTION_NAMES if n != "scale"))
+options_but_scale = operator.attrgetter(*(n for n in OPTION_NAMES if n != "scale"))
 _signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
 _kind = operator.attrgetter("dtype", "device", "layout", "__class__")
 
@@ -318,18 +322,24 @@ def make_call(
     """Make an `AdapterCall` of the arguments of `adapterkern.bottleneck_adapter`.
 
     Raises:
-        TypeError: x is no tensor, or scaling neither a number nor a tensor.
-        ValueError: unknown activation, or a residual that is a string other than "input".
+        TypeError: x is no tensor, dropout no number, or scaling neither.
+        ValueError: unknown activation, a residual that is a string other than "input", or a scaling
+            that is not finite.
     """
     add_input = residual is x
     if isinstance(residual, str):
         if residual != "input":
             raise ValueError(f'residual must be "input", a tensor or None, got {residual!r}.')
         add_input = True
-    learned = scaling if isinstance(scaling, Tensor) else None
-    if learned is None and not isinstance(scaling, (float, int)):
-        kind = type(scaling).__name__
-        raise TypeError(f"scaling must be a float or a tensor of shape [1] or [H], got a {kind}.")
+    learned, scale = None, scaling
+    if type(scaling) is not float:  # as it nearly always is, also where torch.compile traces
+        learned = scaling if isinstance(scaling, Tensor) else None
+        scale = 1.0 if learned is not None else real("scaling", scaling, SCALING)
+    if not -_LARGEST <= scale <= _LARGEST:  # a float by now
+        raise ValueError(
+            f"scaling must be finite, got {scale}.\n"
+            "  hint: a schedule that divides by zero gives such a number."
+        )
     return AdapterCall(
         x,
         down_weight,
@@ -339,11 +349,11 @@ def make_call(
         None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
         skip,
         learned,
-        scaling if type(scaling) is float else 1.0 if learned is not None else as_float(scaling),
+        scale,  # type: ignore[arg-type]  # a float by now
         add_input,
         canonical_name(activation),
         _compute_dtype(x),
-        dropout,
+        dropout if type(dropout) is float else real("dropout", dropout, DROPOUT),
     )
 
 
@@ -351,7 +361,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
-    if not torch.compiler.is_compiling() and not _torch.may_autocast():
+    if not _torch.may_autocast():
         return x.dtype
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -15,19 +15,11 @@ from adapterkern import _env
 def enable_triton_interpreter() -> None:
     """Make bfloat16 exact in Triton's CPU interpreter. Call it once, before the first kernel runs.
 
-    The interpreter stores bfloat16 as the uint16 of its bits. `tl.dot` multiplies those bits as
-    integers (results around 1e10), and conversions to bfloat16 truncate where a GPU rounds to
-    nearest even. Upstream declined a fix (triton-lang/triton#11584), so the two builder methods at
-    fault are wrapped here: `create_dot` widens its operands first, `cast_impl` rounds. Both are
-    exact, for ties, NaN, infinities and subnormals too.
+    The triton backend does so itself where it runs interpreted
+    (`backends.triton.interpreter.make_bfloat16_exact`); this is for kernels of your own. numpy's
+    warnings of Inf and NaN in the interpreter are turned off, since some cases have both.
 
-    Arithmetic on bfloat16 tiles without a conversion stays wrong in the interpreter (a sum of bit
-    patterns): a kernel converts to float32 before it computes, as it does for its precision anyway.
-
-    numpy's warnings of Inf and NaN in the interpreter are turned off, since some cases have both.
-
-    Verified on triton 3.6 to 3.9; the interpreter of 3.6 itself needs numpy below 2.4. Calling it
-    again changes nothing.
+    Calling it again changes nothing.
 
     Raises:
         RuntimeError: the process was started without TRITON_INTERPRET=1.
@@ -39,50 +31,12 @@ def enable_triton_interpreter() -> None:
             "defined and is not set in this process.\n  hint: set it before Python starts, e.g. "
             "`TRITON_INTERPRET=1 python -m pytest tests/interpreter`."
         )
-    from triton.runtime.interpreter import InterpreterBuilder
+    from adapterkern.backends.triton.interpreter import make_bfloat16_exact
 
-    if not getattr(InterpreterBuilder, "has_exact_bfloat16", False):
-        _install_exact_bfloat16(InterpreterBuilder)
-        InterpreterBuilder.has_exact_bfloat16 = True
+    make_bfloat16_exact()
     warnings.filterwarnings(
         "ignore", "invalid value", RuntimeWarning, module=r"triton\.runtime\.interpreter"
     )
-
-
-def _install_exact_bfloat16(builder: Any) -> None:
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def widened(handle):
-        """Widen a bfloat16 handle to float32, whose upper half its 16 bits are."""
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def rounded(data):
-        """Round floating or integer data to the bits of bfloat16, to nearest, ties to even."""
-        value = np.ascontiguousarray(data, dtype=np.float32).reshape(np.shape(data))
-        bits = value.view(np.uint32).astype(np.uint64)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return np.where(np.isnan(value), np.uint16(0x7FC0), nearest)
-
-    def create_dot(self, a, b, *rest, **options):
-        return dot(self, widened(a), widened(b), *rest, **options)
-
-    def cast_impl(self, source, target_type):
-        before, after = source.dtype.scalar, target_type.scalar
-        if before == after or tl.bfloat16 not in (before, after):
-            return cast(self, source, target_type)
-        if after == tl.bfloat16:
-            return TensorHandle(rounded(source.data), tl.bfloat16)
-        source = widened(source)
-        return source if after == tl.float32 else cast(self, source, target_type)
-
-    builder.create_dot = create_dot
-    builder.cast_impl = cast_impl
 
 
 def lost_device(device: torch.device | str) -> str | None:

@@ -1,6 +1,7 @@
 """Checks that the tensors of a call fit together, before any pointer is taken."""
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HINT = "\n  hint: "  # between a problem's sentence and its cure
 LAYOUTS = (torch.strided, torch.jagged)  # nested tensors are jagged; they bring their own linear
 
+DROPOUT = "a number in [0, 1)"
+
 Tensors = dict[str, Tensor | None]  # the tensors of an `AdapterCall` by name
 _WEIGHTS = ("down_weight", "up_weight", "down_bias", "up_bias")
 
@@ -18,18 +21,6 @@ _WEIGHTS = ("down_weight", "up_weight", "down_bias", "up_bias")
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype without torch's prefix, as in "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def as_float(scaling: Any) -> float:
-    """The scaling as a float.
-
-    Raises:
-        ValueError: it is an integer that no float can hold.
-    """
-    try:
-        return float(scaling)
-    except OverflowError:
-        raise ValueError("scaling must fit a float, got an integer beyond all of them.") from None
 
 
 def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> None:
@@ -59,14 +50,28 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
         raise ValueError(sentences + (HINT + hints[0] if hints else ""))
 
 
+def real(name: str, value: Any, expected: str) -> float:
+    """A real number as a float: Python's own, numpy's or another; a truth value is none.
+
+    Raises:
+        TypeError: it is no such number.
+        ValueError: no float is as large.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {expected}, got a number beyond all floats.") from None
+
+
 def dropout_problems(dropout: float) -> list[str]:
     """List what is wrong with a probability of dropout.
 
     Raises:
         TypeError: it is no number.
     """
-    if not isinstance(dropout, (float, int)):
-        raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}.")
+    dropout = real("dropout", dropout, DROPOUT)
     if 0.0 <= dropout < 1.0:
         return []
     return [

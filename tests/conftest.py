@@ -84,7 +84,7 @@ def _facts_of_the_sources():
 def clean_dispatch(monkeypatch):
     """Begin with nothing decided and nothing logged."""
     monkeypatch.setattr(dispatch, "_decisions", {})
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_logged", {})
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ BEHIND_KERNELS = {
 
 # Third parties, and the only places that import them.
 CONFINED = {
-    "triton": ("backends/triton/", "testing.py", "cli/info/"),
+    "triton": ("backends/triton/", "cli/info/"),
     "adapterkern._cuda": ("backends/cuda/extension.py",),
     "transformers": ("integrations/", "cli/demo/"),
     "adapters": ("integrations/", "cli/demo/"),

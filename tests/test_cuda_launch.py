@@ -327,8 +327,8 @@ def test_a_launch_on_another_device_is_left_to_torch_to_return_from(monkeypatch,
     backend = CudaBackend(kernels=SimpleNamespace())
     backend._repeats = SimpleNamespace(run=lambda *given: launched.append((at[-1], *given)))
     inputs = (SimpleNamespace(device=torch.device("cuda", 1)),)
-    backend._run(inputs, (), None)
-    assert launched == [(1, inputs, (), 7, None)]
+    backend._run(inputs, (), None, 0.5)
+    assert launched == [(1, inputs, (), 7, None, 0.5)]
     assert (seen, at) == (entered, [current])
 
 

@@ -158,6 +158,7 @@ def test_device_and_dtype_reach_every_parameter():
             {"scaling": "both"},
             'scaling must be a float, "learned" or "channel", got \'both\'',
         ),
+        ((12,), {"scaling": float("nan")}, "scaling must be finite, got nan."),
         ((12,), {"dropout": 1.0}, "dropout must be in [0, 1), got 1.0."),
     ],
 )

@@ -42,4 +42,5 @@ def _load(names: tuple[str, ...]) -> None:
             )
         if name not in _loaded:
             module, attribute = _PATHS[name].split(":")
-            _loaded[name] = getattr(importlib.import_module(module), attribute)()
+            # Threads may come here at once: the first one's is everybody's.
+            _loaded.setdefault(name, getattr(importlib.import_module(module), attribute)())

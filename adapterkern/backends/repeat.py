@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.base import allow_tf32
-from adapterkern.spec import AdapterCall, option_values
+from adapterkern.spec import AdapterCall, options_but_scale
 
 ALIGNMENT = 16  # bytes: Triton compiles one kernel for addresses that divide by it, one for others
 _SCRATCH_ALIGNMENT = 256  # bytes, as cudaMalloc gives at least
@@ -30,7 +30,7 @@ Results = Sequence[Any]  # tensors and None
 
 class Slot(NamedTuple):
     """Stands for a value that differs from call to call: entry `number` of its `table` (inputs,
-    made or stream), for addresses `offset` bytes further on.
+    made, stream or scale), for addresses `offset` bytes further on.
     """
 
     table: str
@@ -39,6 +39,7 @@ class Slot(NamedTuple):
 
 
 STREAM = Slot("stream")
+SCALE = Slot("scale")
 
 
 class Layout(NamedTuple):
@@ -81,7 +82,9 @@ class Repeat:
         self._results, self._offsets, self._scratch = results, offsets, scratch
         self._constants, self._steps = constants, steps
 
-    def __call__(self, x: Tensor, addresses: list[int], stream: int) -> Results | None:
+    def __call__(
+        self, x: Tensor, addresses: list[int], stream: int, scale: float
+    ) -> Results | None:
         """Launch, and return the results; None where new memory is not aligned as the first was."""
         results = [None if layout is None else layout.make(x) for layout in self._results]
         made = [0 if tensor is None else tensor.data_ptr() for tensor in results]
@@ -91,7 +94,7 @@ class Repeat:
             made += [start + offset for offset in self._offsets]
         if not _aligned(made):
             return None
-        values = (*addresses, *made, stream, *self._constants)
+        values = (*addresses, *made, stream, scale, *self._constants)
         for launch, pick in self._steps:
             launch(*pick(values))
         return results
@@ -100,11 +103,12 @@ class Repeat:
 class Recording:
     """Notes what a backend's code does for one call. `addresses` are those of the call's tensors.
 
-    Subclasses add how their language launches. keeps: whether a `Repeat` is to come of it.
+    Subclasses add how their language launches. keeps: whether a `Repeat` is to come of it. scale:
+    the call's; a launch that takes it gets this very object, by which it is known.
     """
 
-    def __init__(self, addresses: Sequence[int], keeps: bool = True) -> None:
-        self._num_inputs, self._keeps = len(addresses), keeps
+    def __init__(self, addresses: Sequence[int], keeps: bool = True, scale: float = 1.0) -> None:
+        self._num_inputs, self._keeps, self._scale = len(addresses), keeps, scale
         self._slots = {a: Slot("inputs", i) for i, a in enumerate(addresses) if a}
         self._made: list[Tensor] = []  # alive, so that no address is given to two
         self._steps: list[tuple[Callable, list]] = []
@@ -135,7 +139,12 @@ class Recording:
     def step(self, launch: Callable, arguments: Sequence[Any], held: Any = None) -> None:
         """Note that `launch(*arguments)` has run. held: what must live as long as it may run."""
         assert len(arguments) > 1  # with one alone, itemgetter gives no tuple
-        self._steps.append((launch, list(arguments)))
+        given = list(arguments)
+        if self._scale != 1.0:
+            given = [SCALE if argument is self._scale else argument for argument in given]
+            if any(isinstance(argument, float) for argument in given):
+                self._keeps = False  # what another scale makes of it is not known
+        self._steps.append((launch, given))
         self._held.append(held)
 
     def finish(self, results: Results) -> Repeat | None:
@@ -160,7 +169,7 @@ class Recording:
             return None  # the inside of a result, which is no scratch memory
         offsets = [starts[slot.number] + slot.offset for slot in inner]
         inputs = [Slot("inputs", index) for index in range(self._num_inputs)]
-        order = [*inputs, *places, *inner, STREAM]  # of the values of a repetition
+        order = [*inputs, *places, *inner, STREAM, SCALE]  # of the values of a repetition
         position = {slot: index for index, slot in enumerate(order)}
         constants: list[Any] = []
 
@@ -191,6 +200,7 @@ class Repeats(Generic[Kind]):
         options: tuple,
         stream: int,
         code: Callable[[Kind], Results],
+        scale: float = 1.0,
     ) -> Results:
         """Repeat what `code` did for an earlier call of this kind, or run it.
 
@@ -199,6 +209,7 @@ class Repeats(Generic[Kind]):
             options: all else that `code` reads, and what it takes from the process. Values that
                 compare equal must mean the same.
             stream: that of the launches.
+            scale: handed to launches as it is, if at all.
             code: returns tensors that it owns (`Recording.own`), or None; the same at every call
                 of this kind.
         """
@@ -208,12 +219,12 @@ class Repeats(Generic[Kind]):
         key = options, x.device, _pattern(addresses), *layouts
         known = self._known.get(key)
         if isinstance(known, Repeat):
-            results = known(x, addresses, stream)
+            results = known(x, addresses, stream, scale)
             if results is not None:
                 return results
         # To note a call takes as long as the call: not for one that comes once, as some number of
         # tokens may.
-        recording = self._recording(addresses, keeps=known is _SEEN)
+        recording = self._recording(addresses, known is _SEEN, scale)
         results = code(recording)
         if known is _SEEN:
             self._known[key] = recording.finish(results) or _ORDINARY
@@ -229,9 +240,11 @@ class Repeats(Generic[Kind]):
 
 
 def options_of(call: AdapterCall) -> tuple:
-    """All that the launches of a call depend on beside its tensors and what a backend adds."""
+    """All that the launches of a call depend on beside its tensors, what a backend adds, and the
+    scale, which a schedule may change at every call: of it, whether there is one.
+    """
     tf32 = call.compute_dtype == torch.float32 and allow_tf32()
-    return tf32, call.scale or str(call.scale), option_values(call)  # 0.0 == -0.0, but not their y
+    return tf32, call.scale == 1.0, options_but_scale(call)
 
 
 def _aligned(addresses: list[int]) -> bool:

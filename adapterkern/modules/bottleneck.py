@@ -1,5 +1,6 @@
 """`BottleneckAdapter`: the operation with its parameters."""
 
+import math
 import numbers
 from functools import partial
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from adapterkern import _torch, dispatch, reference
 from adapterkern.activations import canonical_name
 from adapterkern.backends import NAMES
-from adapterkern.functional import run_call
+from adapterkern.functional import bottleneck_adapter
 from adapterkern.spec import AdapterCall, make_call
-from adapterkern.validation import FLOAT_DTYPES, as_float, dropout_problems, name_of
+from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of, real
 
 INITS = ("identity", "houlsby", "bert")
 SCALINGS = ("learned", "channel")
@@ -93,7 +94,7 @@ class BottleneckAdapter(nn.Module):
             length = 1 if scaling == "learned" else hidden_size
             self.scaling = nn.Parameter(torch.ones(length, device=device, dtype=dtype))
         else:
-            self.scaling = as_float(scaling)
+            self.scaling = float(scaling)
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as `init` says; a learned scaling returns to 1."""
@@ -109,7 +110,11 @@ class BottleneckAdapter(nn.Module):
         down, up = self.down_proj, self.up_proj  # asked for once: nn.Module searches for them
         if not (is_linear(down) and is_linear(up)) or _torch.beyond_its_class(down, up):
             return self._forward_through_modules(x, residual, skip)
-        return run_call(self._fused_call(x, residual, skip, down, up), self.backend)
+        return bottleneck_adapter(
+            x, down.weight, up.weight, down.bias, up.bias, residual=residual, skip=skip,
+            activation=self.activation, scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
 
     def as_call(
         self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
@@ -262,10 +267,12 @@ def _check_options(
     if backend not in ("auto", *NAMES):
         known = ", ".join(NAMES)
         raise ValueError(f"unknown backend {backend!r}.\n  hint: known backends are auto, {known}.")
-    if isinstance(scaling, str) and scaling not in SCALINGS:
-        raise ValueError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
-    if not isinstance(scaling, str | float | int):
-        raise TypeError(f'scaling must be a float, "learned" or "channel", got {scaling!r}.')
+    expected = 'a float, "learned" or "channel"'
+    if isinstance(scaling, str):
+        if scaling not in SCALINGS:
+            raise ValueError(f"scaling must be {expected}, got {scaling!r}.")
+    elif not math.isfinite(real("scaling", scaling, expected)):
+        raise ValueError(f"scaling must be finite, got {scaling}.")
     problems = dropout_problems(dropout)
     if problems:
         raise ValueError(*problems)

@@ -84,7 +84,9 @@ class Launches(Recording):
 def _send(
     function: Callable, layout: struct.Struct, device: int, stream: int, *fields: float
 ) -> None:
-    function(layout.pack(*fields), device, stream)
+    *numbers, scale = fields
+    scale = ctypes.c_float(scale).value  # beyond float32 it is infinite, as in eager
+    function(layout.pack(*numbers, scale), device, stream)
 
 
 class CudaBackend(Backend):
@@ -140,6 +142,7 @@ class CudaBackend(Backend):
             tensor_values(call),
             (save, *options_of(call)),
             lambda recording: self._forward(call, save, recording),
+            call.scale,
         )
         return Outputs(y), Saved(z)
 
@@ -178,6 +181,7 @@ class CudaBackend(Backend):
             (*tensor_values(call), saved.z, upstream.y),
             (needs, *options_of(call)),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+            call.scale,
         )
         added = added_gradients(upstream, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling), **added)
@@ -246,14 +250,16 @@ class CudaBackend(Backend):
     def _device(self, device: torch.device) -> Device:
         return self._planned_device or _gpu(device)
 
-    def _run(self, inputs: tuple, options: tuple, code: Callable[[Launches], Any]) -> Any:
+    def _run(
+        self, inputs: tuple, options: tuple, code: Callable[[Launches], Any], scale: float
+    ) -> Any:
         """Run a call's launch on the device of x and its current stream."""
         device = inputs[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             # torch, unlike the runtime, makes no context on the caller's device to return to it.
             with torch.cuda.device(device):
-                return self._run(inputs, options, code)
-        return self._repeats.run(inputs, options, _stream(device), code)
+                return self._run(inputs, options, code, scale)
+        return self._repeats.run(inputs, options, _stream(device), code, scale)
 
     def _check_loaded(self) -> None:
         if self._unavailable is not None or self._kernels is None:
@@ -275,7 +281,7 @@ def _options(call: AdapterCall, num_tokens: int) -> dict[str, Any]:
         "compute_dtype": TFLOAT32 if tf32 else DTYPES[call.compute_dtype],
         "add_input": call.add_input,
         "channel_scaling": call.scaling is not None and call.scaling.numel() > 1,
-        "scale": ctypes.c_float(call.scale).value,  # beyond float32 it is infinite, as in eager
+        "scale": call.scale,
     }
 
 

@@ -38,10 +38,16 @@ from adapterkern.spec import (
 )
 
 try:
+    from triton import knobs
+
     from adapterkern.backends.triton import launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.launches import CallLaunches
 
+    if knobs.runtime.interpret:  # as the kernels that were just defined have found it
+        from adapterkern.backends.triton.interpreter import make_bfloat16_exact
+
+        make_bfloat16_exact()
     _IMPORT_ERROR = None
 except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"
@@ -89,6 +95,7 @@ class TritonBackend(Backend):
             tensor_values(call),
             (save, tuned.generation, *options_of(call)),
             lambda recording: self._forward(call, save, recording),
+            call.scale,
         )
         return Outputs(y), Saved(z)
 
@@ -114,6 +121,7 @@ class TritonBackend(Backend):
             (*tensor_values(call), saved.z, upstream.y),
             (needs, tuned.generation, *options_of(call)),
             lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+            call.scale,
         )
         added = added_gradients(upstream, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, sums), **added)

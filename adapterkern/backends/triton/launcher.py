@@ -109,16 +109,19 @@ def _has_calls(hook: Any) -> bool:
 
 
 def run(
-    inputs: tuple[Tensor | None, ...], options: tuple, code: Callable[[Launches], Results]
+    inputs: tuple[Tensor | None, ...],
+    options: tuple,
+    code: Callable[[Launches], Results],
+    scale: float = 1.0,
 ) -> Results:
     """Run a call's launches on the device of x, as `Repeats.run` does."""
     x: Any = inputs[0]
     # Triton launches on the current device, whatever device its pointers are on.
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return run(inputs, options, code)
+            return run(inputs, options, code, scale)
     if PROBLEM is not None or _env.TRITON_INTERPRET or not is_plain():
         return code(Launches((), keeps=False))
     active = driver.active  # has loaded the kernels; another driver has its own
     stream = active.get_current_stream(x.device.index)
-    return _repeats.run(inputs, (active, *options), stream, code)
+    return _repeats.run(inputs, (active, *options), stream, code, scale)
