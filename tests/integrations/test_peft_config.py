@@ -45,7 +45,7 @@ def test_config_is_written_in_one_step(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adapterkern.integrations.peft.config.os.replace", interrupted)
+    monkeypatch.setattr("adapterkern.integrations.peft.saving.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         BottleneckConfig(bottleneck_size=4).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").read_text() == before
