@@ -10,7 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-import adapterkern
+from adapterkern import __version__
 from adapterkern.integrations.peft.checkpoint import CONTAINER, METHOD, SavedWeights
 from adapterkern.integrations.peft.saving import staged
 from adapterkern.modules.bottleneck import BottleneckAdapter
@@ -192,7 +192,7 @@ class BottleneckConfig(PeftConfig):
             **super().to_dict(),
             "saved_with": {
                 "import": "adapterkern.integrations.peft",
-                "library": f"adapterkern {adapterkern.__version__}",
+                "library": f"adapterkern {__version__}",
             },
         }
 

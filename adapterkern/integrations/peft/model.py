@@ -188,7 +188,7 @@ class BottleneckModel(BaseTuner):
             yield
             return
         names = check_names(adapter_names, self.peft_config, self.training)
-        with adapter_names_in_forward(self.model, names, kwargs):
+        with adapter_names_in_forward(self.model, names):
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -250,13 +250,13 @@ def _check_adapter_name(model: nn.Module, name: str) -> None:
     """PEFT finds an adapter's weights by its name between dots: a module's name misleads it."""
     if name == BASE:
         raise ValueError(
-            f"{BASE!r} cannot name an adapter: in adapter_names it stands for the base model without "
-            "one.\n  hint: choose another name"
+            f"{BASE!r} cannot name an adapter: in adapter_names it stands for the base model alone."
+            "\n  hint: choose another name"
         )
     if not isinstance(name, str) or set(name) & set("/\\\0"):
         raise ValueError(
-            f"{name!r} cannot name an adapter: a name is a string without slashes, since saving makes "
-            "a folder of it.\n  hint: choose another name"
+            f"{name!r} cannot name an adapter: a name is a string without slashes, since saving "
+            "makes a folder of it.\n  hint: choose another name"
         )
     taken = {CONTAINER, "down_proj", "up_proj", "scaling", "weight", "bias"}
     for key, _ in model.named_parameters():

@@ -4,7 +4,7 @@ import os
 
 from huggingface_hub import ModelCard
 
-import adapterkern
+from adapterkern import __version__
 
 MODEL_CARD = "README.md"
 TAG = "adapterkern"
@@ -33,7 +33,7 @@ def describe(folder: str) -> None:
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
     lines = card.text.splitlines()
-    version = f"- adapterkern {adapterkern.__version__}"
+    version = f"- adapterkern {__version__}"
     if version not in lines and _VERSIONS in lines:  # PEFT's heading, with its own version
         lines.insert(lines.index(_VERSIONS) + 2, version)
     text = "\n".join(lines) + "\n"
