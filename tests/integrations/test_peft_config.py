@@ -71,6 +71,8 @@ def test_config_file_does_not_depend_on_set_order(tmp_path):
         ({"activation": "prelu"}, "prelu"),
         ({"bias": "none"}, "True or False, got 'none'"),
         ({"scaling": "loud"}, "scaling must be"),
+        ({"scaling": float("nan")}, "scaling must be finite, got nan"),
+        ({"target_modules": "(("}, r"target_modules='\(\(' is no regular expression"),
         ({"dropout": 1.5}, "dropout"),
         ({"init": "zeros"}, "unknown init 'zeros'"),
         ({"target_modules": "x.*", "layers_to_transform": 0}, "target_modules as a list"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,6 +28,17 @@ def _must_be_local(folder: str) -> bool:
 
 def _is_layer(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def _check_expression(name: str, value: object) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name}={value!r} is no regular expression: {error}.\n"
+                "  hint: give the suffixes of names as a list"
+            ) from error
 
 
 class PeftMethod(str, Enum):
@@ -127,6 +139,8 @@ class BottleneckConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
+        for name in ("target_modules", "exclude_modules"):
+            _check_expression(name, getattr(self, name))
         self._check_layer_indices()
         # This refuses values that no layer could have.
         BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
@@ -191,7 +205,7 @@ class BottleneckConfig(PeftConfig):
         return {
             **super().to_dict(),
             "saved_with": {
-                "import": "adapterkern.integrations.peft",
+                "import": __package__,
                 "library": f"adapterkern {__version__}",
             },
         }
