@@ -30,6 +30,7 @@ from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
 from adapterkern.integrations.peft.layer import BottleneckLinear
 from adapterkern.integrations.peft.model import BottleneckModel
 from adapterkern.integrations.peft.model_card import describe
+from adapterkern.integrations.peft.offload import update_offload_index
 from adapterkern.integrations.peft.reading import read_settings
 from adapterkern.integrations.peft.saving import staged
 
@@ -53,6 +54,8 @@ def _register() -> None:
     prefixes[method] = BottleneckModel.prefix
     save, read = PeftModel.save_pretrained, PeftConfigMixin.__dict__["from_json_file"].__func__
     PeftModel.save_pretrained = _saving_whole(save)  # type: ignore[method-assign]
+    update = PeftModel._update_offload
+    PeftModel._update_offload = _finding_offloaded(update)  # type: ignore[method-assign]
     PeftConfigMixin.from_json_file = classmethod(_reading_checked(read))  # type: ignore[assignment]
 
 
@@ -70,6 +73,17 @@ def _saving_whole(save: Callable[..., None]) -> Callable[..., None]:
             describe(folder)
 
     return save_pretrained
+
+
+def _finding_offloaded(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Make PEFT's bookkeeping of weights on the disk, which knows LoRA's names, know ours."""
+
+    @functools.wraps(update)
+    def _update_offload(self: PeftModel, *args: Any, **options: Any) -> Any:
+        ours = isinstance(self.base_model, BottleneckModel)
+        return (update_offload_index if ours else update)(self, *args, **options)
+
+    return _update_offload
 
 
 def _reading_checked(read: Callable[..., Any]) -> Callable[..., Any]:
