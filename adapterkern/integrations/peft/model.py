@@ -28,6 +28,7 @@ from adapterkern.integrations.peft.targets import (
     check_target,
     default_target_modules,
 )
+from adapterkern.integrations.peft.weighted import combined_config, fill
 
 
 class AdapterConfigs(dict):
@@ -160,6 +161,40 @@ class BottleneckModel(BaseTuner):
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
         return {}
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add an adapter made of others; it is saved and loaded as any, and frozen at first.
+
+        Args:
+            adapters: names; each may have layers of its own.
+            weights: a number for each of them, of any sign; they are not normalised.
+            adapter_name: of the new adapter.
+            combination_type: "cat": exactly the weighted sum of what the adapters add, by one as
+                wide as all of them together (one adapter and one weight: that adapter, rescaled).
+                "linear": the weighted sum of their parameters, as wide as each, which computes
+                something else, since an adapter is nonlinear.
+
+        Raises:
+            ValueError: a name is unknown or taken, or these adapters have no such combination:
+                "cat" needs one activation and dropout, "linear" equal settings and layers.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"this model already has an adapter {adapter_name!r}.")
+        configs: Any = self.peft_config
+        config = combined_config(self.model, configs, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        fill(self.model, adapters, weights, adapter_name, combination_type)
 
     # Running
 
