@@ -26,6 +26,7 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         '  hint: pip install --upgrade "peft>=0.21"'
     )
 
+from adapterkern.integrations.peft.adapterhub import from_adapterhub, to_adapterhub
 from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
 from adapterkern.integrations.peft.layer import BottleneckLinear
 from adapterkern.integrations.peft.model import BottleneckModel
@@ -34,7 +35,13 @@ from adapterkern.integrations.peft.offload import update_offload_index
 from adapterkern.integrations.peft.reading import read_settings
 from adapterkern.integrations.peft.saving import staged
 
-__all__ = ["BottleneckConfig", "BottleneckLinear", "BottleneckModel"]
+__all__ = [
+    "BottleneckConfig",
+    "BottleneckLinear",
+    "BottleneckModel",
+    "from_adapterhub",
+    "to_adapterhub",
+]
 
 
 def _register() -> None:
