@@ -160,6 +160,9 @@ DAMAGES = {
         {"__metadata__": {"adapterkern_config": "[" * 100_000}, **HEADER}, b"0" * 512
     ),
     "metadata-is-a-list": raw({"__metadata__": {"adapterkern_config": "[]"}, **HEADER}, b"0" * 512),
+    "metadata-of-another-method": raw(
+        {"__metadata__": {"adapterkern_config": '{"peft_type": "LORA"}'}, **HEADER}, b"0" * 512
+    ),
     "weights-are-a-folder": in_place_of("adapter_model.safetensors", lambda path: path.mkdir()),
     "config-is-a-folder": in_place_of("adapter_config.json", lambda path: path.mkdir()),
     "config-empty": config_text(b""),

@@ -50,7 +50,7 @@ def read_saved_weights(folder: str) -> SavedWeights | None:
     metadata: dict[str, str] = {}
     try:
         if os.path.exists(path):
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:  # "pt" would open the file twice
                 slices = {key: file.get_slice(key) for key in list(file.keys())}
                 metadata = file.metadata() or {}
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
@@ -72,8 +72,10 @@ def read_saved_weights(folder: str) -> SavedWeights | None:
             f"{path} {why}.\n  hint: copy the folder again, or save the adapter again"
         ) from error
     problems = _header_problems(shapes, dtypes)
-    if not (settings is None or isinstance(settings, dict)):
-        problems.append(f"its metadata has no configuration but {settings!r}")
+    if settings is not None and not (
+        isinstance(settings, dict) and settings.get("peft_type") == METHOD
+    ):
+        problems.append(f"its metadata has no configuration of this method but {settings!r:.80}")
     if problems:
         raise ValueError(
             f"{path} holds no adapter of this method:{_listed(problems)}\n"
@@ -102,11 +104,11 @@ def of_one_save(saved: SavedWeights | None, loaded: Mapping[str, Tensor]) -> Map
         return loaded
     path = os.path.join(saved.folder, SAFETENSORS_WEIGHTS_NAME)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
         if metadata.get(METADATA_SAVE) == saved.save:
             return loaded  # every save has a new number: it was this file all the time
-        with open(path, "rb") as stream:  # safe_open opens a file twice, which may be two saves
+        with open(path, "rb") as stream:  # for tensors, safe_open opens twice: maybe two saves
             data = stream.read()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         settings = json.loads(header.get("__metadata__", {}).get(METADATA_CONFIG, "{}"))

@@ -11,6 +11,9 @@ What cannot be had:
 - A reader opens the configuration and later the weights. If the folder is saved in between with
   other settings, loading is refused and must be repeated; with the same settings it takes the
   later weights (with modules_to_save or a key mapping, which rename them, it is refused too).
+- safetensors opens a file twice. If weights of other sizes take its place in between, PEFT's
+  loading ends with the RuntimeError of safetensors, and must be repeated too.
+- Each adapter of a model is exchanged on its own, not all of them at once.
 - Pickled weights have no metadata: a reader may meet the weights of the next save with the settings
   of the last one, if they have the same shapes.
 - Over an adapter of another method, of which a reader could not tell that its weights are gone,
