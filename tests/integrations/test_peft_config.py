@@ -45,7 +45,7 @@ def test_config_is_written_in_one_step(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("adapterkern.integrations.peft.config.os.replace", interrupted)
+    monkeypatch.setattr("adapterkern.integrations.peft.saving.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         BottleneckConfig(bottleneck_size=4).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").read_text() == before
@@ -71,6 +71,8 @@ def test_config_file_does_not_depend_on_set_order(tmp_path):
         ({"activation": "prelu"}, "prelu"),
         ({"bias": "none"}, "True or False, got 'none'"),
         ({"scaling": "loud"}, "scaling must be"),
+        ({"scaling": float("nan")}, "scaling must be finite, got nan"),
+        ({"target_modules": "(("}, r"target_modules='\(\(' is no regular expression"),
         ({"dropout": 1.5}, "dropout"),
         ({"init": "zeros"}, "unknown init 'zeros'"),
         ({"target_modules": "x.*", "layers_to_transform": 0}, "target_modules as a list"),

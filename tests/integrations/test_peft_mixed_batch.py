@@ -2,9 +2,11 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from adapterkern.integrations.peft import BottleneckConfig, BottleneckLinear
 
+SPECIAL = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 NAMES = ["french", "__base__", "legal", "french"]
 
 
@@ -77,22 +79,32 @@ def test_mixed_batch_switches_saved_modules_too(tiny, batch, output):
 GENERATE = {
     "greedy": {},
     "beams": {"num_beams": 3},
-    "returned-sequences": {"num_beams": 2, "num_return_sequences": 2},
+    "returned-beams": {"num_beams": 2, "num_return_sequences": 2},
+    "returned-sequences": {"num_return_sequences": 3, "do_sample": True},
+    "sampled-beams": {"num_beams": 2, "do_sample": True},
 }
+# Where the options stand: arguments, a configuration that is passed, that of the model.
+PLACES = [("arguments", None), ("arguments", "task"), ("passed", None), ("model", "task")]
 
 
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
-@pytest.mark.parametrize("task_type", [None, "task"])
-def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options, task_type):
+@pytest.mark.parametrize(("place", "task_type"), PLACES)
+def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options, place, task_type):
     if task_type:
         task_type = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     model = mixed(name, task_type=task_type)
     ids = batch(name)["input_ids"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
     many = options.get("num_return_sequences", 1)
+    if place == "passed":
+        options = {"generation_config": GenerationConfig(**{**SPECIAL, **options})}
+    elif place == "model":
+        model.generation_config.update(**options)
+        options = {}
 
     def run(model, **names):
+        torch.manual_seed(3)  # the same draws whichever adapter runs
         with torch.no_grad():
             tokens = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), **options, **names
@@ -134,13 +146,24 @@ def test_mixed_batch_leaves_the_output_of_the_base_layer_alone(mixed):
     assert not torch.allclose(adapted, kept[0])
 
 
-def test_beams_of_the_generation_config_are_counted(mixed, batch):
+def test_assisted_generation_takes_the_name_of_its_one_input(mixed, tiny, batch):
+    model = mixed("llama")
+    ids = batch("llama")["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "assistant_model": tiny("llama")}
+    model.set_adapter("legal")
+    expected = model.generate(input_ids=ids, **options)
+    model.set_adapter("french")
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=["legal"], **options), expected)
+    assert not torch.equal(model.generate(input_ids=ids, **options), expected)
+
+
+def test_inputs_repeated_by_the_model_itself_are_an_error_with_a_cure(mixed, batch):
+    """As contrastive search does, which runs every candidate of an input at once."""
     model = mixed("gpt2")
-    ids = batch("gpt2")["input_ids"]
-    config = model.generation_config
-    config.num_beams, config.max_new_tokens, config.pad_token_id = 2, 3, 0
-    tokens = model.generate(input_ids=ids, generation_config=config, adapter_names=NAMES)
-    assert len(tokens) == 4
+    with pytest.raises(ValueError, match=r"4 names for 8 inputs.\n  hint: .*set_adapter"):
+        model.generate(
+            input_ids=batch("gpt2")["input_ids"].repeat_interleave(2, 0), adapter_names=NAMES
+        )
 
 
 @pytest.mark.parametrize(

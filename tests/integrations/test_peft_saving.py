@@ -1,7 +1,4 @@
-import contextlib
 import json
-import pathlib
-import pkgutil
 
 import peft
 import pytest
@@ -326,92 +323,6 @@ def test_settings_of_a_folder_can_be_reused_for_another_model(tiny, saved):
     model = peft.get_peft_model(tiny("bert", 48), config)
     adapters = [module for module in model.modules() if isinstance(module, BottleneckLinear)]
     assert adapters[0].bottleneck_adapter["default"].bottleneck_size == 6
-
-
-def interrupt(monkeypatch, where, calls=0):
-    """Let a function be interrupted once it has been called that often; a writer, amid its file."""
-    module, _, name = where.rpartition(".")
-    function = getattr(pkgutil.resolve_name(module), name)
-    left = iter(range(calls))
-
-    def interrupted(*args, **kwargs):
-        if next(left, None) is None:
-            if name == "safe_save_file":
-                pathlib.Path(args[1]).write_bytes(b"half of it")
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(where, interrupted)
-
-
-def test_interrupted_save_of_a_new_folder_is_no_adapter(tiny, tmp_path, monkeypatch):
-    model = randomised(tiny("bert"))
-    interrupt(monkeypatch, "peft.peft_model.safe_save_file")
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
-        peft.PeftModel.from_pretrained(tiny("bert"), str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["default", "french"])
-@pytest.mark.parametrize(
-    "where",
-    ["peft.peft_model.safe_save_file", "adapterkern.integrations.peft.config.os.replace"],
-    ids=["amid-the-weights", "amid-the-configuration"],
-)
-def test_interrupted_save_leaves_the_adapter_that_was_there(
-    tiny, batch, output, tmp_path, monkeypatch, name, where
-):
-    old = randomised(tiny("bert"), name, activation="relu")
-    old.save_pretrained(tmp_path)
-    folder = tmp_path if name == "default" else tmp_path / name
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    new = randomised(tiny("bert"), name, activation="tanh")
-    nn.init.ones_(next(p for key, p in new.named_parameters() if "down_proj.bias" in key))
-    with monkeypatch.context() as patch:
-        interrupt(patch, where)
-        with pytest.raises(KeyboardInterrupt):
-            new.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
-    loaded = peft.PeftModel.from_pretrained(tiny("bert"), folder)
-    assert torch.equal(output(loaded, batch("bert")), output(old, batch("bert")))
-
-
-@pytest.mark.parametrize(
-    ("renames", "found"), [(0, "old"), (1, None), (2, None), (3, None), (4, "new")]
-)
-def test_save_stopped_between_two_renames_leaves_no_mixture(
-    tiny, batch, output, tmp_path, monkeypatch, renames, found
-):
-    models = {
-        "old": randomised(tiny("bert"), activation="relu"),
-        "new": randomised(tiny("bert"), activation="tanh"),
-    }
-    models["old"].save_pretrained(tmp_path)
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        interrupt(patch, "adapterkern.integrations.peft.checkpoint.os.replace", renames)
-        models["new"].save_pretrained(tmp_path)
-    if found is None:
-        with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
-            peft.PeftModel.from_pretrained(tiny("bert"), str(tmp_path))
-        return
-    loaded = peft.PeftModel.from_pretrained(tiny("bert"), tmp_path)
-    assert torch.equal(output(loaded, batch("bert")), output(models[found], batch("bert")))
-
-
-def test_saving_in_the_other_format_leaves_no_older_weights(tiny, batch, output, tmp_path):
-    randomised(tiny("bert"), activation="relu").save_pretrained(tmp_path)
-    (tmp_path / "README.md").write_text("---\n{}\n---\nmine\n")
-    (tmp_path / "optimizer.pt").write_bytes(b"kept")
-    model = randomised(tiny("bert"), activation="tanh")
-    for expected in ("adapter_model.bin", "adapter_model.safetensors"):
-        model.save_pretrained(tmp_path, safe_serialization=expected.endswith("safetensors"))
-        others = {"README.md", "optimizer.pt", "adapter_config.json"}
-        assert {path.name for path in tmp_path.iterdir()} == {expected, *others}
-        loaded = peft.PeftModel.from_pretrained(tiny("bert"), tmp_path)
-        assert torch.equal(output(loaded, batch("bert")), output(model, batch("bert")))
-    assert "mine" in (tmp_path / "README.md").read_text()
 
 
 def test_adapters_of_transformers_own_peft_methods_load_both_ways(tiny, batch, output, tmp_path):

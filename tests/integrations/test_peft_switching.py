@@ -126,7 +126,22 @@ def test_unknown_adapters_are_refused_and_nothing_changes(two, names):
     assert two.active_adapters == ["french"]
 
 
-@pytest.mark.parametrize("name", ["output", "encoder", "down_proj", "weight", "a.b", "type", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "output",
+        "encoder",
+        "down_proj",
+        "weight",
+        "a.b",
+        "type",
+        "",
+        "__base__",
+        "a/b",
+        "a\\b",
+        "../x",
+    ],
+)
 def test_names_that_peft_would_mix_up_are_refused(two, name):
     with pytest.raises(ValueError, match=r"cannot name an adapter.*\n.*choose another"):
         two.add_adapter(name, BottleneckConfig())

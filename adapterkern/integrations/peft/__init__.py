@@ -13,6 +13,7 @@ from typing import Any
 
 try:
     from peft import PeftModel, mapping
+    from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError(
@@ -25,12 +26,22 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         '  hint: pip install --upgrade "peft>=0.21"'
     )
 
-from adapterkern.integrations.peft.checkpoint import staged
+from adapterkern.integrations.peft.adapterhub import from_adapterhub, to_adapterhub
 from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
 from adapterkern.integrations.peft.layer import BottleneckLinear
 from adapterkern.integrations.peft.model import BottleneckModel
+from adapterkern.integrations.peft.model_card import describe
+from adapterkern.integrations.peft.offload import update_offload_index
+from adapterkern.integrations.peft.reading import read_settings
+from adapterkern.integrations.peft.saving import staged
 
-__all__ = ["BottleneckConfig", "BottleneckLinear", "BottleneckModel"]
+__all__ = [
+    "BottleneckConfig",
+    "BottleneckLinear",
+    "BottleneckModel",
+    "from_adapterhub",
+    "to_adapterhub",
+]
 
 
 def _register() -> None:
@@ -48,8 +59,11 @@ def _register() -> None:
     configs[method] = BottleneckConfig
     tuners[method] = BottleneckModel
     prefixes[method] = BottleneckModel.prefix
-    save = PeftModel.save_pretrained
+    save, read = PeftModel.save_pretrained, PeftConfigMixin.__dict__["from_json_file"].__func__
     PeftModel.save_pretrained = _saving_whole(save)  # type: ignore[method-assign]
+    update = PeftModel._update_offload
+    PeftModel._update_offload = _finding_offloaded(update)  # type: ignore[method-assign]
+    PeftConfigMixin.from_json_file = classmethod(_reading_checked(read))  # type: ignore[assignment]
 
 
 def _saving_whole(save: Callable[..., None]) -> Callable[..., None]:
@@ -63,8 +77,32 @@ def _saving_whole(save: Callable[..., None]) -> Callable[..., None]:
             return save(self, save_directory, *args, **options)
         with staged(save_directory) as folder:
             save(self, folder, *args, **options)
+            describe(folder)
 
     return save_pretrained
+
+
+def _finding_offloaded(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Make PEFT's bookkeeping of weights on the disk, which knows LoRA's names, know ours."""
+
+    @functools.wraps(update)
+    def _update_offload(self: PeftModel, *args: Any, **options: Any) -> Any:
+        ours = isinstance(self.base_model, BottleneckModel)
+        return (update_offload_index if ours else update)(self, *args, **options)
+
+    return _update_offload
+
+
+def _reading_checked(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Make PEFT's reading of `adapter_config.json`, with which every way of loading begins, look at
+    the weights beside it too; PEFT has no hook for it.
+    """
+
+    @functools.wraps(read)
+    def from_json_file(cls: type[PeftConfigMixin], path_json_file: str, **options: Any) -> Any:
+        return read_settings(functools.partial(read, cls, **options), path_json_file)
+
+    return from_json_file
 
 
 _register()

@@ -1,76 +1,136 @@
-"""Saved folders are written whole, and a model takes all of a folder that fits it, or nothing."""
+"""What a folder holds; a model takes all of a folder that fits it, or nothing."""
 
+import json
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+METHOD = "BOTTLENECK"  # in PEFT, and in adapter_config.json
 CONTAINER = "bottleneck_adapter"  # the module of a layer that holds its adapters by name
 SHOWN = 4  # problems spelled out in an error; the rest is counted
-MODEL_CARD = "README.md"
+METADATA_SAVE = "adapterkern_save"  # the number of the save, in the metadata of its weights
+METADATA_CONFIG = "adapterkern_config"  # the configuration that these weights were saved with
+DTYPES = {  # of adapter weights, as the two formats write them
+    *("F64", "F32", "F16", "BF16"),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+}
 
 
-@contextmanager
-def staged(folder: str) -> Iterator[str]:
-    """Yield a folder to save into; its files move into `folder` when the block ends without error.
+@dataclass(frozen=True)
+class SavedWeights:
+    """What the file of weights in a folder says of itself, without its numbers.
 
-    Until then a saved adapter in `folder` is unchanged. While files are exchanged it has no
-    configuration, so weights never meet another adapter's settings: a process killed in those few
-    renames leaves a folder that loading refuses.
+    `save` and `settings` are the number of the save and its configuration; None in pickled weights
+    and in those that another program wrote.
     """
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as fresh:
-        if os.path.isfile(os.path.join(folder, MODEL_CARD)):  # PEFT extends a card that exists
-            shutil.copy(os.path.join(folder, MODEL_CARD), fresh)
-        yield fresh
-        for source, _, names in os.walk(fresh):
-            _exchange(source, os.path.join(folder, os.path.relpath(source, fresh)), names)
+
+    folder: str
+    shapes: Shapes
+    save: str | None = None
+    settings: Mapping[str, Any] | None = None
 
 
-def _exchange(source: str, target: str, names: list[str]) -> None:
-    os.makedirs(target, exist_ok=True)
-    replaced = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME] if CONFIG_NAME in names else []
-    for name in replaced:  # the other format of weights too: loading might prefer it
-        if os.path.exists(os.path.join(target, name)):
-            os.remove(os.path.join(target, name))
-    for name in sorted(names, key=lambda name: name == CONFIG_NAME):
-        os.replace(os.path.join(source, name), os.path.join(target, name))
+def read_saved_weights(folder: str) -> SavedWeights | None:
+    """Read the header of a folder's weights; None if it has no weights.
+
+    Raises:
+        ValueError: the file is damaged, or what it holds cannot be an adapter.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    metadata: dict[str, str] = {}
+    try:
+        if os.path.exists(path):
+            with safe_open(path, framework="np") as file:  # "pt" would open the file twice
+                slices = {key: file.get_slice(key) for key in list(file.keys())}
+                metadata = file.metadata() or {}
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes = {key: part.get_dtype() for key, part in slices.items()}
+        elif os.path.exists(path := os.path.join(folder, WEIGHTS_NAME)):
+            # On "meta", no number is read and no memory taken.
+            pickled = torch.load(path, map_location="meta", weights_only=True)
+            shapes = {key: tuple(tensor.shape) for key, tensor in pickled.items()}
+            dtypes = {key: str(tensor.dtype) for key, tensor in pickled.items()}
+        else:
+            return None
+        settings = json.loads(metadata[METADATA_CONFIG]) if METADATA_CONFIG in metadata else None
+    except Exception as error:  # whatever the readers of two formats make of hostile bytes
+        if isinstance(error, SafetensorError | OSError | EOFError):
+            why = f"is damaged or cut short: {error}"
+        else:
+            why = f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(
+            f"{path} {why}.\n  hint: copy the folder again, or save the adapter again"
+        ) from error
+    problems = _header_problems(shapes, dtypes)
+    if settings is not None and not (
+        isinstance(settings, dict) and settings.get("peft_type") == METHOD
+    ):
+        problems.append(f"its metadata has no configuration of this method but {settings!r:.80}")
+    if problems:
+        raise ValueError(
+            f"{path} holds no adapter of this method:{_listed(problems)}\n"
+            "  hint: copy the folder again, or save the adapter again"
+        )
+    return SavedWeights(folder, shapes, metadata.get(METADATA_SAVE), settings)
+
+
+def _header_problems(shapes: Shapes, dtypes: Mapping[str, str]) -> list[str]:
+    own = [key for key in shapes if f".{CONTAINER}." in key]
+    if not own:
+        return [f'no key has ".{CONTAINER}." in it ({len(shapes)} keys)']
+    return [f"{key} has dtype {dtypes[key]}" for key in own if dtypes[key] not in DTYPES] + [
+        f"{key} has shape {list(shapes[key])}" for key in own if 0 in shapes[key]
+    ]
+
+
+def of_one_save(saved: SavedWeights | None, loaded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The loaded weights, or those of a later save with the settings that were read.
+
+    Raises:
+        ValueError: the folder has other settings now, or PEFT has translated the names of these
+            weights, so that it is not known which were loaded.
+    """
+    if saved is None or saved.save is None:
+        return loaded
+    path = os.path.join(saved.folder, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+        if metadata.get(METADATA_SAVE) == saved.save:
+            return loaded  # every save has a new number: it was this file all the time
+        with open(path, "rb") as stream:  # for tensors, safe_open opens twice: maybe two saves
+            data = stream.read()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        settings = json.loads(header.get("__metadata__", {}).get(METADATA_CONFIG, "{}"))
+        if _without_number(settings) == _without_number(saved.settings):
+            weights = load(data)
+            if weights.keys() == loaded.keys():
+                return weights
+    except (SafetensorError, OSError, ValueError):
+        pass  # gone or damaged, and refused as well
+    raise ValueError(
+        f"{saved.folder} was saved anew while it was being loaded, and its settings may be others "
+        "now.\n  hint: load it again"
+    )
+
+
+def _without_number(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (settings or {}).items() if key != "saved_with"}
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
     """The key of a saved weight, without the adapter's name so that it can be loaded under any."""
     return key.replace(f".{CONTAINER}.{adapter_name}.", f".{CONTAINER}.")
-
-
-def read_saved_shapes(folder: str) -> Shapes | None:
-    """Shapes of a folder's weights, from the file's header alone; None for a pickled file.
-
-    Raises:
-        ValueError: the file is missing, or does not end where its header says.
-    """
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-            return None
-        raise ValueError(
-            f"{folder} has the configuration of a saved adapter but no {SAFETENSORS_WEIGHTS_NAME}."
-            "\n  hint: copy the whole folder, or save the adapter again"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut short: {error}.\n"
-            "  hint: copy the folder again, or save the adapter again"
-        ) from error
 
 
 def mismatches(expected: Shapes, found: Shapes) -> list[str]:
@@ -97,10 +157,13 @@ def same_but_for_names(expected: Shapes, found: Shapes) -> bool:
 
 def refusal(problems: list[str]) -> ValueError:
     """The error for weights of another model."""
-    shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
-    if len(problems) > SHOWN:
-        shown += f"\n  - and {len(problems) - SHOWN} more"
     return ValueError(
-        f"the saved adapter does not belong to this model; nothing of it was loaded:{shown}\n"
+        "the saved adapter does not belong to this model; nothing of it was loaded:"
+        f"{_listed(problems)}\n"
         "  hint: load the base model it was trained on; adapter_config.json may name it"
     )
+
+
+def _listed(problems: list[str]) -> str:
+    shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
+    return shown + (f"\n  - and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")

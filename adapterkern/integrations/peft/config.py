@@ -1,7 +1,8 @@
 """The configuration that a user sets and that `adapter_config.json` holds."""
 
+import math
 import os
-import tempfile
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,7 +11,9 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from adapterkern.integrations.peft.checkpoint import Shapes, read_saved_shapes
+from adapterkern import __version__
+from adapterkern.integrations.peft.checkpoint import CONTAINER, METHOD, SavedWeights
+from adapterkern.integrations.peft.saving import staged
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 DEFAULT_REDUCTION_FACTOR = 16  # BottleneckAdapter's, and the most common of published adapters
@@ -27,10 +30,21 @@ def _is_layer(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
+def _check_expression(name: str, value: object) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name}={value!r} is no regular expression: {error}.\n"
+                "  hint: give the suffixes of names as a list"
+            ) from error
+
+
 class PeftMethod(str, Enum):
     """The method's name in PEFT, which compares it as a string and reads its `.value`."""
 
-    BOTTLENECK = "BOTTLENECK"
+    BOTTLENECK = METHOD
 
 
 @dataclass
@@ -56,7 +70,8 @@ class BottleneckConfig(PeftConfig):
         modules_to_save: modules trained and saved in full beside the adapters, such as a
             classification head.
 
-    The remaining arguments are those of `peft.PeftConfig`.
+    The remaining arguments are those of `peft.PeftConfig`. `saved_with` is for files alone: there
+    it names the import that loading needs, the version, and the number of the save.
 
     Raises:
         TypeError, ValueError: both sizes are given, `BottleneckAdapter` refuses a value, or the
@@ -92,14 +107,18 @@ class BottleneckConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved in full beside the adapters."}
     )
+    saved_with: Any = field(
+        default=None, repr=False, metadata={"help": "Written by saving; leave it None."}
+    )
 
     def __post_init__(self) -> None:
         """Complete and check the fields, so that a mistake shows where it was made."""
         super().__post_init__()
         self.peft_type = PeftMethod.BOTTLENECK
-        # Not a field, so not saved: the shapes of the weights beside the file that was read, which
-        # are compared with a model before the weights are loaded into it.
-        self.saved_shapes: Shapes | None = None
+        # Not a field, so not saved: what the weights beside the file that was read say, which is
+        # compared with a model before the weights are loaded into it.
+        self.saved = self.saved_with if isinstance(self.saved_with, SavedWeights) else None
+        self.saved_with = None
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError(
                 f"bottleneck_size ({self.bottleneck_size}) and reduction_factor "
@@ -113,11 +132,15 @@ class BottleneckConfig(PeftConfig):
                 f"bias says whether the adapter has biases: True or False, got {self.bias!r}.\n"
                 "  hint: the base model's biases stay frozen; modules_to_save can train modules"
             )
+        if isinstance(self.scaling, float) and not math.isfinite(self.scaling):
+            raise ValueError(f"scaling must be finite, got {self.scaling}.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list, got {self.modules_to_save!r}.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), set | tuple):
                 setattr(self, name, sorted(getattr(self, name)))
+        for name in ("target_modules", "exclude_modules"):
+            _check_expression(name, getattr(self, name))
         self._check_layer_indices()
         # This refuses values that no layer could have.
         BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
@@ -158,13 +181,39 @@ class BottleneckConfig(PeftConfig):
             arguments["reduction_factor"] = self.reduction_factor
         return arguments
 
+    def check_sizes(self, saved: SavedWeights) -> None:
+        """Compare the widths with those of the saved weights, before memory is taken for any.
+
+        Raises:
+            ValueError: they differ.
+        """
+        for key, shape in saved.shapes.items():
+            if not key.endswith(f".{CONTAINER}.down_proj.weight") or len(shape) != 2:
+                continue  # other shapes are compared with those of a model
+            width: int | float | None = self.bottleneck_size
+            if width is None:
+                assert self.reduction_factor is not None  # __post_init__ has set one of the two
+                width = max(1.0, shape[1] // self.reduction_factor)
+            if width != shape[0]:
+                raise ValueError(
+                    f"bottleneck_size {self.bottleneck_size} and reduction_factor "
+                    f"{self.reduction_factor} do not fit {key} of shape {list(shape)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and how to load them."""
+        return {
+            **super().to_dict(),
+            "saved_with": {
+                "import": __package__,
+                "library": f"adapterkern {__version__}",
+            },
+        }
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` in one step: a reader finds the old file or the new one."""
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as unfinished:
-            super().save_pretrained(unfinished, **kwargs)
-            written = os.path.join(unfinished, CONFIG_NAME)
-            os.replace(written, os.path.join(save_directory, CONFIG_NAME))
+        with staged(save_directory) as fresh:
+            super().save_pretrained(fresh, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -190,6 +239,10 @@ class BottleneckConfig(PeftConfig):
         )
         # PeftModel.save_pretrained sets inference_mode. A configuration saved on its own has no
         # weights beside it.
-        if os.path.isdir(folder) and config.inference_mode:
-            config.saved_shapes = read_saved_shapes(folder)
+        if os.path.isdir(folder) and config.inference_mode and config.saved is None:
+            raise ValueError(
+                f"{folder} has the configuration of a saved adapter but no "
+                f"{SAFETENSORS_WEIGHTS_NAME}.\n"
+                "  hint: copy the whole folder, or save the adapter again"
+            )
         return config

@@ -69,8 +69,8 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"adapter_names must name one adapter for each input, got {len(names)} names for "
                 f"hidden states of shape {list(y.shape)}.\n"
-                "  hint: where generation repeats its inputs, pass num_beams or "
-                "num_return_sequences to generate() itself"
+                "  hint: where the model repeats its inputs by itself, call it with set_adapter, "
+                "once for each adapter"
             )
         inputs = y.reshape(len(names), -1, y.shape[-1]) if flat else y
         adapted = inputs.clone()

@@ -47,34 +47,46 @@ def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
 
 
 @contextmanager
-def adapter_names_in_forward(
-    model: nn.Module, names: list[str], options: dict[str, Any]
-) -> Iterator[None]:
+def adapter_names_in_forward(model: nn.Module, names: list[str]) -> Iterator[None]:
     """Let every adapted layer of the model see the names while the context is open.
 
-    `options` are the arguments of forward or generate; its beams and returned sequences repeat each
-    input, but not within an encoder.
+    Where generate repeats its inputs, for beams or returned sequences and after it has run an
+    encoder, the names are repeated with them.
     """
-    repeats = _repeats(options)
-    repeated = [name for name in names for _ in range(repeats)]
-    handles = [model.register_forward_pre_hook(_check_batch(repeated), with_kwargs=True)]
+    current = list(names)
+    handles = [model.register_forward_pre_hook(_check_batch(current), with_kwargs=True)]
+    handles += _pass_names(model, current)
     try:
-        handles += _pass_names(model, repeated)
-        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if repeats > 1 and is_encoder_decoder:
-            encoder: Any = model
-            handles += _pass_names(encoder.get_encoder(), names)  # later hooks have the last word
-        yield
+        with _repeated_by_generate(model, names, current):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _repeats(options: dict[str, Any]) -> int:
-    """How often generate repeats each input before it runs the decoder."""
-    config = options.get("generation_config")
-    names = ("num_beams", "num_return_sequences")
-    return max(options.get(name, getattr(config, name, None)) or 1 for name in names)
+@contextmanager
+def _repeated_by_generate(model: nn.Module, names: list[str], current: list[str]) -> Iterator[None]:
+    """Follow the one function with which generate repeats its inputs: how often follows from its
+    arguments and two or three configurations, by rules that change between versions.
+    """
+    function = "_expand_inputs_for_generation"
+    expand = getattr(model, function, None)
+    if expand is None:
+        yield
+        return
+
+    def expand_both(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        current[:] = [name for name in names for _ in range(expand_size)]
+        return expand(expand_size, *args, **kwargs)
+
+    own = model.__dict__.get(function)
+    model.__dict__[function] = expand_both
+    try:
+        yield
+    finally:
+        del model.__dict__[function]
+        if own is not None:
+            model.__dict__[function] = own
 
 
 def _pass_names(model: nn.Module, names: list[str]) -> list[Any]:
@@ -99,7 +111,9 @@ def _check_batch(names: list[str]) -> Callable[..., None]:
         if batch is not None and len(batch) != len(names):
             raise ValueError(
                 f"adapter_names must name one adapter for each input, got {len(names)} names for "
-                f"{len(batch)} inputs."
+                f"{len(batch)} inputs.\n"
+                "  hint: generate repeats the names for beams and returned sequences; for methods "
+                "that repeat inputs in other ways, call it with set_adapter, once for each adapter"
             )
 
     return hook

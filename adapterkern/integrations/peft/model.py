@@ -1,5 +1,6 @@
 """The PEFT tuner puts adapters behind linear layers and tells PEFT what is special about them."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from adapterkern.integrations.peft.checkpoint import (
     CONTAINER,
     mismatches,
+    of_one_save,
     refusal,
     same_but_for_names,
     without_adapter_name,
 )
-from adapterkern.integrations.peft.layer import CANNOT_MERGE, BottleneckLinear
+from adapterkern.integrations.peft.layer import BASE, CANNOT_MERGE, BottleneckLinear
 from adapterkern.integrations.peft.mixed_batch import adapter_names_in_forward, check_names
 from adapterkern.integrations.peft.targets import (
     DEFAULT_TARGET_MODULES,
@@ -26,6 +28,7 @@ from adapterkern.integrations.peft.targets import (
     check_target,
     default_target_modules,
 )
+from adapterkern.integrations.peft.weighted import combined_config, fill
 
 
 class AdapterConfigs(dict):
@@ -88,15 +91,15 @@ class BottleneckModel(BaseTuner):
     def _misfits(self, adapter_name: str) -> list[str]:
         """Reasons why the weights beside the configuration's file do not fit this adapter."""
         config: Any = self.peft_config[adapter_name]
-        if config.saved_shapes is None or not config.inference_mode:
+        if config.saved is None or not config.inference_mode:
             return []  # for training, the settings alone may be wanted of the folder
         weights = get_peft_model_state_dict(
             self, adapter_name=adapter_name, save_embedding_layers=False
         )
         expected = {f"base_model.{key}": tuple(weight.shape) for key, weight in weights.items()}
-        if same_but_for_names(expected, config.saved_shapes):
+        if same_but_for_names(expected, config.saved.shapes):
             return []  # names are compared on loading, when PEFT has translated them
-        return mismatches(expected, config.saved_shapes)
+        return mismatches(expected, config.saved.shapes)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -159,6 +162,40 @@ class BottleneckModel(BaseTuner):
     ) -> dict[str, Tensor]:
         return {}
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Add an adapter made of others; it is saved and loaded as any, and frozen at first.
+
+        Args:
+            adapters: names; each may have layers of its own.
+            weights: a number for each of them, of any sign; they are not normalised.
+            adapter_name: of the new adapter.
+            combination_type: "cat": exactly the weighted sum of what the adapters add, by one as
+                wide as all of them together (one adapter and one weight: that adapter, rescaled).
+                "linear": the weighted sum of their parameters, as wide as each, which computes
+                something else, since an adapter is nonlinear.
+
+        Raises:
+            ValueError: a name is unknown or taken, or these adapters have no such combination:
+                "cat" needs one activation and dropout, "linear" equal settings and layers.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"this model already has an adapter {adapter_name!r}.")
+        configs: Any = self.peft_config
+        config = combined_config(self.model, configs, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        fill(self.model, adapters, weights, adapter_name, combination_type)
+
     # Running
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -186,7 +223,7 @@ class BottleneckModel(BaseTuner):
             yield
             return
         names = check_names(adapter_names, self.peft_config, self.training)
-        with adapter_names_in_forward(self.model, names, kwargs):
+        with adapter_names_in_forward(self.model, names):
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -211,8 +248,13 @@ class BottleneckModel(BaseTuner):
         """Rename as PEFT does, but refuse weights that do not fit; PEFT would copy those that do.
 
         Raises:
-            ValueError: a weight of the adapter is missing, has another shape or has no place.
+            ValueError: a weight of the adapter is missing, has another shape or has no place, or
+                belongs to a later save with other settings.
         """
+        saved = getattr(config, "saved", None)
+        state_dict = dict(of_one_save(saved, state_dict))
+        if saved is not None:  # of that save, this was the loading
+            config.saved = dataclasses.replace(saved, save=None)  # type: ignore[attr-defined]
         renamed = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -241,6 +283,16 @@ def _unwrap_empty(model: nn.Module) -> None:
 
 def _check_adapter_name(model: nn.Module, name: str) -> None:
     """PEFT finds an adapter's weights by its name between dots: a module's name misleads it."""
+    if name == BASE:
+        raise ValueError(
+            f"{BASE!r} cannot name an adapter: in adapter_names it stands for the base model alone."
+            "\n  hint: choose another name"
+        )
+    if not isinstance(name, str) or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"{name!r} cannot name an adapter: a name is a string without slashes, since saving "
+            "makes a folder of it.\n  hint: choose another name"
+        )
     taken = {CONTAINER, "down_proj", "up_proj", "scaling", "weight", "bias"}
     for key, _ in model.named_parameters():
         taken.update(key.split(f".{CONTAINER}.")[0].split(".modules_to_save.")[0].split("."))
