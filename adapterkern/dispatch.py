@@ -82,7 +82,7 @@ def select(call: Call, requested: str = "auto") -> Decision:
     try:
         key = wanted, type(call), call.key()
         decision = _decisions.get(key)
-    except (AttributeError, IndexError, TypeError):  # not valid, or sizes are symbolic
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # not valid, or symbolic sizes
         return _decide(call.spec(), wanted)
     if decision is None:
         if len(_decisions) >= _MOST_DECISIONS:

@@ -36,6 +36,12 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
         if not absent and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.is_nested and tensor.layout is torch.strided:  # it can be asked for no shape
+            raise ValueError(
+                f"{name} must not be a nested tensor of strided layout, which has no shape.{HINT}"
+                "layout=torch.jagged works; nn.TransformerEncoder(enable_nested_tensor=False) pads."
+            )
     problems = (
         _layout_problems(given)
         + _shape_problems(given)

@@ -138,3 +138,10 @@ def test_a_scaling_that_no_float_holds_is_refused(of_module):
 def test_a_reduction_factor_that_no_bottleneck_size_fits_is_refused(factor):
     with pytest.raises(ValueError, match=f"up to 2147483648, got {factor} for hidden_size 16"):
         ak.BottleneckAdapter(H, reduction_factor=factor)
+
+
+def test_nested_tensors_without_a_shape_are_refused_with_the_cure():
+    nested = torch.nested.nested_tensor([zeros(2, H), zeros(3, H)], layout=torch.strided)
+    text = message(x=nested)
+    assert text.startswith("x must not be a nested tensor of strided layout, which has no shape.")
+    assert "layout=torch.jagged works" in text
