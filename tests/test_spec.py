@@ -205,7 +205,7 @@ def test_what_must_be_a_tensor_is_named_when_it_is_none(name, value, kind):
 
 def test_scaling_of_another_type_is_a_type_error():
     text = message(TypeError, scaling="big")
-    assert text == "scaling must be a float or a tensor of shape [1] or [H], got a str."
+    assert text == "scaling must be a float or a tensor of shape [1] or [H], got 'big'."
 
 
 def test_residual_of_another_name_is_refused():
