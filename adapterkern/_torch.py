@@ -199,7 +199,14 @@ _is_neg: Any = Tensor.is_neg
 _is_zero: Any = getattr(Tensor, "_is_zerotensor", None)
 
 
-@_or(lambda tensors: True in map(_is_neg, tensors), (_ONE,))
+def _have_views_of_values(tensors: Iterable[Tensor]) -> bool:
+    try:
+        return any(t.is_neg() or (t.numel() > 0 and t.data_ptr() == 0) for t in tensors)
+    except RuntimeError:  # no address at all, as under fake tensors; a copy does no harm
+        return True
+
+
+@_or(_have_views_of_values, (_ONE,))
 def has_views_of_values(tensors: Iterable[Tensor]) -> bool:
     """Whether the memory of some tensor does not hold its values: they are its negatives, as in
     `z.conj().imag`, or zeros that no memory holds.

@@ -243,6 +243,8 @@ KINDS = {
     "scale": {"scaling": None},
     "minus-zero": {"scaling": None, "scale": -0.0},
     "zero": {"scaling": None, "scale": 0.0},
+    "beyond-float32": {"scaling": None, "scale": 1e39},
+    "no-scale": {"scaling": None, "scale": 1.0},
     "scalar": {"channel": False},
     "relu": {"activation": "relu"},
     "strided": {"x": torch.zeros(300, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]},
@@ -298,6 +300,15 @@ def test_a_repeated_call_sends_what_the_first_one_sent(recorder, monkeypatch):
         for kind in KINDS:
             assert sent(recorder, kind) == first[kind], kind
     assert len(ran) == 2  # both passes of the one kind that copies x first
+
+
+def test_a_scale_that_changes_is_sent_anew_and_recorded_once(recorder):
+    backend = get("cuda")
+    backend._repeats.clear()
+    for step in range(1, 40):
+        backend.forward(make_call(300, scaling=None, scale=step + 0.5), save=False)
+        assert recorder.launches[-1][0].scale == step + 0.5
+    assert len(backend._repeats._known) == 1
 
 
 def test_a_repeated_call_goes_to_the_stream_of_the_moment(recorder, monkeypatch):

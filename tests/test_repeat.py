@@ -276,3 +276,50 @@ def test_few_kinds_are_kept(repeats, monkeypatch):
             copy(repeats, torch.randn(size), torch.randn(4))
         assert len(repeats._known) <= 3
     assert repeats.runs == 14
+
+
+class Scaled(Recording):
+    """A language that hands a number on, as it is or computed from the call's."""
+
+    def launch(self, number):
+        numbers.append(number)
+        if self._keeps:
+            self.step(lambda number, _: numbers.append(number), (number, 0))
+
+
+numbers: list[float] = []
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_scale_is_that_of_the_moment_even_where_it_was_computed_with(derived):
+    numbers.clear()
+    repeats, runs = Repeats(Scaled), []
+
+    def code(recording):
+        runs.append(scale)
+        y = recording.own(torch.empty(4))
+        recording.launch(scale + 1 if derived else scale)
+        return (y,)
+
+    wanted = [0.5, 0.5, 0.25, 3.0, 0.5]
+    for scale in wanted:
+        repeats.run((torch.zeros(4),), ("scaled",), 0, code, scale)
+    assert numbers == [scale + 1 if derived else scale for scale in wanted]
+    assert len(runs) == (5 if derived else 2)
+    assert len(repeats._known) == 1
+
+
+def test_other_numbers_of_a_launch_without_a_scale_are_kept():
+    numbers.clear()
+    repeats, runs = Repeats(Scaled), []
+
+    def code(recording):
+        runs.append(1)
+        y = recording.own(torch.empty(4))
+        recording.launch(2.0)
+        return (y,)
+
+    for _ in range(4):
+        repeats.run((torch.zeros(4),), (), 0, code)
+    assert numbers == [2.0] * 4
+    assert len(runs) == 2

@@ -163,6 +163,52 @@ def test_switching_the_backend_recompiles(spy):
     assert len(spy.forwards) == 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_module", [True, False], ids=["attribute", "argument"])
+def test_a_scaling_that_changes_compiles_as_often_as_plain_layers(backend, dtype, of_module):
+    """Twice: for the first value, and for all others."""
+    adapter = ak.BottleneckAdapter(16, 4, init="bert", dtype=dtype)
+    down, up = adapter.down_proj.weight, adapter.up_proj.weight
+    counter = CompileCounterWithBackend(backend)
+
+    def function(x, scaling):
+        return ak.bottleneck_adapter(x, down, up, residual=None, skip=x, scaling=scaling)
+
+    compiled = torch.compile(adapter if of_module else function, backend=counter, fullgraph=True)
+    for scaling in (0.5, 0.25, 3.0, -1.0, 0.0, 7.5):
+        x = torch.randn(3, 16, dtype=dtype, requires_grad=True)
+        if of_module:
+            adapter.scaling = scaling
+        options = () if of_module else (scaling,)
+        y, expected = compiled(x, *options), (adapter if of_module else function)(x, *options)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, expected)
+        wanted = [x, down, up]
+        found = torch.autograd.grad(y.square().sum(), wanted)
+        for gradient, want in zip(
+            found, torch.autograd.grad(expected.square().sum(), wanted), strict=True
+        ):
+            torch.testing.assert_close(gradient, want)
+    assert counter.frame_count == 2
+
+
+def test_a_scaling_that_stays_goes_into_the_op(spy):
+    """In one pass, with what is added after it."""
+    graphs = []
+
+    def record(graph, _inputs):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    adapter = ak.BottleneckAdapter(16, 4, scaling=0.5)
+    with torch.no_grad():
+        compiled = torch.compile(adapter, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+        compiled(torch.randn(3, 16))
+    ((*operations,),) = graphs
+    assert [name for name in operations if "getitem" not in name] == ["adapterkern.forward.default"]
+
+
 def test_a_hook_added_later_fires_in_compiled_code():
     adapter, fired = ak.BottleneckAdapter(16, 4, init="bert"), []
     compiled = torch.compile(adapter, backend="aot_eager")

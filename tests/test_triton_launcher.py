@@ -123,6 +123,18 @@ def test_every_kind_of_call_launches_what_triton_would_launch(sizes, kinds, coun
 
 
 @pytest.mark.parametrize("sizes", [ROW_BLOCK, SPLIT], ids=["row-block", "split"])
+def test_a_scale_that_changes_is_recorded_once(sizes, counted):
+    with fake_gpu(replace(SMALL)):
+        launcher.forget()
+        for step in range(1, 20):
+            if step == 4:
+                counted.runs = 0
+            both_passes(parts(*sizes, scaling=step + 0.5))
+        assert counted.runs == 0
+        assert len(launcher._repeats._known) == 2
+
+
+@pytest.mark.parametrize("sizes", [ROW_BLOCK, SPLIT], ids=["row-block", "split"])
 def test_what_is_saved_and_asked_for_is_told_apart(sizes, counted, monkeypatch):
     given = parts(*sizes, scaling=tensor(1))
     asked = [{"save": False}, {}, *({"needs": needs} for needs in subsets())]

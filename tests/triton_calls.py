@@ -72,6 +72,7 @@ KINDS = {
         t, h, r, down_weight=tensor(r, h, dtype=torch.float32)
     ),
     "half-a-scale": lambda t, h, r: parts(t, h, r, scaling=0.5),
+    "two-scales": lambda t, h, r: parts(t, h, r, scaling=2.0),
     "a-scale-of-zero": lambda t, h, r: parts(t, h, r, scaling=0.0),
     "a-scale-of-minus-zero": lambda t, h, r: parts(t, h, r, scaling=-0.0),
     "learned-scaling": lambda t, h, r: parts(t, h, r, scaling=tensor(1)),
