@@ -315,3 +315,19 @@ class Wrapper(torch.nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def test_weights_of_any_strides_are_saved_in_both_formats(tmp_path):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu", init="bert")}
+    adapter = layers["encoder.layer.0.output"]
+    adapter.up_proj.weight = torch.nn.Parameter(adapter.up_proj.weight.detach().T.contiguous().T)
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    for safetensors in (False, True):
+        adapterhub.save(made, tmp_path / "a", safetensors=safetensors)
+        saved = adapterhub.load(tmp_path / "a").layers["encoder.layer.0.output"]
+        assert torch.equal(saved.up_proj.weight, adapter.up_proj.weight)
+
+
+def test_a_folder_that_names_no_model_type_fits_any(tmp_path):
+    path = folder_with(tmp_path, model_type=None)
+    assert adapterhub.load(path, model_type="gpt2").metadata.get("model_type") is None
