@@ -331,3 +331,18 @@ def test_weights_of_any_strides_are_saved_in_both_formats(tmp_path):
 def test_a_folder_that_names_no_model_type_fits_any(tmp_path):
     path = folder_with(tmp_path, model_type=None)
     assert adapterhub.load(path, model_type="gpt2").metadata.get("model_type") is None
+
+
+def test_one_tensor_of_another_kind_is_one_problem(tmp_path):
+    with pytest.raises(ValueError, match="the down_weight is int8") as raised:
+        adapterhub.load(folder_with(tmp_path, changed(lambda w: w.to(torch.int8), DOWN)))
+    assert str(raised.value).count("\n  - ") == 1
+
+
+def test_layers_of_a_decoder_count_on_behind_those_of_the_encoder_that_are_left_out(tmp_path):
+    """The encoder has four layers, the last two left out; the decoder's is the fifth."""
+    config = {**CONFIG, "leave_out": [2, 3], "reduction_factor": {"default": 16, "4": 8}}
+    encoder = weights(stack="model.encoder.layers")
+    decoder = weights(stack="model.decoder.layers", layers=1, r=4)
+    saved = adapterhub.load(folder_with(tmp_path, {**encoder, **decoder}, config))
+    assert saved.layers["model.decoder.layers.0.output"].bottleneck_size == 4
