@@ -346,3 +346,30 @@ def test_layers_of_a_decoder_count_on_behind_those_of_the_encoder_that_are_left_
     decoder = weights(stack="model.decoder.layers", layers=1, r=4)
     saved = adapterhub.load(folder_with(tmp_path, {**encoder, **decoder}, config))
     assert saved.layers["model.decoder.layers.0.output"].bottleneck_size == 4
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_tensors_of_a_class_of_their_own_are_not_saved(tmp_path):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu")}
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    bias = layers["encoder.layer.0.output"].up_proj.bias.detach().as_subclass(Tagged)
+    layers["encoder.layer.0.output"].up_proj.bias = torch.nn.Parameter(bias)
+    with pytest.raises(ValueError, match="up_bias must be a plain dense tensor, got a Tagged"):
+        adapterhub.save(made, tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_truth_value_is_no_size(tmp_path):
+    one = {"bert.encoder.layer.0.output.adapters.task." + k: torch.ones(s) for k, s in ONE.items()}
+    refused(
+        folder_with(tmp_path, one, hidden_size=True), ".*hidden_size must be a positive integer"
+    )
+
+
+ONE = {
+    "adapter_down.0.weight": (1, 1), "adapter_down.0.bias": (1,),
+    "adapter_up.weight": (1, 1), "adapter_up.bias": (1,),
+}  # fmt: skip
