@@ -315,3 +315,61 @@ class Wrapper(torch.nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def test_weights_of_any_strides_are_saved_in_both_formats(tmp_path):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu", init="bert")}
+    adapter = layers["encoder.layer.0.output"]
+    adapter.up_proj.weight = torch.nn.Parameter(adapter.up_proj.weight.detach().T.contiguous().T)
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    for safetensors in (False, True):
+        adapterhub.save(made, tmp_path / "a", safetensors=safetensors)
+        saved = adapterhub.load(tmp_path / "a").layers["encoder.layer.0.output"]
+        assert torch.equal(saved.up_proj.weight, adapter.up_proj.weight)
+
+
+def test_a_folder_that_names_no_model_type_fits_any(tmp_path):
+    path = folder_with(tmp_path, model_type=None)
+    assert adapterhub.load(path, model_type="gpt2").metadata.get("model_type") is None
+
+
+def test_one_tensor_of_another_kind_is_one_problem(tmp_path):
+    with pytest.raises(ValueError, match="the down_weight is int8") as raised:
+        adapterhub.load(folder_with(tmp_path, changed(lambda w: w.to(torch.int8), DOWN)))
+    assert str(raised.value).count("\n  - ") == 1
+
+
+def test_layers_of_a_decoder_count_on_behind_those_of_the_encoder_that_are_left_out(tmp_path):
+    """The encoder has four layers, the last two left out; the decoder's is the fifth."""
+    config = {**CONFIG, "leave_out": [2, 3], "reduction_factor": {"default": 16, "4": 8}}
+    encoder = weights(stack="model.encoder.layers")
+    decoder = weights(stack="model.decoder.layers", layers=1, r=4)
+    saved = adapterhub.load(folder_with(tmp_path, {**encoder, **decoder}, config))
+    assert saved.layers["model.decoder.layers.0.output"].bottleneck_size == 4
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_tensors_of_a_class_of_their_own_are_not_saved(tmp_path):
+    layers = {"encoder.layer.0.output": BottleneckAdapter(H, 2, activation="relu")}
+    made = adapterhub.AdapterCheckpoint("mine", layers, "seq_bn")
+    bias = layers["encoder.layer.0.output"].up_proj.bias.detach().as_subclass(Tagged)
+    layers["encoder.layer.0.output"].up_proj.bias = torch.nn.Parameter(bias)
+    with pytest.raises(ValueError, match="up_bias must be a plain dense tensor, got a Tagged"):
+        adapterhub.save(made, tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_truth_value_is_no_size(tmp_path):
+    one = {"bert.encoder.layer.0.output.adapters.task." + k: torch.ones(s) for k, s in ONE.items()}
+    refused(
+        folder_with(tmp_path, one, hidden_size=True), ".*hidden_size must be a positive integer"
+    )
+
+
+ONE = {
+    "adapter_down.0.weight": (1, 1), "adapter_down.0.bias": (1,),
+    "adapter_up.weight": (1, 1), "adapter_up.bias": (1,),
+}  # fmt: skip
