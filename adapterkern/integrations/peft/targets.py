@@ -15,9 +15,20 @@ logger = logging.getLogger("adapterkern")
 
 # Model types whose default targets the tests compare name by name. Those of any other type are
 # found in the same way, and the log says which.
-TESTED = frozenset(
-    ["albert", "audio-spectrogram-transformer", "bart", "beit", "bert", "bigbird_pegasus", "blenderbot", "bloom", "camembert", "clip", "cohere", "data2vec-audio", "data2vec-text", "deberta", "deberta-v2", "deit", "dinov2", "distilbert", "electra"]
-)
+TESTED = frozenset([
+    "albert", "arcee", "audio-spectrogram-transformer", "bart", "beit", "bert", "big_bird",
+    "blenderbot", "blenderbot-small", "bloom", "camembert", "clip", "codegen", "cohere",
+    "cohere2", "data2vec-audio", "data2vec-text", "data2vec-vision", "deberta", "deberta-v2",
+    "deepseek_v3", "deit", "dinov2", "dinov3_vit", "distilbert", "electra", "ernie", "esm",
+    "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "helium", "hubert", "layoutlm",
+    "llama", "llava", "longformer", "m2m_100", "marian", "mbart", "ministral", "mistral",
+    "mixtral", "modernbert", "mpnet", "mpt", "mt5", "nemotron", "olmo", "olmo2", "openai-gpt",
+    "opt", "pegasus", "persimmon", "phi", "phi3", "plbart", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "rembert", "roberta", "roformer", "sew", "siglip", "smollm3", "stablelm",
+    "starcoder2", "t5", "umt5", "unispeech", "vit", "wav2vec2", "whisper", "xlm-roberta",
+    "xlm-roberta-xl",
+])  # fmt: skip
 SHOWN = 3  # problems spelled out in an error
 
 
