@@ -99,6 +99,6 @@ def test_experts_are_left_out_and_the_log_says_so(caplog):
             peft.get_peft_model(build("mixtral"), BottleneckConfig())
     (record,) = caplog.records
     assert record.getMessage() == (
-        "adapterkern: 2 blocks of this 'mixtral' model have experts, which get no adapters; "
+        "adapterkern: the experts of this 'mixtral' model get no adapters (model.layers.*); "
         "its dense layers do: self_attn.o_proj."
     )

@@ -23,12 +23,13 @@ CANNOT_MERGE = (
 class BlockInput(threading.local):
     """What an FFN reads, kept between its first and its last layer, in each thread apart.
 
-    It is a forward pre-hook of the first layer, and an object so that a copied model copies it.
+    Its method `keep` is a forward pre-hook of the first layer: a copied model copies the object
+    with it, and torch.compile traces a method where it cannot trace an object that is called.
     """
 
     value: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keep the layer's input."""
         self.value = args[0] if args else None
 
@@ -78,14 +79,14 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
             if isinstance(up, BaseTunerLayer):
                 up = up.get_base_layer()  # which stays when the adapters of that layer go
             self.reads = (up, BlockInput())
-            up.register_forward_pre_hook(self.reads[1])
+            up.register_forward_pre_hook(self.reads[1].keep)
 
     def stop_reading(self) -> None:
         """Take the hook from the first layer of the FFN."""
         if self.reads is not None:
             up, block_input = self.reads
             hooks = up._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is block_input]:
+            for key in [key for key, hook in hooks.items() if hook == block_input.keep]:
                 del hooks[key]
         self.reads = None
 

@@ -60,8 +60,8 @@ def default_targets(
         )
     if blocks.experts:
         log_once(
-            f"adapterkern: {len(blocks.experts)} blocks of this {model_type!r} model have experts, "
-            f"which get no adapters; its dense layers do: {shown}."
+            f"adapterkern: the experts of this {model_type!r} model get no adapters "
+            f"({', '.join(_patterns(blocks.experts))}); its dense layers do: {shown}."
         )
     return targets, excluded
 
