@@ -61,8 +61,9 @@ def _register() -> None:
     prefixes[method] = BottleneckModel.prefix
     save, read = PeftModel.save_pretrained, PeftConfigMixin.__dict__["from_json_file"].__func__
     PeftModel.save_pretrained = _saving_whole(save)  # type: ignore[method-assign]
-    update = PeftModel._update_offload
-    PeftModel._update_offload = _finding_offloaded(update)  # type: ignore[method-assign]
+    update = getattr(PeftModel, "_update_offload", None)
+    if update is not None:  # private: a PEFT without it may need no help, and the rest works
+        PeftModel._update_offload = _finding_offloaded(update)  # type: ignore[method-assign]
     PeftConfigMixin.from_json_file = classmethod(_reading_checked(read))  # type: ignore[assignment]
 
 
