@@ -114,9 +114,6 @@ _BUILDERS = {
     "gemma": lambda *a: _llama_like("GemmaConfig", "GemmaForCausalLM", *a),
     "t5": _t5,
     "vit": lambda *a: _bert_like("ViTConfig", "ViTModel", *a, image_size=16, patch_size=8),
-    "bloom": lambda hidden_size, layers: tf.BloomForCausalLM(
-        tf.BloomConfig(hidden_size=hidden_size, n_layer=layers, n_head=2, vocab_size=VOCABULARY)
-    ),
 }
 
 

@@ -49,7 +49,20 @@ def double(**fields):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_folder_computes_the_same_in_both(tiny, batch, output, tmp_path, name, fields):
-    hub = hub_model(tiny(name), double(**fields))
+    check_both_ways(tiny, batch, output, tmp_path, name, double(**fields))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("fields", [{}, {"scaling": "learned", "leave_out": [1]}], ids=str)
+def test_parallel_folder_of_a_post_ln_model_computes_the_same(
+    tiny, batch, output, tmp_path, name, fields
+):
+    check_both_ways(tiny, batch, output, tmp_path, name, adapters.ParBnConfig(**fields))
+
+
+def check_both_ways(tiny, batch, output, tmp_path, name, config):
+    """AdapterHub's model, its folder in PEFT, PEFT's own folder, and back, all give one result."""
+    hub = hub_model(tiny(name), config)
     inputs = batch("bert" if name == "bert-classifier" else name)
     expected = output(hub, inputs)
     assert not torch.allclose(expected, output(tiny(name), inputs), atol=5e-4)
@@ -64,7 +77,7 @@ def test_folder_computes_the_same_in_both(tiny, batch, output, tmp_path, name, f
     torch.testing.assert_close(output(loaded, inputs), expected, atol=2e-5, rtol=1e-4)
 
     to_adapterhub(model, tmp_path / "back", "task")
-    again = copy.deepcopy(tiny(name))
+    again = tiny(name)
     adapters.init(again)
     again.load_adapter(str(tmp_path / "back"), set_active=True)
     torch.testing.assert_close(output(again.eval(), inputs), expected, atol=2e-5, rtol=1e-4)
@@ -102,7 +115,7 @@ def test_folder_joins_the_adapters_of_a_model(tiny, batch, output, tmp_path):
 
 OTHERS = {
     "seq_bn": (lambda: adapters.SeqBnConfig(), "seq_bn .original_ln_before.: .* residual stream"),
-    "par_bn": (lambda: adapters.ParBnConfig(), "par_bn .is_parallel.: .* residual stream"),
+    "attention": (lambda: adapters.ParBnConfig(mh_adapter=True), "is_parallel beside attention"),
     "plus": (
         lambda: double(original_ln_after=False),
         "original_ln_after=False: the model's own residual add",
@@ -123,6 +136,15 @@ def test_other_maths_is_refused_by_name(tiny, tmp_path, case):
     with pytest.raises(UnsupportedAdapterError, match=rf"(?s)cannot become .*{reason}"):
         from_adapterhub(base, tmp_path)
     assert not any(isinstance(module, BottleneckLinear) for module in base.modules())
+
+
+def test_parallel_adapters_of_a_pre_ln_model_are_refused_both_ways(tiny, tmp_path):
+    hub_model(tiny("llama"), adapters.ParBnConfig()).save_adapter(str(tmp_path / "hub"), "task")
+    with pytest.raises(UnsupportedAdapterError, match=r"par_bn .is_parallel.: in .* llama"):
+        from_adapterhub(tiny("llama"), tmp_path / "hub")
+    model = peft.get_peft_model(tiny("llama"), BottleneckConfig(placement="parallel"))
+    with pytest.raises(UnsupportedAdapterError, match="AdapterHub's par_bn reads the stream"):
+        to_adapterhub(model, tmp_path / "back")
 
 
 def test_folder_of_another_model_is_refused(tiny, tmp_path):

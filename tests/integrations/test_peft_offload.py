@@ -12,6 +12,7 @@ from adapterkern.integrations.peft import BottleneckConfig
 FIELDS = {
     "plain": {},
     "channel": {"scaling": "channel", "bias": False},
+    "parallel": {"placement": "parallel"},
     "saved-module": {"modules_to_save": ["lm_head"], "scaling": "learned"},
 }
 

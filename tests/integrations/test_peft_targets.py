@@ -158,16 +158,17 @@ def test_layers_of_different_width_get_their_own_size(tiny):
     assert layer.mlp.up_proj.bottleneck_adapter["default"].down_proj.weight.shape == (16, 64)
 
 
-def test_unknown_architecture_is_told_how_to_name_layers(tiny):
-    base = tiny("bloom")
-    with pytest.raises(ValueError, match="'bloom' has no default") as error:
+def test_unclear_architecture_is_told_how_to_name_layers():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61}
+    base = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    with pytest.raises(ValueError, match="'mamba' has no default") as error:
         peft.get_peft_model(base, BottleneckConfig())
     message = str(error.value)
+    assert "no list of modules in it has items with attention" in message
     assert "BottleneckConfig(target_modules=[...])" in message
-    assert "transformer.h.*.self_attention.dense" in message
-    assert "known: bert, distilbert" in message
-    config = BottleneckConfig(target_modules=["self_attention.dense", "dense_4h_to_h"])
-    assert len(adapted(peft.get_peft_model(base, config))) == 4
+    assert "backbone.layers.*.mixer.out_proj" in message
+    config = BottleneckConfig(target_modules=["mixer.out_proj"])
+    assert len(adapted(peft.get_peft_model(base, config))) == 2
 
 
 def test_model_without_a_configuration_takes_target_modules():

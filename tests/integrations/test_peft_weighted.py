@@ -83,8 +83,9 @@ def test_linear_adds_the_parameters(tiny):
             torch.testing.assert_close(mean[key], 0.25 * a[key] + 0.75 * b[key])
 
 
-def test_one_adapter_and_a_weight_is_the_adapter_rescaled(tiny, batch, output):
-    model = pair(tiny("bert"), {"layers_to_transform": [1]}, {})
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_one_adapter_and_a_weight_is_the_adapter_rescaled(tiny, batch, output, placement):
+    model = pair(tiny("bert"), {"layers_to_transform": [1], "placement": placement}, {})
     model.add_weighted_adapter(["a"], [0.0], "none")
     model.add_weighted_adapter(["a"], [1.0], "same")
     model.set_adapter("none")
@@ -99,6 +100,7 @@ def test_one_adapter_and_a_weight_is_the_adapter_rescaled(tiny, batch, output):
     ("fields", "combination", "reason"),
     [
         (({"activation": "relu"}, {}), "cat", "activation is not the same: relu, gelu"),
+        (({"placement": "parallel"}, {}), "cat", "placement is not the same: parallel, houlsby"),
         (({"dropout": 0.1}, {}), "cat", "dropout is not the same: 0.1, 0.0"),
         (({"modules_to_save": ["pooler"]}, {}), "cat", "modules_to_save of a: whole modules"),
         (({"bottleneck_size": 3}, {"bottleneck_size": 4}), "linear", "bottleneck_size is not the"),

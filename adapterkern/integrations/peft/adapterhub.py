@@ -3,8 +3,9 @@
 AdapterHub adapts the output h of a sublayer where it joins the residual stream, and a PEFT adapter
 the output y of the sublayer's last linear layer. Where AdapterHub's formula is of h alone
 (`double_seq_bn`, once `houlsby`), h is y after the model's dropout, so both compute the same in
-evaluation; in training, that dropout comes before AdapterHub's adapter and after PEFT's. All other
-formulas need the stream, which an adapter behind a linear layer does not see; they are refused.
+evaluation; in training, that dropout comes before AdapterHub's adapter and after PEFT's. The same
+holds for `par_bn` in post-LN models, where the stream is what the FFN reads. All other formulas
+need a stream that a PEFT adapter does not see; they are refused.
 """
 
 import os
@@ -38,6 +39,8 @@ PLACES: dict[str, dict[str, str]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
 }
+# Types whose FFN reads the residual stream itself, and not the norm of it.
+POST_LN = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 # The names of these activations there.
 _ACTIVATIONS = {
     "gelu_tanh": "gelu_new",
@@ -65,12 +68,12 @@ def from_adapterhub(
     Raises:
         FileNotFoundError, ValueError: `adapterhub.load` refuses the folder, it is of another type
             of model, or its layers are not those of the model.
-        UnsupportedAdapterError: its adapters compute what none behind a linear layer can.
+        UnsupportedAdapterError: its adapters compute what none of PEFT can.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     model_type = _model_type(base)
     checkpoint = adapterhub.load(folder, model_type=model_type)
-    reasons = [*_other_maths(checkpoint.config)]
+    reasons = [*_other_maths(checkpoint.config, model_type)]
     if checkpoint.other_weights:
         reasons.append(f"it has weights of another method, {next(iter(checkpoint.other_weights))}")
     widths = sorted({adapter.bottleneck_size for adapter in checkpoint.layers.values()})
@@ -94,6 +97,7 @@ def from_adapterhub(
         activation=next(iter(targets.values())).activation,
         scaling=scaling,
         dropout=checkpoint.config["dropout"],
+        placement="parallel" if checkpoint.config["is_parallel"] else "houlsby",
     )
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
@@ -113,8 +117,8 @@ def to_adapterhub(
     Raises:
         ValueError: an unknown adapter, or one that has modules beside it or whose layers are not
             those that AdapterHub would adapt.
-        UnsupportedAdapterError: the type of model is not known here, or the adapter is not behind
-            linear layers.
+        UnsupportedAdapterError: the type of model is not known here, or AdapterHub's adapters read
+            something else in it.
     """
     if adapter_name not in model.peft_config:
         raise ValueError(
@@ -128,9 +132,10 @@ def to_adapterhub(
             f"{adapter_name!r} has modules_to_save {config.modules_to_save}, for which an adapter "
             "of AdapterHub has no place."
         )
-    if getattr(config, "placement", None) == "parallel":
+    if config.placement == "parallel" and base.config.model_type not in POST_LN:
         raise UnsupportedAdapterError(
-            f"{adapter_name!r} is beside its layers (placement), not behind them."
+            f"{adapter_name!r} reads what the FFN of this model of type {base.config.model_type} "
+            "reads, the norm of the residual stream; AdapterHub's par_bn reads the stream itself."
         )
     layers, found = {}, set()
     for name, layer in base.named_modules():
@@ -158,11 +163,17 @@ def to_adapterhub(
     adapterhub.save(checkpoint, folder)
 
 
-def _other_maths(config: Config) -> Iterator[str]:
-    """Reasons why no adapter behind a linear layer computes what this configuration says."""
+def _other_maths(config: Config, model_type: str) -> Iterator[str]:
+    """Reasons why no PEFT adapter computes what this configuration says."""
     if config["is_parallel"]:
-        yield "par_bn (is_parallel): its adapters read the residual stream, not the layer's output"
-    if config["original_ln_before"]:
+        if model_type not in POST_LN:
+            yield (
+                f"par_bn (is_parallel): in models of type {model_type} its adapters read the "
+                "residual stream, and the FFN a norm of it"
+            )
+        elif config["mh_adapter"] or config["cross_adapter"]:
+            yield "is_parallel beside attention: a PEFT adapter can be beside an FFN alone"
+    elif config["original_ln_before"]:
         yield (
             "seq_bn (original_ln_before): its adapters read the layer's output after it was added "
             "to the residual stream and, in post-LN models, normed"
@@ -219,7 +230,7 @@ def _config_of(
     adapter = next(iter(layers.values()))
     activation = adapter.activation
     return {
-        **PRESETS["double_seq_bn"],
+        **PRESETS["par_bn" if config.placement == "parallel" else "double_seq_bn"],
         **dict(zip(("mh_adapter", "output_adapter"), places, strict=True)),
         "non_linearity": _ACTIVATIONS.get(activation, activation),
         "reduction_factor": _factor(adapter.hidden_size, adapter.bottleneck_size),

@@ -16,6 +16,7 @@ from adapterkern.integrations.peft.checkpoint import CONTAINER, METHOD, SavedWei
 from adapterkern.integrations.peft.saving import staged
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 DEFAULT_REDUCTION_FACTOR = 16  # BottleneckAdapter's, and the most common of published adapters
 
 
@@ -52,13 +53,21 @@ class BottleneckConfig(PeftConfig):
     """Bottleneck adapters (Houlsby et al. 2019) for `peft.get_peft_model`.
 
     Every targeted linear layer is followed by an adapter: y = base_layer(x), then
-    y + scaling * up(act(down(y))). Where the architecture has a default, these layers are the
-    output projections of attention and of the feed-forward block, so an adapter comes before the
-    dropout and the residual add of its sublayer.
+    y + scaling * up(act(down(y))). By default these layers are the output projections of attention
+    (self and cross) and of the feed-forward blocks (FFN) in all parts of a model, so an adapter
+    comes before the dropout and the residual add of its sublayer. They are found by the structure
+    of the model; where that is unclear, an error asks for `target_modules`. Experts get no
+    adapters, only the dense parts beside them. Layers that share their weights, as all of ALBERT
+    do, share the adapter.
 
     Args:
+        placement: "houlsby" (after attention and after the FFN), "pfeiffer" (after the FFN alone)
+            or "parallel" (beside the FFN, He et al. 2021: FFN(x) + scaling * up(act(down(x))); x is
+            what the FFN reads, in pre-LN models the normed input). AdapterHub's par_bn for a
+            post-LN model is "parallel" with reduction_factor=2, activation="relu" and scaling=4.0.
         target_modules: the linear layers to adapt: a list of name suffixes, a regular expression
-            for whole names, or "all-linear"; None takes the architecture's default.
+            for whole names, or "all-linear"; None takes those of the placement. With "parallel"
+            each must be the last layer of an FFN; else an adapter follows each.
         exclude_modules: layers to leave out: a list of name suffixes or a regular expression.
         bottleneck_size: R, the width inside the adapter.
         reduction_factor: H / R for layers of width H; 16 if `bottleneck_size` is not given either.
@@ -107,6 +116,9 @@ class BottleneckConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved in full beside the adapters."}
     )
+    placement: str = field(
+        default="houlsby", metadata={"help": '"houlsby", "pfeiffer" or "parallel".'}
+    )
     saved_with: Any = field(
         default=None, repr=False, metadata={"help": "Written by saving; leave it None."}
     )
@@ -119,6 +131,10 @@ class BottleneckConfig(PeftConfig):
         # compared with a model before the weights are loaded into it.
         self.saved = self.saved_with if isinstance(self.saved_with, SavedWeights) else None
         self.saved_with = None
+        if self.placement not in PLACEMENTS:
+            raise ValueError(
+                f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}."
+            )
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError(
                 f"bottleneck_size ({self.bottleneck_size}) and reduction_factor "
@@ -170,6 +186,14 @@ class BottleneckConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform "
                 "counts, and that is None.\n  hint: set layers_to_transform=[...]"
             )
+
+    def exclude(self, suffixes: list[str]) -> None:
+        """Leave out layers beside those that `exclude_modules` leaves out."""
+        if suffixes and isinstance(self.exclude_modules, str):
+            names = "|".join(map(re.escape, suffixes))
+            self.exclude_modules = rf"(?:{self.exclude_modules})|(?:.*\.)?(?:{names})"
+        elif suffixes:
+            self.exclude_modules = sorted({*(self.exclude_modules or []), *suffixes})
 
     def adapter_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `BottleneckAdapter`, all but the hidden size."""

@@ -1,14 +1,15 @@
 """A linear layer with its adapters."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from adapterkern.integrations.peft.blocks import output_size
 from adapterkern.integrations.peft.checkpoint import CONTAINER
 from adapterkern.integrations.peft.config import BottleneckConfig
-from adapterkern.integrations.peft.targets import output_size
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -19,8 +20,33 @@ CANNOT_MERGE = (
 )
 
 
+class BlockInput(threading.local):
+    """What an FFN reads, kept between its first and its last layer, in each thread apart.
+
+    Its method `keep` is a forward pre-hook of the first layer: a copied model copies the object
+    with it, and torch.compile traces a method where it cannot trace an object that is called.
+    """
+
+    value: Tensor | None = None
+
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep the layer's input."""
+        self.value = args[0] if args else None
+
+    def take(self) -> Tensor | None:
+        """Return what was kept, and keep it no longer: it may hold a graph."""
+        value, self.value = self.value, None
+        return value
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return BlockInput, ()
+
+
 class BottleneckLinear(nn.Module, BaseTunerLayer):
     """A linear layer (nn.Linear, Conv1D, quantised), then the active adapters one after another.
+
+    An adapter beside the FFN that the layer ends reads x of that FFN in place of what is before it,
+    and adds to that.
 
     Shapes: x [..., K] to y [..., H], in the dtype of the base layer's output [..., H].
     """
@@ -34,6 +60,8 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self.parallel: set[str] = set()  # adapters beside the FFN
+        self.reads: tuple[nn.Module, BlockInput] | None = None  # a tuple: the module is not ours
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
@@ -44,25 +72,65 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self.bottleneck_adapter[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def place_beside(self, adapter_name: str, up: nn.Module) -> None:
+        """Let an adapter read what `up` reads, the first layer of the FFN that this one ends."""
+        self.parallel.add(adapter_name)
+        if self.reads is None:
+            if isinstance(up, BaseTunerLayer):
+                up = up.get_base_layer()  # which stays when the adapters of that layer go
+            self.reads = (up, BlockInput())
+            up.register_forward_pre_hook(self.reads[1].keep)
+
+    def stop_reading(self) -> None:
+        """Take the hook from the first layer of the FFN."""
+        if self.reads is not None:
+            up, block_input = self.reads
+            hooks = up._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook == block_input.keep]:
+                del hooks[key]
+        self.reads = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; see PEFT for which is active then."""
+        super().delete_adapter(adapter_name)
+        self.parallel.discard(adapter_name)
+        if not self.parallel:
+            self.stop_reading()
+
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
         """base_layer(x), adapted by the active adapters or by the one named for each input."""
+        block_input = None if self.reads is None else self.reads[1].take()
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
         if adapter_names is not None:
-            return self._adapt_by_input(y, adapter_names)
+            return self._adapt_by_input(y, block_input, adapter_names)
         for name in self.active_adapters:
             if name in self.bottleneck_adapter:
-                y = self._adapt(y, name)
+                y = self._adapt(y, block_input, name)
         return y
 
-    def _adapt(self, y: Tensor, name: str) -> Tensor:
+    def _adapt(self, y: Tensor, block_input: Tensor | None, name: str) -> Tensor:
+        adapter = self.bottleneck_adapter[name]
+        if name not in self.parallel:
+            adapted = adapter(y)
+        elif block_input is None or block_input.shape != y.shape:
+            shape = "nothing" if block_input is None else list(block_input.shape)
+            raise RuntimeError(
+                f"the parallel adapter {name!r} must read its FFN's input, of shape "
+                f"{list(y.shape)}, and got {shape}: the model calls the FFN's layers in another "
+                'way than its source says.\n  hint: placement="pfeiffer" reads no input'
+            )
+        else:
+            adapted = adapter(block_input, residual=y)
         # A learned scaling stays float32 in a half-precision model and would widen the result.
-        return self.bottleneck_adapter[name](y).to(y.dtype)
+        return adapted.to(y.dtype)
 
-    def _adapt_by_input(self, y: Tensor, names: Sequence[str]) -> Tensor:
+    def _adapt_by_input(
+        self, y: Tensor, block_input: Tensor | None, names: Sequence[str]
+    ) -> Tensor:
         """y [B, ..., H], or [B * T, H] from blocks that flatten their tokens; B names."""
         flat = y.dim() == 2
         if not names or len(y) % len(names) or not (flat or len(y) == len(names)):
@@ -74,10 +142,13 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
             )
         inputs = y.reshape(len(names), -1, y.shape[-1]) if flat else y
         adapted = inputs.clone()
+        if block_input is not None and flat:
+            block_input = block_input.reshape(len(names), -1, block_input.shape[-1])
         for name in dict.fromkeys(names):
             if name in self.bottleneck_adapter:  # neither BASE nor an adapter of other layers
                 rows = [row for row, other in enumerate(names) if other == name]
-                adapted[rows] = self._adapt(inputs[rows], name)
+                read = None if block_input is None else block_input[rows]
+                adapted[rows] = self._adapt(inputs[rows], read, name)
         return adapted.view_as(y)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from adapterkern.integrations.peft.blocks import Blocks, find_blocks
 from adapterkern.integrations.peft.checkpoint import (
     CONTAINER,
     mismatches,
@@ -22,11 +23,12 @@ from adapterkern.integrations.peft.checkpoint import (
 from adapterkern.integrations.peft.layer import BASE, CANNOT_MERGE, BottleneckLinear
 from adapterkern.integrations.peft.mixed_batch import adapter_names_in_forward, check_names
 from adapterkern.integrations.peft.targets import (
-    DEFAULT_TARGET_MODULES,
     check_layers,
     check_modules_to_save,
+    check_parallel,
     check_target,
-    default_target_modules,
+    default_targets,
+    report_suffixes,
 )
 from adapterkern.integrations.peft.weighted import combined_config, fill
 
@@ -53,7 +55,7 @@ class BottleneckModel(BaseTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLinear
-    target_module_mapping = DEFAULT_TARGET_MODULES
+    blocks: Blocks  # of the model, known while a parallel adapter is added
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ class BottleneckModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type")
-            peft_config.target_modules = default_target_modules(self.model, model_type)
+            targets, excluded = default_targets(self.model, model_type, peft_config.placement)
+            peft_config.target_modules = targets
+            peft_config.exclude(excluded)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -113,12 +117,18 @@ class BottleneckModel(BaseTuner):
         names = [name for name, _ in model.named_modules() if name and f".{CONTAINER}." not in name]
         check_layers(peft_config, names, self._check_target_module_exists)
         check_modules_to_save(peft_config, names)
+        report_suffixes(peft_config, names, self._check_target_module_exists)
+        parallel = peft_config.placement == "parallel"
+        if parallel:
+            self.blocks = find_blocks(model)
         for name in names:
+            if not self._check_target_module_exists(peft_config, name):
+                continue
             layer = model.get_submodule(name)
-            if not isinstance(layer, BottleneckLinear) and self._check_target_module_exists(
-                peft_config, name
-            ):
+            if not isinstance(layer, BottleneckLinear):
                 check_target(name, layer, model.get_submodule(name.rpartition(".")[0]))
+            if parallel:
+                check_parallel(self.blocks, name)
 
     def _create_and_replace(
         self,
@@ -132,9 +142,13 @@ class BottleneckModel(BaseTuner):
     ) -> None:
         if isinstance(target, BottleneckLinear):
             target.update_layer(adapter_name, peft_config)
+            layer = target
         else:
             layer = BottleneckLinear(target, adapter_name, peft_config)
             self._replace_module(parent, target_name, layer, target)
+        if peft_config.placement == "parallel":
+            up = self.model.get_submodule(self.blocks.feed_forward[current_key])
+            layer.place_beside(adapter_name, up)
 
     # PEFT reads a field `bias` as a mode for the base model's biases; here it is the adapter's.
 
@@ -225,6 +239,13 @@ class BottleneckModel(BaseTuner):
         names = check_names(adapter_names, self.peft_config, self.training)
         with adapter_names_in_forward(self.model, names):
             yield
+
+    def unload(self) -> nn.Module:
+        """The base model, without adapters."""
+        for module in self.modules():
+            if isinstance(module, BottleneckLinear):
+                module.stop_reading()
+        return super().unload()
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
