@@ -275,6 +275,13 @@ FAMILIES = {
     "stablelm": llama("StableLm"),
     "starcoder2": llama("Starcoder2", output="mlp.c_proj"),
     "t5": t5("T5"),
+    "t5gemma": Family(
+        "T5GemmaConfig", "T5GemmaForConditionalGeneration",
+        {part: {**GROUPED, "model_type": "t5_gemma_module"} for part in ("encoder", "decoder")},
+        "model.encoder.layers.*.self_attn.o_proj model.decoder.layers.*.self_attn.o_proj "
+        "model.decoder.layers.*.cross_attn.o_proj",
+        "model.encoder.layers.*.mlp.down_proj model.decoder.layers.*.mlp.down_proj", "sequences",
+    ),
     "umt5": t5("UMT5"),
     "unispeech": audio("UniSpeech"),
     "vit": vision("ViT"),

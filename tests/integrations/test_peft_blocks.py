@@ -100,19 +100,32 @@ def test_layers_are_told_by_their_calls_and_widths(block, feed_forward):
     assert found(block()) == (["stack.0.look.back"], feed_forward)
 
 
-class Router(nn.Module):
-    """Experts as parameters [E, 2F, H] and [E, H, F] in one module, as transformers 5 has them."""
+class Experts(nn.Module):
+    """All in one: parameters [E, 2F, H] and [E, H, F], as transformers 5 has them."""
 
     def __init__(self):
         super().__init__()
-        self.gate = nn.Linear(H, 4)
-        self.gate_up, self.down = (
-            nn.Parameter(torch.ones(4, 6, H)),
-            nn.Parameter(torch.ones(4, H, 3)),
-        )
+        self.up, self.down = nn.Parameter(torch.ones(4, 6, H)), nn.Parameter(torch.ones(4, H, 3))
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(H, 4), Experts()
 
     def forward(self, x):
-        return x + self.gate(x).sum(-1, keepdim=True) + self.gate_up.sum() + self.down.sum()
+        return x + self.gate(x).sum(-1, keepdim=True)
+
+
+class Convolutions(nn.Module):
+    """Its weights have three dimensions, as those of experts have, which it has none of."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Conv1d(H, 20, 1), nn.Conv1d(20, H, 1)
+
+    def forward(self, x):
+        return self.down(self.up(x.mT).relu()).mT
 
 
 class Twice(nn.Module):
@@ -129,10 +142,10 @@ class ByWeight(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.together, self.back = nn.Linear(H, 3 * H), nn.Linear(H, H)
+        self.q, self.k, self.v, self.back = (nn.Linear(H, H) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = self.together(x).chunk(3, -1)
+        q, k, v = self.q(x), self.k(x), self.v(x)
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         return nn.functional.linear(y, self.back.weight, self.back.bias)
 
@@ -155,19 +168,29 @@ exec(  # as a notebook cell that is gone
     [
         (Block(mix=Twice()), "several layers that may end its FFN: mix.one.b, mix.two.b"),
         (Block(mix=nn.Identity()), "no FFN of linear layers"),
-        (Block(mix=sourceless["Mixer"]()), "no FFN of linear layers that its source names"),
+        (Block(mix=Convolutions()), "no FFN of linear layers"),
         (
-            Block(ByWeight()),
-            "AttentionByWeight, where nothing reads the width of its last, look.tog",
+            Block(mix=sourceless["Mixer"]()),
+            "layers that its source does not call by name: mix.down, mix.up",
         ),
+        (Block(ByWeight()), "AttentionByWeight, whose source calls no look.back by name"),
         (
             nn.TransformerEncoderLayer(H, 2, 16, batch_first=True),
-            "MultiheadAttention, which calls no linear layer that its source names",
+            "MultiheadAttention, whose source calls no self_attn.out_proj by name",
         ),
-        (Block(nn.MultiheadAttention(H, 2)), "MultiheadAttention, which calls no linear layer"),
+        (Block(nn.MultiheadAttention(H, 2)), "MultiheadAttention, whose source calls no look.out"),
         (Gated(20), "no attention"),
     ],
-    ids=["two-ffns", "no-ffn", "no-source", "by-weight", "torch-layer", "torch", "no-attention"],
+    ids=[
+        "two-ffns",
+        "no-ffn",
+        "convolutions",
+        "no-source",
+        "by-weight",
+        "torch-layer",
+        "torch",
+        "no-attention",
+    ],
 )
 def test_unclear_blocks_are_refused_by_name(block, problem):
     net = Net(Block(), block)
@@ -179,7 +202,7 @@ def test_unclear_blocks_are_refused_by_name(block, problem):
 @pytest.mark.parametrize(
     ("config", "model", "problem"),
     [
-        ("WavLMConfig", "WavLMModel", r"WavLMAttention, where nothing reads"),
+        ("WavLMConfig", "WavLMModel", r"WavLMAttention, whose source calls no .*out_proj by"),
         ("Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel", r"ffn1.output_dense, ffn2.output"),
         ("XLMConfig", "XLMModel", r"attentions.0 \(MultiHeadAttention\) has no FFN"),
         ("XLNetConfig", "XLNetModel", "no list of modules in it has items with attention"),

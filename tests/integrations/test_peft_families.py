@@ -77,6 +77,9 @@ def test_placements_at_the_ffn_leave_attention_alone(name):
         for config in refused:  # experts shared by all tokens are dense, but no whole FFN
             with pytest.raises(ValueError, match="its FFNs are mixtures of experts"):
                 peft.get_peft_model(build(name), config)
+        if family.feed_forward:
+            model = peft.get_peft_model(build(name), after)
+            check_places(model, family.feed_forward.split(), family.times)
         return
     model = peft.get_peft_model(build(name), after)
     model.add_adapter("beside", beside)

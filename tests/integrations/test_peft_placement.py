@@ -220,6 +220,8 @@ def test_first_layer_of_the_ffn_may_have_adapters_too(beside):
     model.add_adapter("default", BottleneckConfig(init="bert", **PARALLEL))
     model.set_adapter(["default", "up"])
     assert torch.equal(run(model.eval(), "bert"), expected)
+    for layer in layers(model).values():  # the hook outlives the adapters of that first layer
+        assert layer.reads is None or type(layer.reads[0]) is nn.Linear
 
 
 def test_mixed_batch_reads_each_input_for_its_own_adapter(beside):

@@ -85,8 +85,9 @@ def _attention_outputs(block: nn.Module) -> list[str]:
     for name in _attention_modules(block):
         called = _called_layers(block.get_submodule(name), name)
         kind = type(block.get_submodule(name)).__name__
-        if not called:
-            raise _Unclear(f"has {kind}, which calls no linear layer that its source names")
+        uncalled = [one for one in layers if _within(one, [name]) and one not in called]
+        if uncalled:
+            raise _Unclear(f"has {kind}, whose source calls no {', '.join(uncalled)} by name")
         width = output_size(layers[called[-1]])
         if all(input_size(layers[other]) != width for other in called[:-1]):
             raise _Unclear(f"has {kind}, where nothing reads the width of its last, {called[-1]}")
@@ -97,24 +98,24 @@ def _attention_outputs(block: nn.Module) -> list[str]:
 
 
 def _feed_forward(block: nn.Module, width: int | None) -> tuple[dict[str, str], bool]:
-    """The dense output projection, with a layer that reads its block's input; are there experts?
-
-    Experts come as a list, each a small feed-forward block, or stacked in parameters [E, ., .].
-    """
-    attention = tuple(f"{name}." if name else "" for name in _attention_modules(block))
-    layers = {
-        name: one for name, one in _linear_layers(block).items() if not name.startswith(attention)
+    """The dense output projection, with a layer that reads its block's input; are there experts?"""
+    others = {
+        name: one for name, one in walk(block) if not _within(name, _attention_modules(block))
     }
-    dense = {name: one for name, one in layers.items() if "experts" not in name.split(".")}
-    has_experts = len(dense) < len(layers) or any(
-        parameter.dim() == 3
-        for name, one in walk(block)
-        if not f"{name}.".startswith(attention)
-        for parameter in one.parameters(recurse=False)
-    )
+    experts = [
+        name
+        for name, one in others.items()
+        if name.split(".")[-1] == "experts" or "experts" in type(one).__name__.lower()
+    ]
+    layers = _linear_layers(block)
+    dense = [name for name in layers if name in others and not _within(name, experts)]
     parents = ["/" + "/".join(name.split(".")[:-1]) for name in dense]
     common = posixpath.commonpath(parents)[1:].replace("/", ".") if parents else ""
     called = [one for one in _called_layers(block.get_submodule(common), common) if one in dense]
+    called = list(dict.fromkeys(called))  # branches may call the same ones
+    if len(called) < len(dense):
+        uncalled = ", ".join(sorted(set(dense) - set(called)))
+        raise _Unclear(f"has layers that its source does not call by name: {uncalled}")
     sizes = {name: (input_size(layers[name]), output_size(layers[name])) for name in called}
     returning = [name for name in called if sizes[name][1] == width]
     if returning == called and all(size == (width, width) for size in sizes.values()):
@@ -125,10 +126,14 @@ def _feed_forward(block: nn.Module, width: int | None) -> tuple[dict[str, str], 
         inner = sizes[last][0]
         for name in called[: called.index(last)]:  # a gate may share one layer with the other half
             if inner is not None and sizes[name] in ((width, inner), (width, 2 * inner)):
-                return {last: name}, has_experts
-    if not has_experts:
-        raise _Unclear("has no FFN of linear layers that its source names")
+                return {last: name}, bool(experts)
+    if not experts:
+        raise _Unclear("has no FFN of linear layers")
     return {}, True
+
+
+def _within(name: str, modules: list[str]) -> bool:
+    return any(one in ("", name) or name.startswith(f"{one}.") for one in modules)
 
 
 def _join(name: str, inner: str) -> str:
@@ -151,9 +156,8 @@ def _attention_modules(module: nn.Module) -> list[str]:
     """The outermost attention modules."""
     found: list[str] = []
     for name, one in walk(module):
-        within = any(name.startswith(f"{outer}." if outer else "") for outer in found)
-        if not within and "attention" in type(one).__name__.lower() and _linear_layers(one):
-            found.append(name)
+        if "attention" in type(one).__name__.lower() and _linear_layers(one):
+            found += [] if _within(name, found) else [name]
     return found
 
 

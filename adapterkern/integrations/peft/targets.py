@@ -26,7 +26,7 @@ TESTED = frozenset([
     "mixtral", "modernbert", "mpnet", "mpt", "mt5", "nemotron", "olmo", "olmo2", "openai-gpt",
     "opt", "pegasus", "persimmon", "phi", "phi3", "plbart", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "rembert", "roberta", "roformer", "sew", "siglip", "smollm3", "stablelm",
-    "starcoder2", "t5", "umt5", "unispeech", "vit", "wav2vec2", "whisper", "xlm-roberta",
+    "starcoder2", "t5", "t5gemma", "umt5", "unispeech", "vit", "wav2vec2", "whisper", "xlm-roberta",
     "xlm-roberta-xl",
 ])  # fmt: skip
 SHOWN = 3  # problems spelled out in an error
