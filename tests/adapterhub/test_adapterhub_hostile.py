@@ -373,3 +373,26 @@ ONE = {
     "adapter_down.0.weight": (1, 1), "adapter_down.0.bias": (1,),
     "adapter_up.weight": (1, 1), "adapter_up.bias": (1,),
 }  # fmt: skip
+
+
+def test_a_decoder_alone_has_no_cross_attention_to_adapt(tmp_path):
+    tensors = weights(stack="model.decoder.layers")
+    path = folder_with(tmp_path, tensors, config={**CONFIG, "cross_adapter": True})
+    assert len(adapterhub.load(path).layers) == 2
+
+
+def test_a_scaling_is_a_float_wherever_it_came_from(tmp_path):
+    config = adapterhub.load(folder_with(tmp_path, config={**CONFIG, "scaling": 2})).config
+    assert type(config["scaling"]) is float
+
+
+def test_other_weights_that_share_memory_are_saved_in_both_formats(tmp_path):
+    saved = adapterhub.load(folder_with(tmp_path / "a"))
+    shared = torch.arange(4.0)
+    names = [f"bert.invertible_adapters.task.{letter}.0.weight" for letter in "FG"]
+    saved.other_weights |= {names[0]: shared, names[1]: shared[:2]}
+    for safetensors in (False, True):
+        adapterhub.save(saved, tmp_path / "b", safetensors=safetensors)
+        found = adapterhub.load(tmp_path / "b").other_weights
+        assert torch.equal(found[names[0]], shared)
+        assert torch.equal(found[names[1]], shared[:2])

@@ -86,20 +86,25 @@ def test_the_transforms_of_torch_func_see_a_patched_layer(transform, counted):
 @pytest.mark.filterwarnings("ignore::adapterkern.FallbackWarning")
 @pytest.mark.parametrize("config", ["seq_bn", "double_seq_bn", "par_bn"])
 @pytest.mark.parametrize("normed", [False, True])
-def test_inputs_that_differ_in_shape_are_the_library_s(counted, config, normed):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_inputs_that_differ_in_shape_are_the_library_s(counted, config, normed, swapped):
     """It broadcasts them, as PyTorch does."""
     model = bert(f"{config}[reduction_factor=4]")
     norm = nn.LayerNorm(models.HIDDEN) if normed else None
     name = "attention.output" if config == "double_seq_bn" else "output"
     layer = model.get_submodule(f"encoder.layer.0.{name}")
     h, inp = torch.randn(2, 3, models.HIDDEN), torch.randn(1, 1, models.HIDDEN)
+    if swapped:
+        h, inp = inp, h
     expected = layer.bottleneck_layer_forward(h, inp, norm)
-    assert expected.shape == h.shape
+    assert expected.shape == (2, 3, models.HIDDEN)
     with adapterhub.patched(model):
         torch.testing.assert_close(layer.bottleneck_layer_forward(h, inp, norm), expected, **CLOSE)
-        same = layer.bottleneck_layer_forward(h, inp.expand(h.shape), norm)
+        counted.clear()
+        given = h.expand(expected.shape), inp.expand(expected.shape)
+        same = layer.bottleneck_layer_forward(*given, norm)
     torch.testing.assert_close(same, expected, **CLOSE)
-    assert counted[-1].x.shape == h.shape
+    assert [call.x.shape for call in counted] == [expected.shape]
 
 
 class Tagged(torch.Tensor):
@@ -129,3 +134,27 @@ def test_inference_mode_gives_the_same(counted):
     with adapterhub.patched(model):
         torch.testing.assert_close(model(**inputs("bert"))[0], expected, **CLOSE)
     assert len(counted) == 2
+
+
+class Block(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.layer = model.get_submodule("encoder.layer.0.output")
+        self.norm = nn.LayerNorm(models.HIDDEN)
+
+    def forward(self, h, inp):
+        return self.layer.bottleneck_layer_forward(h, inp, self.norm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer_level", [False, True])
+def test_an_exported_layer_holds_plain_operations(layer_level):
+    model = bert()
+    block, given = Block(model).eval(), tuple(torch.randn(2, 2, 3, models.HIDDEN))
+    expected = block(*given)
+    with adapterhub.patched(model, layer_level=layer_level):
+        exported = torch.export.export(block, given)
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert "aten.linear.default" in targets
+    assert not [target for target in targets if "adapterkern" in target]
+    torch.testing.assert_close(exported.module()(*given), expected, **CLOSE)

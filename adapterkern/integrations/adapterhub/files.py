@@ -136,7 +136,7 @@ def _read_pickled(path: str) -> Any:
         packed = [
             entry.filename
             for entry in archive.infolist()
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+            if entry.compress_type != zipfile.ZIP_STORED
         ]
     if packed:  # what is mapped would be read as it lies there
         raise ValueError(f"{packed[0]} in it is compressed, which torch.save does not do")
