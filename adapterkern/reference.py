@@ -143,7 +143,7 @@ def _backward_of_up(
             du = dy * call.scaling
         elif call.scale != 1.0:
             du = dy * call.scale
-        du = _to(du, dtype)
+        du = _without_gaps(_to(du, dtype))
     if needs.up_weight and a is not None:
         # [H, R], as a^T du: the transpose of a is the smaller one to make.                 (6)
         found["up_weight"] = (a.T @ du).T.contiguous()
