@@ -154,3 +154,32 @@ def test_lost_device_gives_the_first_line_of_what_the_device_says(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert lost_device(torch.device("cuda", 1)) == "cuda:1 is lost: CUDA error: misaligned address"
+
+
+def test_the_interpreter_a_user_asks_for_has_exact_bfloat16():
+    """With nothing but the variable set: gradients too, against the reference."""
+    pytest.importorskip("triton")
+    code = (
+        "import torch, adapterkern as ak\n"
+        "torch.manual_seed(0)\n"
+        "adapter = ak.BottleneckAdapter(32, 8, init='bert', dtype=torch.bfloat16)\n"
+        "x = torch.randn(5, 32).bfloat16().requires_grad_()\n"
+        "results = []\n"
+        "for adapter.backend in ('auto', 'reference'):\n"
+        "    y = adapter(x, residual=None)\n"
+        "    leaves = [x, *adapter.parameters()]\n"
+        "    results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])\n"
+        "adapter.backend = 'auto'\n"
+        "print(ak.explain(adapter, x).backend)\n"
+        "for found, want in zip(*results):\n"
+        "    print(float((found - want).float().norm() / want.float().norm()))"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    backend, *errors = ran.stdout.split()
+    assert backend == "triton"
+    assert len(errors) == 6
+    assert max(map(float, errors)) < 0.01, errors

@@ -1,4 +1,4 @@
-"""Exports to ONNX: standard operators alone, and the results of the model, for any batch."""
+"""Whole models in ONNX and TorchScript: plain operators, and the model's results for any batch."""
 
 import contextlib
 import io
@@ -108,3 +108,25 @@ def test_an_exported_model_has_standard_operators_and_our_results(name, dynamo, 
         with torch.no_grad():
             expected = model(given).numpy()
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_traced_model_is_saved_and_has_our_results_and_gradients(name, stack):
+    model, example = MODELS[name](stack)
+    model.eval()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, example(2), check_trace=False), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "adapterkern::" not in str(loaded.inlined_graph)
+    given = example(5)
+    found, expected = loaded(given), model(given)
+    torch.testing.assert_close(found, expected)
+    wanted = {n: p for n, p in model.named_parameters() if "adapter" in n or "proj" in n}
+    wanted = {n: p for n, p in wanted.items() if p.requires_grad}
+    traced = dict(loaded.named_parameters())
+    gradients = torch.autograd.grad(expected.square().sum(), wanted.values())
+    replayed = torch.autograd.grad(found.square().sum(), [traced[n] for n in wanted])
+    assert len(wanted) >= 4
+    for gradient, want in zip(replayed, gradients, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
