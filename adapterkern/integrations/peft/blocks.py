@@ -99,9 +99,8 @@ def _attention_outputs(block: nn.Module) -> list[str]:
 
 def _feed_forward(block: nn.Module, width: int | None) -> tuple[dict[str, str], bool]:
     """The dense output projection, with a layer that reads its block's input; are there experts?"""
-    others = {
-        name: one for name, one in walk(block) if not _within(name, _attention_modules(block))
-    }
+    attention = _attention_modules(block)
+    others = {name: one for name, one in walk(block) if not _within(name, attention)}
     experts = [
         name
         for name, one in others.items()
