@@ -83,7 +83,7 @@ GENERATE = {
     "returned-sequences": {"num_return_sequences": 3, "do_sample": True},
     "sampled-beams": {"num_beams": 2, "do_sample": True},
 }
-# Where the options stand (arguments, a configuration that is passed, that of the model), and whether
+# Where the options stand (arguments, a configuration that is passed, that of the model), and if
 # PEFT wraps the model for a task: every way for the arguments, a part for the rest.
 CASES = [
     *(
@@ -108,7 +108,9 @@ def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options,
     model = mixed(name, task_type=task_type)
     ids = batch(name)["input_ids"]
     options = {
-        **{"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False},
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
         **GENERATE[options],
     }
     many = options.get("num_return_sequences", 1)
