@@ -83,19 +83,36 @@ GENERATE = {
     "returned-sequences": {"num_return_sequences": 3, "do_sample": True},
     "sampled-beams": {"num_beams": 2, "do_sample": True},
 }
-# Where the options stand: arguments, a configuration that is passed, that of the model.
-PLACES = [("arguments", None), ("arguments", "task"), ("passed", None), ("model", "task")]
+# Where the options stand (arguments, a configuration that is passed, that of the model), and if
+# PEFT wraps the model for a task: every way for the arguments, a part for the rest.
+CASES = [
+    *(
+        (name, options, "arguments", None)
+        for name in ("gpt2", "llama", "t5")
+        for options in GENERATE
+    ),
+    *((name, "beams", "arguments", "task") for name in ("gpt2", "llama", "t5")),
+    *(
+        (name, options, place, task_type)
+        for name in ("gpt2", "t5")
+        for options in ("beams", "returned-sequences")
+        for place, task_type in (("passed", None), ("model", "task"))
+    ),
+]
 
 
-@pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
-@pytest.mark.parametrize(("place", "task_type"), PLACES)
+@pytest.mark.parametrize(("name", "options", "place", "task_type"), CASES)
 def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options, place, task_type):
     if task_type:
         task_type = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     model = mixed(name, task_type=task_type)
     ids = batch(name)["input_ids"]
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        **GENERATE[options],
+    }
     many = options.get("num_return_sequences", 1)
     if place == "passed":
         options = {"generation_config": GenerationConfig(**{**SPECIAL, **options})}
