@@ -190,3 +190,17 @@ def result_of(layer, given):
         return layer.bottleneck_layer_forward(*given)
     except (TypeError, AttributeError, NameError, RuntimeError) as error:
         return type(error).__name__
+
+
+@torch.no_grad()
+def test_a_hook_on_the_block_s_norm_fires(counted):
+    model = bert()
+    layer, norm, seen = model.get_submodule("encoder.layer.0.output"), nn.LayerNorm(32), []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(module) or 2 * output)
+    given = *torch.randn(2, 2, 3, models.HIDDEN), norm
+    expected = layer.bottleneck_layer_forward(*given)
+    times = len(seen)
+    with adapterhub.patched(model):
+        torch.testing.assert_close(layer.bottleneck_layer_forward(*given), expected, **CLOSE)
+    assert len(seen) == 2 * times == 4
+    assert len(counted) == 1
