@@ -148,13 +148,59 @@ class Block(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer_level", [False, True])
-def test_an_exported_layer_holds_plain_operations(layer_level):
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_holds_plain_operations(layer_level, strict):
     model = bert()
     block, given = Block(model).eval(), tuple(torch.randn(2, 2, 3, models.HIDDEN))
     expected = block(*given)
     with adapterhub.patched(model, layer_level=layer_level):
-        exported = torch.export.export(block, given)
+        exported = torch.export.export(block, given, strict=strict)
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert "aten.linear.default" in targets
     assert not [target for target in targets if "adapterkern" in target]
     torch.testing.assert_close(exported.module()(*given), expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::adapterkern.FallbackWarning")
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("has_input", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("residual", ["True", "False", "'post_add'"])
+def test_what_a_block_may_leave_out_is_the_library_s(normed, has_input, after, before, residual):
+    options = f"original_ln_before={before},original_ln_after={after},residual_before_ln={residual}"
+    model = bert(f"seq_bn[reduction_factor=4,{options}]")
+    layer = model.get_submodule("encoder.layer.0.output")
+    h, inp = torch.randn(2, 2, 3, models.HIDDEN)
+    norm = nn.LayerNorm(models.HIDDEN) if normed else None
+    given = h, inp if has_input else None, norm
+    expected = result_of(layer, given)
+    with adapterhub.patched(model):
+        found = result_of(layer, given)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def result_of(layer, given):
+    """The output, or the kind of the error where the library has none for these."""
+    try:
+        return layer.bottleneck_layer_forward(*given)
+    except (TypeError, AttributeError, NameError, RuntimeError) as error:
+        return type(error).__name__
+
+
+@torch.no_grad()
+def test_a_hook_on_the_block_s_norm_fires(counted):
+    model = bert()
+    layer, norm, seen = model.get_submodule("encoder.layer.0.output"), nn.LayerNorm(32), []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(module) or 2 * output)
+    given = *torch.randn(2, 2, 3, models.HIDDEN), norm
+    expected = layer.bottleneck_layer_forward(*given)
+    times = len(seen)
+    with adapterhub.patched(model):
+        torch.testing.assert_close(layer.bottleneck_layer_forward(*given), expected, **CLOSE)
+    assert len(seen) == 2 * times == 4
+    assert len(counted) == 1

@@ -165,8 +165,8 @@ def _normalised(layer_norm: Any, x: Any) -> Any:
 
 
 def _is_traced() -> bool:
-    """Whether plain operations are wanted: torch.jit.trace and its ONNX export, torch.export."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    """Whether torch.jit.trace or its ONNX export runs; dispatch itself heeds torch.export."""
+    return torch.jit.is_tracing()
 
 
 def _adapt(parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None) -> Tensor | None:
