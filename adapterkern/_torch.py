@@ -141,6 +141,12 @@ def may_autocast() -> bool:
     return _C._is_any_autocast_enabled()
 
 
+@_or(torch.compiler.is_exporting)
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch 2.9's own function says so under torch.compile too."""
+    return torch.compiler._is_exporting_flag
+
+
 @_or(_probe_functorch)
 def functorch_is_active() -> bool:
     """Whether vmap, grad, jvp or another transform of torch.func runs."""

@@ -71,7 +71,7 @@ def select(call: Call, requested: str = "auto") -> Decision:
     """
     wanted = wanted_backend(requested)
     if torch.compiler.is_compiling():  # once per graph: a cache's growth would be guarded on
-        return _decide_in_graph(call.spec(), wanted, torch.compiler.is_exporting())
+        return _decide_in_graph(call.spec(), wanted, _torch.is_exporting())
     if _torch.jit_is_tracing():
         with _torch.jit_tracing_paused():
             spec = call.spec()

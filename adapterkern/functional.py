@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from adapterkern import dispatch, ops, reference
+from adapterkern import _torch, dispatch, ops, reference
 from adapterkern.spec import AdapterCall, make_call
 
 
@@ -64,7 +64,12 @@ def bottleneck_adapter(
     Source: Houlsby et al. 2019, arXiv:1902.00751; derivation in docs/math.md (1)-(12).
     """
     tensors = x, down_weight, up_weight, down_bias, up_bias, residual, skip, scaling
-    if has_torch_function_variadic(*tensors) and not torch.compiler.is_compiling():
+    if (
+        has_torch_function_variadic(*tensors)
+        and not torch.compiler.is_compiling()
+        # A class of tensors is asked for every operation, as it is in plain layers.
+        and not any(isinstance(t, Tensor) and _torch.is_subclass(t) for t in tensors)
+    ):
         # As for a function of torch: a Proxy of torch.fx makes one node of the call.
         return handle_torch_function(
             bottleneck_adapter, tensors, *tensors[:5], residual=residual, skip=skip,

@@ -66,6 +66,14 @@ def test_with_children():
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """SIGINT as in a terminal: a shell that starts pytest in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -15,7 +15,7 @@ backends = sys.modules["adapterkern.backends"]  # whose name the package gives t
 
 
 def backend_now():
-    return dispatch._wanted("auto")
+    return dispatch.wanted_backend("auto")
 
 
 def in_a_thread(function, *given):

@@ -160,5 +160,5 @@ def compile_entry(
         if timed:
             kernels.forward(call, False)
         if "backward" in parts or timed:
-            kernels.backward(call, saved, upstream, needs)
+            kernels.backward(call.for_backward(needs), saved, upstream, needs)
     return launches
