@@ -97,7 +97,9 @@ def test_parallel_adds_what_par_bn_makes_of_the_ffn_input(beside, name):
 
 
 def test_parallel_equals_par_bn_of_the_library(beside):
-    adapters = pytest.importorskip("adapters", reason="AdapterHub's library is not installed")
+    adapters = pytest.importorskip(
+        "adapters", reason="AdapterHub's library is not installed", exc_type=ImportError
+    )
     model, hub = beside("bert"), build("bert")
     adapters.init(hub)
     hub.add_adapter("beside", config="par_bn")
