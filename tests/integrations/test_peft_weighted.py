@@ -157,6 +157,11 @@ def test_lora_below_the_adapters_works(tiny, batch, output):
     nn.init.normal_(layer.bottleneck_adapter["high"].up_proj.weight)
     x = torch.randn(3, layer.base_layer.in_features)
     torch.testing.assert_close(layer(x), layer.bottleneck_adapter["high"](layer.base_layer(x)))
+    model.add_adapter("higher", BottleneckConfig())
+    model.base_model.set_adapter(["high", "higher"])
+    assert model.base_model.active_adapters == ["high", "higher"]
+    model.set_adapter("higher")
+    assert model.active_adapter == "higher"
 
 
 def test_mixed_models_are_refused_by_name(tiny, tmp_path):

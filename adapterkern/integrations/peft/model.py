@@ -67,6 +67,9 @@ class BottleneckModel(BaseTuner):
         if isinstance(peft_config, PeftConfig):
             peft_config = {adapter_name: peft_config}
         super().__init__(model, AdapterConfigs(peft_config), adapter_name, **kwargs)
+        if not isinstance(self.peft_config, AdapterConfigs):  # that of a method injected before
+            self.peft_config = AdapterConfigs(self.peft_config)
+            self.model.peft_config = self.peft_config
 
     # Injection
 
