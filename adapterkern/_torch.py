@@ -65,11 +65,6 @@ def _probe_forward_ad() -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _with_warnings_of_sizes() -> Iterator[None]:
-    yield
-
-
 def _has_no_memory(tensor: Tensor) -> bool:
     """Whether a plain tensor wraps others, as the batched ones do: then it has no address."""
     try:
@@ -172,7 +167,7 @@ def jit_is_tracing() -> bool:
     return _C._get_tracing_state() is not None
 
 
-@_or(_with_warnings_of_sizes)
+@_or(contextlib.nullcontext)  # sizes are then compared with a warning
 @contextlib.contextmanager
 def jit_tracing_paused() -> Iterator[None]:
     """Within the block torch.jit.trace records nothing, and sizes are the integers that they are

@@ -120,16 +120,7 @@ class BottleneckAdapter(nn.Module):
         self, x: Tensor, residual: str | Tensor | None = "input", skip: Tensor | None = None
     ) -> AdapterCall:
         """The call that `forward` makes of these arguments, as `adapterkern.explain` takes it."""
-        return self._fused_call(x, residual, skip, self.down_proj, self.up_proj)
-
-    def _fused_call(
-        self,
-        x: Tensor,
-        residual: str | Tensor | None,
-        skip: Tensor | None,
-        down: nn.Linear,
-        up: nn.Linear,
-    ) -> AdapterCall:
+        down, up = self.down_proj, self.up_proj
         dropout = self.dropout if self.training else 0.0
         return make_call(
             x, down.weight, up.weight, down.bias, up.bias, residual, skip,
@@ -236,7 +227,7 @@ def _bottleneck_size(hidden_size: int, size: int | None, factor: float | None) -
     if size is not None and factor is not None:
         raise ValueError(
             f"bottleneck_size ({size}) and reduction_factor ({factor}) both fix the adapter's "
-            "width.\n  hint: give one of them"
+            "width.\n  hint: give one of them and leave the other None"
         )
     if size is None:
         factor = REDUCTION_FACTOR if factor is None else factor

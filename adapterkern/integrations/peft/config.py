@@ -1,6 +1,5 @@
 """The configuration that a user sets and that `adapter_config.json` holds."""
 
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -14,10 +13,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from adapterkern import __version__
 from adapterkern.integrations.peft.checkpoint import CONTAINER, METHOD, SavedWeights
 from adapterkern.integrations.peft.saving import staged
-from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.bottleneck import REDUCTION_FACTOR, BottleneckAdapter
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
-DEFAULT_REDUCTION_FACTOR = 16  # BottleneckAdapter's, and the most common of published adapters
 
 
 def _must_be_local(folder: str) -> bool:
@@ -135,21 +133,13 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(
                 f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}."
             )
-        if self.bottleneck_size is not None and self.reduction_factor is not None:
-            raise ValueError(
-                f"bottleneck_size ({self.bottleneck_size}) and reduction_factor "
-                f"({self.reduction_factor}) both fix the adapter's width.\n"
-                "  hint: give one of them and leave the other None"
-            )
         if self.bottleneck_size is None and self.reduction_factor is None:
-            self.reduction_factor = DEFAULT_REDUCTION_FACTOR
+            self.reduction_factor = REDUCTION_FACTOR
         if not isinstance(self.bias, bool):
             raise ValueError(
                 f"bias says whether the adapter has biases: True or False, got {self.bias!r}.\n"
                 "  hint: the base model's biases stay frozen; modules_to_save can train modules"
             )
-        if isinstance(self.scaling, float) and not math.isfinite(self.scaling):
-            raise ValueError(f"scaling must be finite, got {self.scaling}.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list, got {self.modules_to_save!r}.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -159,7 +149,7 @@ class BottleneckConfig(PeftConfig):
             _check_expression(name, getattr(self, name))
         self._check_layer_indices()
         # This refuses values that no layer could have.
-        BottleneckAdapter(DEFAULT_REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
+        BottleneckAdapter(REDUCTION_FACTOR, **self.adapter_arguments(), device="meta")
 
     def _check_layer_indices(self) -> None:
         layers = self.layers_to_transform
