@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkern.integrations import staging
 from adapterkern.integrations.adapterhub import exchange
 from adapterkern.integrations.adapterhub.exchange import written_whole
 
@@ -53,14 +54,14 @@ def way(request, monkeypatch):
     if request.param == "file by file":
         monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
     elif request.param == "parent read-only":  # as mkdtemp says so; root may write anywhere
-        kept = exchange.tempfile.mkdtemp
+        kept = staging.tempfile.mkdtemp
 
         def refuse(dir, prefix):
             if prefix != ".saving-":
                 raise PermissionError(dir)
             return kept(dir=dir, prefix=prefix)
 
-        monkeypatch.setattr(exchange.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(staging.tempfile, "mkdtemp", refuse)
     return request.param
 
 
@@ -190,7 +191,7 @@ def test_writers_at_work_leave_each_other_alone(tmp_path):
 
 
 def test_a_folder_that_was_swept_before_its_lock_is_made_anew(tmp_path, monkeypatch):
-    kept, made = exchange.tempfile.mkdtemp, []
+    kept, made = staging.tempfile.mkdtemp, []
 
     def make(**options):
         made.append(kept(**options))
@@ -198,7 +199,7 @@ def test_a_folder_that_was_swept_before_its_lock_is_made_anew(tmp_path, monkeypa
             os.rmdir(made[0])
         return made[-1]
 
-    monkeypatch.setattr(exchange.tempfile, "mkdtemp", make)
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", make)
     with written_whole(tmp_path / "a", NAMES) as fresh:
         assert fresh == made[1]
         fill(fresh, "new", "config")

@@ -10,20 +10,11 @@ import sys
 import peft
 import pytest
 import torch
+from random_adapters import randomised
 from safetensors.torch import load_file
 from torch import nn
 
 from adapterkern.integrations.peft import BottleneckConfig
-
-
-def randomised(base, name="default", **fields):
-    """Return the base model with one adapter whose every weight is random."""
-    model = peft.get_peft_model(base, BottleneckConfig(**fields), name).eval()
-    torch.manual_seed(2)
-    for key, parameter in model.named_parameters():
-        if "bottleneck_adapter" in key or "modules_to_save" in key:
-            nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def interrupt(monkeypatch, where, calls=0):
@@ -189,8 +180,8 @@ def test_stage_of_a_dead_writer_alone_is_swept(tiny, tmp_path, alive):
     stage.mkdir()
     (stage / "adapter_model.safetensors").write_bytes(b"half")
     code = (
-        "import sys; from adapterkern.integrations.peft.saving import _lock; "
-        f"_lock({str(stage)!r}); print('locked', flush=True); sys.stdin.read()"
+        "import sys; from adapterkern.integrations.staging import lock; "
+        f"lock({str(stage)!r}); print('locked', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE

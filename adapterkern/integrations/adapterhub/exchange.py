@@ -10,14 +10,11 @@ import ctypes
 import glob
 import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from adapterkern.integrations.staging import STAGE, stage_in, sweep
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
@@ -39,11 +36,12 @@ def written_whole(folder: str | os.PathLike, replaced: Sequence[str]) -> Iterato
     made = [path for path in (target, *target.parents) if not path.is_dir()]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        beside_it = target.parent.glob(glob.escape(_prefix(target)) + "*")
+        sweep((*beside_it, *target.glob(f"{STAGE}*")))
         with contextlib.ExitStack() as stack:
             # Beside it, for one rename of the whole; else within it, for one of each file.
-            beside = stack.enter_context(_folder_in(target.parent, _prefix(target)))
-            fresh = beside or stack.enter_context(_folder_in(target, ".saving-"))
+            beside = _stage(stack, target.parent, _prefix(target))
+            fresh = beside or _stage(stack, target, STAGE)
             if fresh is None:
                 raise PermissionError(
                     f"{target} cannot be written: no new files are allowed there."
@@ -59,53 +57,19 @@ def written_whole(folder: str | os.PathLike, replaced: Sequence[str]) -> Iterato
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.saving-"
+    return f".{target.name}{STAGE}"
 
 
-@contextlib.contextmanager
-def _folder_in(parent: Path, prefix: str) -> Iterator[Path | None]:
-    """A folder that is locked while its owner lives, and goes with the block; None if forbidden."""
-    while True:
-        try:
-            made = tempfile.mkdtemp(dir=parent, prefix=prefix)
-        except OSError:
-            yield None
-            return
-        with _locked(made, wait=True) if fcntl else contextlib.nullcontext():
-            if not os.path.isdir(made):  # another process found it before it was locked
-                continue
-            try:
-                yield Path(made)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-            return
-
-
-@contextlib.contextmanager
-def _locked(path: str | os.PathLike, wait: bool = False) -> Iterator[bool]:
-    """Whether this process holds the folder's lock within the block."""
-    with contextlib.ExitStack() as stack:
-        is_ours = False
-        with contextlib.suppress(OSError):  # it is gone, or this file system has no locks
-            descriptor = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            is_ours = True
-        yield is_ours
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed processes left: their locks are gone."""
-    beside = target.parent.glob(glob.escape(_prefix(target)) + "*")
-    for left in (*beside, *target.glob(".saving-*")) if fcntl else ():
-        with _locked(left) as is_ours:
-            if is_ours:
-                shutil.rmtree(left, ignore_errors=True)
+def _stage(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path | None:
+    """A stage that goes with the stack; None where no folder may be made."""
+    with contextlib.suppress(OSError):
+        return Path(stack.enter_context(stage_in(parent, prefix)))
+    return None
 
 
 def _exchange(fresh: Path, target: Path, replaced: Sequence[str]) -> bool:
     """Let the two folders change places, with the old one's other files in both; whether it did."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if fcntl else None
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
     try:
@@ -125,7 +89,7 @@ def _carry(source: Path, target: Path, replaced: Sequence[str]) -> None:
     """Link or copy what the source has and the target lacks."""
     for path in source.iterdir():
         place = target / path.name
-        if path.name in replaced or path.name.startswith(".saving-") or os.path.lexists(place):
+        if path.name in replaced or path.name.startswith(STAGE) or os.path.lexists(place):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, place, symlinks=True, copy_function=_link)

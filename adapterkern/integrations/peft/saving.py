@@ -24,8 +24,6 @@ What cannot be had:
 import json
 import os
 import shutil
-import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,15 +40,9 @@ from adapterkern.integrations.peft.checkpoint import (
     read_saved_weights,
 )
 from adapterkern.integrations.peft.model_card import MODEL_CARD
+from adapterkern.integrations.staging import STAGE, lock, stage_in, sweep
 
-try:
-    import fcntl
-except ImportError:  # Windows, where a folder cannot be locked
-    fcntl = None  # type: ignore[assignment]
-
-STAGE = ".saving-"
 PATIENCE_SECONDS = 5.0  # for another writer's renames, which take milliseconds
-ABANDONED_SECONDS = 24 * 3600.0  # of a stage without a lock, where nothing else tells
 
 
 @contextmanager
@@ -64,9 +56,8 @@ def staged(folder: str) -> Iterator[str]:
         yield folder
         return
     os.makedirs(folder, exist_ok=True)
-    _sweep(folder)
-    fresh, lock = _new_stage(folder)
-    try:
+    sweep(os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(STAGE))
+    with stage_in(folder) as fresh:
         if os.path.isfile(os.path.join(folder, MODEL_CARD)):  # PEFT extends a card that exists
             shutil.copy(os.path.join(folder, MODEL_CARD), fresh)
         yield fresh
@@ -74,10 +65,6 @@ def staged(folder: str) -> Iterator[str]:
             if CONFIG_NAME in names:
                 _number(source, os.path.join(folder, os.path.relpath(source, fresh)))
         _exchange(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def _number(source: str, target: str) -> None:
@@ -122,7 +109,7 @@ def _number_of(folder: str) -> str | None:
 def _exchange(fresh: str, folder: str) -> None:
     """Move everything into place; writers take turns, so that no file of two saves stays."""
     try:
-        turn = _lock(folder, patience=PATIENCE_SECONDS)
+        turn = lock(folder, patience=PATIENCE_SECONDS)
     except OSError:  # no locks, or a writer that stands still: readers have the numbers
         turn = None
     try:
@@ -161,58 +148,3 @@ def _is_of_another_method(target: str) -> bool:
         return False
     except (ValueError, KeyError, TypeError, RecursionError):
         return True
-
-
-def _new_stage(folder: str) -> tuple[str, int | None]:
-    """A folder to write into, and the lock that tells others that its writer lives."""
-    while True:
-        fresh = tempfile.mkdtemp(dir=folder, prefix=STAGE)
-        try:
-            lock = _lock(fresh)
-        except (BlockingIOError, FileNotFoundError):  # swept before it was locked
-            continue
-        except OSError:
-            return fresh, None
-        if os.path.isdir(fresh):
-            return fresh, lock
-        os.close(lock)
-
-
-def _sweep(folder: str) -> None:
-    """Remove the stages of dead writers."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if not name.startswith(STAGE) or not os.path.isdir(path):
-            continue
-        try:
-            lock = _lock(path)
-        except (BlockingIOError, FileNotFoundError):
-            continue
-        except OSError:
-            if time.time() - os.stat(path).st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(folder: str, patience: float = 0.0) -> int:
-    """A descriptor that holds the folder's lock until it is closed or the process ends.
-
-    Raises:
-        BlockingIOError: another one holds it, and has for that many seconds.
-        OSError: this system or file system has no locks.
-    """
-    if fcntl is None:
-        raise OSError("no locks on this system")
-    end = time.monotonic() + patience
-    descriptor = os.open(folder, os.O_RDONLY)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError as error:
-            if not isinstance(error, BlockingIOError) or time.monotonic() > end:
-                os.close(descriptor)
-                raise
-        time.sleep(0.001)
