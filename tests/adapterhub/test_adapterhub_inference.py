@@ -204,3 +204,25 @@ def test_a_hook_on_the_block_s_norm_fires(counted):
         torch.testing.assert_close(layer.bottleneck_layer_forward(*given), expected, **CLOSE)
     assert len(seen) == 2 * times == 4
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("layer_level", [True, False])
+def test_asked_for_gating_scores_the_library_runs_ungated_adapters_too(counted, layer_level):
+    model = bert()
+    adapterhub.patch(model, layer_level=layer_level)
+    with torch.no_grad(), pytest.warns(adapterhub.FallbackWarning, match="gating_scores"):
+        model(**models.inputs("bert"), output_adapter_gating_scores=True)
+    assert not counted
+
+
+def test_a_norm_whose_weights_are_no_parameters_is_called(counted):
+    """As in a replica that nn.DataParallel makes."""
+    model = bert("double_seq_bn")
+    expected = run(model)
+    for layer in model.encoder.layer:
+        norm = layer.output.LayerNorm
+        for name in ("weight", "bias"):
+            norm.__dict__[name] = norm._parameters.pop(name)
+    with adapterhub.patched(model):
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+    assert len(counted) == 4
