@@ -6,13 +6,15 @@ from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.dispatch import available as backends
 from adapterkern.dispatch import use_backend
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.functional import bottleneck_adapter
+from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
+from adapterkern.modules.adapter_norm import AdapterNorm
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.explain import Explanation, ModelExplanation, explain
 from adapterkern.modules.insert import insert
 from adapterkern.modules.warmup import warmup
 
 __all__ = [
+    "AdapterNorm",
     "BackendUnsupportedError",
     "BottleneckAdapter",
     "Explanation",
@@ -21,6 +23,7 @@ __all__ = [
     "UnsupportedAdapterError",
     "backends",
     "bottleneck_adapter",
+    "bottleneck_adapter_norm",
     "explain",
     "insert",
     "use_backend",

@@ -22,20 +22,9 @@ from torch import Tensor
 
 from adapterkern import _torch, reference
 from adapterkern.backends import get
-from adapterkern.backends.base import empty_gradients, empty_outputs
-from adapterkern.spec import (
-    TENSOR_NAMES,
-    AdapterCall,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-    added_gradients,
-    join,
-    option_values,
-    split,
-    tensor_values,
-)
+from adapterkern.backends.base import empty_gradients, empty_outputs, keeps_sum
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.spec import TENSOR_NAMES, AdapterCall, join, option_values, split, tensor_values
 
 logger = logging.getLogger("adapterkern")
 
@@ -55,7 +44,8 @@ def _schema(kind: type, prefix: str = "") -> str:
     return ", ".join(f"{_SCHEMA_TYPES[hint]} {prefix}{name}" for name, hint in hints)
 
 
-_RESULTS = ", ".join(f"Tensor {name}" for name in Outputs._fields + Saved._fields)
+_KEPT = [name for name in Saved._fields if name != "stream"]  # which is y, an output
+_RESULTS = ", ".join(f"Tensor {name}" for name in [*Outputs._fields, *_KEPT])
 _library = torch.library.Library("adapterkern", "DEF")
 _library.define(f"forward(str backend, bool save, {_schema(AdapterCall)}) -> ({_RESULTS})")
 _library.define(
@@ -72,7 +62,8 @@ def _read(values: Iterable[Any], *kinds: Any) -> list[Any]:
 
 def _results(outputs: Outputs, saved: Saved) -> tuple[Tensor, ...]:
     """The results of an op, which cannot return None: a tensor of size 0 stands for it."""
-    return tuple(outputs.y.new_empty(0) if t is None else t for t in (*outputs, *saved))
+    empty, results = outputs.given.new_empty, (*outputs, *saved[: len(_KEPT)])
+    return tuple(empty(0) if t is None else t for t in results)
 
 
 def _forward_kernel(backend: str, save: bool, *fields: Any) -> tuple[Tensor, ...]:
@@ -87,18 +78,21 @@ def _backward_kernel(backend: str, needs: Sequence[bool], *fields: Any) -> list[
     call, saved, upstream = _read(fields, AdapterCall, Saved, Outputs)
     gradients = get(backend).backward(call, saved, upstream, Needs(*needs))
     # An op may not return what it was given, as the gradients of residual and skip may be.
-    return [
-        g.clone(memory_format=torch.contiguous_format) if g is upstream.y else g
-        for g in gradients
-        if g is not None
-    ]
+    returned: list[Tensor | None] = [upstream.y]
+    for g in gradients:
+        if g is not None:
+            known = any(g is other for other in returned)
+            returned.append(g.clone(memory_format=torch.contiguous_format) if known else g)
+    return returned[1:]  # type: ignore[return-value]  # the first alone may be None
 
 
 def _backward_fake(backend: str, needs: Sequence[bool], *fields: Any) -> list[Tensor]:
-    call, _, upstream = _read(fields, AdapterCall, Saved, Outputs)
+    call, saved, upstream = _read(fields, AdapterCall, Saved, Outputs)
     asked = Needs(*needs)
-    computed = empty_gradients(call, asked)._replace(**added_gradients(upstream, asked))
-    return [g.new_empty(g.shape) if g is upstream.y else g for g in computed if g is not None]
+    d_sum = upstream.y if saved.stream is None else saved.stream
+    added = added_gradients(d_sum, asked)
+    computed = empty_gradients(call, asked)._replace(**added)
+    return [g.new_empty(g.shape) if g is d_sum else g for g in computed if g is not None]
 
 
 for _name, _impl, _fake in (
@@ -118,8 +112,13 @@ def _forward(backend: str, call: AdapterCall, save: bool) -> tuple[Outputs, Save
     if not _torch.is_watched(call.x):
         return get(backend).forward(call, save)
     results = _torch.below_autograd(_forward_op, backend, save, *call)
-    outputs, saved = _read(results, Outputs, Saved)
-    return outputs, saved if save else Saved(None)
+    y, normed, z, mean, rstd = results
+    has_norm = call.norm != "none"
+    outputs = Outputs(y if keeps_sum(call, save) else None, normed if has_norm else None)
+    if not save:
+        return outputs, Saved(None)
+    layer = call.norm == "layer"
+    return outputs, Saved(z, mean if layer else None, rstd if has_norm else None)
 
 
 def _backward(
@@ -127,15 +126,19 @@ def _backward(
 ) -> Gradients:
     """Run the backward, as an op where operations are traced, faked or counted."""
     # Compiled autograd traces the backward of an eager call with tensors that look ordinary.
-    if not torch.compiler.is_compiling() and not _torch.is_watched(upstream.y):
-        if backend != "reference" and _torch.has_views_of_values(upstream):
-            upstream = Outputs(upstream.y.clone())
+    if not torch.compiler.is_compiling() and not _torch.is_watched(upstream.given):
+        if backend != "reference":
+            given = [d for d in upstream if d is not None]
+            if _torch.has_views_of_values(given):
+                upstream = Outputs(*[None if d is None else d.clone() for d in upstream])
         return get(backend).backward(call, saved, upstream, needs)
-    added = added_gradients(upstream, needs)  # which an op would have to copy
-    asked = [need and n not in added for n, need in zip(TENSOR_NAMES, needs, strict=True)]
+    # What is added has the gradient of the sum: an op would have to copy it, or to return it twice.
+    has_norm = upstream.normed is not None
+    asked = needs._replace(residual=has_norm and needs.added, skip=False)
     computed = iter(_backward_op(backend, asked, *call, *saved, *upstream))
-    named = zip(TENSOR_NAMES, asked, strict=True)
-    return Gradients(*[next(computed) if need else added.get(n) for n, need in named])
+    gradients = Gradients(*[next(computed) if need else None for need in asked])
+    d_sum = gradients.residual if has_norm else upstream.y
+    return gradients._replace(**added_gradients(d_sum, needs))
 
 
 class _BottleneckAdapter(torch.autograd.Function):
@@ -150,28 +153,39 @@ class _BottleneckAdapter(torch.autograd.Function):
     def forward(ctx, backend: str, save: bool, call: AdapterCall, *tensors: Tensor | None):
         _, _, _, *asked = ctx.needs_input_grad
         needs = Needs(*asked)
-        reads_z = needs.z
-        outputs, saved = _forward(backend, call, save or reads_z)
+        reads_z, reads_stream = needs.z, call.norm != "none" and needs.stream
+        outputs, saved = _forward(backend, call, save or reads_z or reads_stream)
         kept, ctx.outlines = split(tensors, needs)
         if needs.scaling:
             kept = _without_inference_tensors(kept, needs)
-        ctx.save_for_backward(*kept, saved.z if reads_z else None)
+        z, mean, rstd, _ = saved
+        of_norm = (mean, rstd, outputs.y) if reads_stream else (None, None, None)
+        ctx.save_for_backward(*kept, z if reads_z else None, *of_norm)
         ctx.options = option_values(call)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
-        return (*outputs, *saved)
+        # The statistics are no outputs: to be differentiated, they are computed anew.
+        ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+        return (*outputs, z, mean, rstd)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx, grad_y: Tensor | None, grad_normed: Tensor | None, grad_z: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         _, _, _, *asked = ctx.needs_input_grad
         needs, gradients = Needs(*asked), Gradients()
-        given = grad_z if grad_y is None else grad_y
+        given = next((d for d in (grad_normed, grad_y, grad_z) if d is not None), None)
         if given is None:
             return (None, None, None, *gradients)
-        *kept, z = ctx.saved_tensors
+        *kept, z, mean, rstd, stream = ctx.saved_tensors
         call = join(kept, ctx.outlines, ctx.options, given)
-        if grad_y is not None:
-            gradients = _gradients(ctx.backend, call, Saved(z), Outputs(grad_y), needs)
+        if given is not grad_z:
+            saved = Saved(z, mean, rstd, stream)
+            if grad_normed is None:  # of the stream alone
+                call, saved = call.without_norm(), Saved(z)
+                needs = needs._replace(norm_weight=False, norm_bias=False)
+            upstream = Outputs(grad_y, grad_normed)
+            gradients = _gradients(ctx.backend, call, saved, upstream, needs)
         if grad_z is not None:  # a second derivative's
             below = reference.backward_of_down(call, grad_z, needs)
             pairs = zip(gradients, below, strict=True)
@@ -195,14 +209,14 @@ def _without_inference_tensors(kept: Sequence[Tensor | None], needs: Needs) -> l
 def _gradients(
     backend: str, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
 ) -> Gradients:
-    """The gradients of y, by the backend or in plain operations."""
-    if not (needs.dz or needs.parameters):
-        return Gradients(**added_gradients(upstream, needs))
+    """The gradients of the outputs, by the backend or in plain operations."""
+    if upstream.normed is None and not (needs.dz or needs.parameters):
+        return Gradients(**added_gradients(upstream.y, needs))
     if torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
         if backend != "reference":
             _log_plain_backward(backend)
         return reference.backward(call, saved, upstream, needs)
-    if not torch.compiler.is_compiling() and _torch.is_batched(upstream.y):
+    if not torch.compiler.is_compiling() and _torch.is_batched(upstream.given):
         return reference.backward(call, saved, upstream, needs)
     return _backward(backend, call, saved, upstream, needs)
 
@@ -218,8 +232,9 @@ def _forward_autograd(backend: str, save: bool, *fields: Any) -> tuple[Tensor, .
     tensors = tensor_values(call)
     if not _needs_gradient(tensors):
         return _results(*_forward(backend, call, save))
-    *outputs, z = _BottleneckAdapter.apply(backend, save, call, *tensors)
-    return _results(Outputs(*outputs), Saved(z if save else None))
+    y, normed, z, mean, rstd = _BottleneckAdapter.apply(backend, save, call, *tensors)
+    outputs = Outputs(y if keeps_sum(call, save) else None, normed)
+    return _results(outputs, Saved(z, mean, rstd) if save else Saved(None))
 
 
 _library.impl("forward", _forward_autograd, "Autograd")
@@ -242,31 +257,33 @@ def _log_plain_backward(backend: str) -> None:
     )
 
 
-def run(call: AdapterCall, backend: str) -> Tensor:
-    """y of a validated call on the backend of that name, recorded where a gradient is needed."""
+def run(call: AdapterCall, backend: str) -> Outputs:
+    """The outputs of a validated call on the backend of that name, recorded where a gradient is
+    needed."""
     if torch.compiler.is_compiling():
         return _run_compiled(call, backend)
     if backend != "reference":  # whose operations read values, not memory
         call = _in_memory(call)
     tensors = tensor_values(call)
     if _needs_gradient(tensors):
-        return _apply(backend, False, call, *tensors)[0]
-    return _forward(backend, call, False)[0].y
+        return Outputs(*_apply(backend, False, call, *tensors)[:2])
+    return _forward(backend, call, False)[0]
 
 
-def _run_compiled(call: AdapterCall, backend: str) -> Tensor:
+def _run_compiled(call: AdapterCall, backend: str) -> Outputs:
     """As `run`, in a graph. The op takes a scale as a constant: with another at every call the
     graph would be made anew each time. Such a scale, and what is added after it, stay outside.
     """
     save = _needs_gradient(call.tensors().values())
     if not _is_dynamic(call.scale):
-        return _forward_op(backend, save, *call)[0]
-    inner = call._replace(scale=1.0, add_input=False, residual=None, skip=None)
+        y, normed, *_ = _forward_op(backend, save, *call)
+        return Outputs(y, None if call.norm == "none" else normed)
+    inner = call.without_norm()._replace(scale=1.0, add_input=False, residual=None, skip=None)
     y = _forward_op(backend, save, *inner)[0] * call.scale
     for added in (call.x if call.add_input else call.residual, call.skip):
         if added is not None:
             y = y + added
-    return y
+    return Outputs(y, None if call.norm == "none" else reference.normalized(call, y))
 
 
 def _is_dynamic(scale: float) -> bool:
@@ -298,7 +315,8 @@ def _backward_flops(backend: str, needs: Sequence[bool], *fields: Any, **_: Any)
     products = asked.dz + asked.x + asked.down_weight + (asked.up_weight or asked.scaling)
     shapes: Any = _read(fields, AdapterCall, Saved, Outputs)
     call, _, upstream = shapes
-    return products * 2 * math.prod(upstream.y) * call.down_weight[0]
+    shape = upstream.y if upstream.normed is None else upstream.normed
+    return products * 2 * math.prod(shape) * call.down_weight[0]
 
 
 def _register_flop_formulas() -> None:

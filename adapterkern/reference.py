@@ -1,5 +1,6 @@
 """The semantic truth in plain PyTorch: forward, and a hand-written backward (docs/math.md).
 
+`norm` has what follows where the call has a norm.
 `forward` is differentiable by autograd as it stands; under functorch, forward-mode AD and double
 backward it runs in place of the fused operation. `backward` is the derivation that the kernels
 follow. Both convert to the compute dtype themselves, so autocast stays out.
@@ -13,17 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterkern import _torch
+from adapterkern import _torch, norm
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.spec import (
-    AdapterCall,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-    added_gradients,
-    shape_of,
-)
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.spec import AdapterCall, shape_of
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
 
@@ -44,30 +38,52 @@ def forward(
     """
     if down is None and _torch.may_autocast():
         with _without_autocast(call.x):
-            return _forward(call, down, up)
-    return _forward(call, down, up)
+            return _with_norm(call, *_forward(call, None, None))
+    return _with_norm(call, *_forward(call, down, up))
+
+
+def normalized(call: AdapterCall, y: Tensor) -> Tensor:
+    """The norm of y [..., H]; autocast, which would choose its dtype, stays out."""
+    with _without_autocast(y):
+        return norm.normalized(call, y)
+
+
+def _with_norm(call: AdapterCall, outputs: Outputs, saved: Saved) -> tuple[Outputs, Saved]:
+    if call.norm == "none" or outputs.y is None:
+        return outputs, saved
+    return outputs._replace(normed=normalized(call, outputs.y)), saved
 
 
 def forward_of_values(call: AdapterCall) -> tuple[Outputs, Saved]:
-    """The same where nothing is to be differentiated: in full precision the product of the
-    up-projection is added to what lies in y, which saves two of the passes over [T, H].
+    """The same where nothing is to be differentiated, with the statistics of the norm: in full
+    precision the product of the up-projection is added to what lies in y, which saves two of the
+    passes over [T, H].
     """
+    with _without_autocast(call.x):
+        outputs, saved = _forward_of_values(call)
+        if call.norm == "none" or outputs.y is None:
+            return outputs, saved
+        mean, rstd = norm.statistics(call, outputs.y.reshape(-1, call.hidden_size))
+        outputs, saved = _with_norm(call, outputs, saved)
+        return outputs, saved._replace(mean=mean, rstd=rstd)
+
+
+def _forward_of_values(call: AdapterCall) -> tuple[Outputs, Saved]:
     dtype = call.compute_dtype
     residual = call.x if call.add_input else call.residual
     scaled = call.scaling is not None or call.scale != 1.0 or call.dropout > 0
     if residual is None or scaled or dtype.itemsize < 4 or residual.dtype != dtype:
-        return forward(call)
-    with _without_autocast(call.x):
-        z = _pre_activation(call)
-        a = ACTIVATIONS[call.activation].value(z)
-        y = residual.new_empty(residual.shape)
-        if call.up_bias is None:
-            y.copy_(residual)
-        else:
-            torch.add(residual, call.up_bias, out=y)
-        y.view(-1, call.hidden_size).addmm_(
-            a.reshape(-1, call.bottleneck_size), _to(call.up_weight, dtype).T
-        )
+        return _forward(call, None, None)
+    z = _pre_activation(call)
+    a = ACTIVATIONS[call.activation].value(z)
+    y = residual.new_empty(residual.shape)
+    if call.up_bias is None:
+        y.copy_(residual)
+    else:
+        torch.add(residual, call.up_bias, out=y)
+    y.view(-1, call.hidden_size).addmm_(
+        a.reshape(-1, call.bottleneck_size), _to(call.up_weight, dtype).T
+    )
     return Outputs(y if call.skip is None else y + call.skip), Saved(z)
 
 
@@ -104,20 +120,29 @@ def _forward(
 
 
 def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -> Gradients:
-    """The gradients in `needs`, equations (5) to (12).
+    """The gradients in `needs`, equations (5) to (12), and (19) to (23) with a norm.
 
     Args:
         call: may have outlines in place of what the gradients do not need (`spec.has_values`).
-        saved: z [T, R], the pre-activation that forward computed; it may be absent likewise.
-        upstream: the gradient of y [..., H], any strides, in the dtype of y.
+        saved: what forward computed: z [T, R], the pre-activation, and with a norm its statistics
+            [T] and the stream [..., H]; each may be absent likewise.
+        upstream: the gradients of y and of its norm [..., H], any strides, each in the dtype of
+            that; with a norm, that of y may be absent.
 
-    The gradients of residual and skip are that of y itself.
+    The gradients of residual and skip are that of the sum itself.
     """
-    with _without_autocast(upstream.y):
-        dy = upstream.y.reshape(-1, call.hidden_size)
-        dz, of_up = _backward_of_up(call, saved.z, dy, needs)
-        found = {} if dz is None else _backward_of_down(call, dz, needs, dy)
-    return _shaped(call, found | of_up)._replace(**added_gradients(upstream, needs))
+    with _without_autocast(upstream.given):
+        found: dict[str, Tensor] = {}
+        d_sum = upstream.y
+        if upstream.normed is not None:
+            # To be differentiated again, the statistics have to be functions of the stream.
+            known = (None, None) if torch.is_grad_enabled() else (saved.mean, saved.rstd)
+            d_sum, found = norm.backward(call, saved.stream, known, upstream.normed, d_sum, needs)
+        if d_sum is not None:
+            dy = d_sum.reshape(-1, call.hidden_size)
+            dz, of_up = _backward_of_up(call, saved.z, dy, needs)
+            found |= of_up | ({} if dz is None else _backward_of_down(call, dz, needs, dy))
+    return _shaped(call, found)._replace(**added_gradients(d_sum, needs))
 
 
 def backward_of_down(call: AdapterCall, dz: Tensor, needs: Needs) -> Gradients:

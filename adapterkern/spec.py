@@ -19,7 +19,10 @@ from torch import Tensor
 
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
-from adapterkern.validation import DROPOUT, name_of, real, validate
+from adapterkern.results import Gradients, Needs
+from adapterkern.validation import DROPOUT, EPS, name_of, norm_problems, real, validate
+
+NORMS = ("none", "layer", "rms")
 
 # A registered op would give a wrong or no derivative for these, or would not understand them: such
 # calls run as plain PyTorch operations under plain autograd.
@@ -33,7 +36,8 @@ class AdapterCall(NamedTuple):
     """y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up).
 
     The residual is `x` itself (add_input), another tensor (residual), or nothing. The scaling is
-    the tensor `scaling` where given, else the float `scale`. `make_call` makes one.
+    the tensor `scaling` where given, else the float `scale`. `make_call` makes one, `with_norm`
+    adds the norm that follows: then y is the stream, and `normed` the norm of it.
     """
 
     x: Tensor  # [..., H]
@@ -44,11 +48,18 @@ class AdapterCall(NamedTuple):
     residual: Tensor | None  # [..., H]
     skip: Tensor | None  # [..., H]
     scaling: Tensor | None  # [1] or [H]
+    norm_weight: Tensor | None  # [H]
+    norm_bias: Tensor | None  # [H]
     scale: float
     add_input: bool
     activation: str
     compute_dtype: torch.dtype  # of both products' operands: the autocast dtype, else x's
     dropout: float = 0.0  # on the scaled up-projection; reference only
+    norm: str = "none"  # one of NORMS; without one, the fields below have no meaning
+    eps: float = 1e-5  # added to the variance, or to the mean of the squares
+    weight_offset: float = 0.0  # added to norm_weight
+    cast_before_weight: bool = False  # whether the dtype of y rounds before norm_weight multiplies
+    prenorm: bool = False  # whether y is asked for beside `normed`
 
     @property
     def hidden_size(self) -> int:
@@ -72,6 +83,19 @@ class AdapterCall(NamedTuple):
                 dtype = torch.promote_types(dtype, tensor.dtype)
         return dtype
 
+    @property
+    def normed_dtype(self) -> torch.dtype:
+        """That of y, widened by the norm's parameters."""
+        dtype = self.output_dtype
+        for tensor in (self.norm_weight, self.norm_bias):
+            if tensor is not None:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    def without_norm(self) -> "AdapterCall":
+        """The call of y alone."""
+        return self._replace(norm_weight=None, norm_bias=None, **_NO_NORM)
+
     def tensors(self) -> dict[str, Tensor | None]:
         """The tensors by name, in the order of `TENSOR_NAMES`."""
         return {name: getattr(self, name) for name in TENSOR_NAMES}
@@ -80,7 +104,7 @@ class AdapterCall(NamedTuple):
         """The fields that are not tensors, by name."""
         return {name: getattr(self, name) for name in OPTION_NAMES}
 
-    def for_backward(self, needs: "Needs") -> "AdapterCall":
+    def for_backward(self, needs: Needs) -> "AdapterCall":
         """The call as the backward of `needs` reads it: with outlines, or less (`split`)."""
         return join(*split(tensor_values(self), needs), option_values(self), self.x)
 
@@ -102,7 +126,8 @@ class AdapterCall(NamedTuple):
     def spec(self) -> "AdapterSpec":
         """The static part of this call, validated (see `validation.validate`)."""
         tensors = self.tensors()
-        validate(tensors, self.compute_dtype, self.dropout)
+        problems = norm_problems(self.eps, self.weight_offset) if self.norm != "none" else []
+        validate(tensors, self.compute_dtype, self.dropout, problems)
         bottleneck_size, hidden_size = self.down_weight.shape
         return AdapterSpec(
             operation="bottleneck_adapter",
@@ -124,6 +149,7 @@ class AdapterCall(NamedTuple):
         given = {name: t for name, t in self.tensors().items() if t is not None}
         changed = [n for n, value in _DEFAULTS.items() if getattr(self, n) != value]
         wanted = {
+            f"{self.norm}_norm": self.norm != "none",
             "input_residual": self.add_input,
             "scaling": self.scaling is not None or self.scale != 1.0,
             "mixed_dtypes": any(t.dtype != self.compute_dtype for t in given.values()),
@@ -133,7 +159,8 @@ class AdapterCall(NamedTuple):
         }
         present = [name for name, is_present in wanted.items() if is_present]
         optional = [name for name in given if name not in REQUIRED]
-        return frozenset(present + [_FEATURE_OF.get(name, name) for name in optional + changed])
+        named = [name for name in optional + changed if name not in _OF_NORM]
+        return frozenset(present + [_FEATURE_OF.get(name, name) for name in named])
 
 
 _hints = get_type_hints(AdapterCall)
@@ -143,6 +170,11 @@ _DEFAULTS = dict(AdapterCall._field_defaults)
 REQUIRED = tuple(name for name, hint in _hints.items() if hint is Tensor)
 ADDED = ("residual", "skip")  # to the sum: of the shape of x, and no gradient needs their values
 assert AdapterCall._fields == TENSOR_NAMES + OPTION_NAMES, "the tensors of a call come first"
+_NO_NORM: dict[str, Any] = {
+    name: _DEFAULTS[name]
+    for name in ("norm", "eps", "weight_offset", "cast_before_weight", "prenorm")
+}
+_OF_NORM = {"norm_weight", "norm_bias", *_NO_NORM}  # one feature, "layer_norm" or "rms_norm"
 _FEATURE_OF = {
     "down_bias": "bias",
     "up_bias": "bias",
@@ -172,62 +204,6 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.shape if has_values(tensor) else tensor.shape[:-1]
 
 
-class Outputs(NamedTuple):
-    """The outputs of a call; upstream of a backward, the gradient of each."""
-
-    y: Tensor  # [..., H], contiguous, in `AdapterCall.output_dtype`
-
-
-class Saved(NamedTuple):
-    """The tensors that a forward keeps for its backward; None where it was not asked to."""
-
-    z: Tensor | None  # [T, R], the pre-activation, in `AdapterCall.compute_dtype`
-
-
-class Needs(NamedTuple):
-    """Which gradients are asked for; the tensors of `AdapterCall`."""
-
-    x: bool = False
-    down_weight: bool = False
-    up_weight: bool = False
-    down_bias: bool = False
-    up_bias: bool = False
-    residual: bool = False
-    skip: bool = False
-    scaling: bool = False
-
-    @property
-    def dz(self) -> bool:
-        """Whether the gradient of the pre-activation is needed on the way."""
-        return self.x or self.down_weight or self.down_bias
-
-    @property
-    def z(self) -> bool:
-        """Whether the pre-activation is needed."""
-        return self.dz or self.up_weight or self.scaling
-
-    @property
-    def parameters(self) -> bool:
-        """Whether a gradient is a sum over the tokens."""
-        return self.down_weight or self.up_weight or self.down_bias or self.up_bias or self.scaling
-
-
-class Gradients(NamedTuple):
-    """Gradients of one call, each in its tensor's shape and dtype; None where not asked for.
-
-    Those of residual and skip are in the dtype of y: a backward does not see these two tensors.
-    """
-
-    x: Tensor | None = None
-    down_weight: Tensor | None = None
-    up_weight: Tensor | None = None
-    down_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    residual: Tensor | None = None
-    skip: Tensor | None = None
-    scaling: Tensor | None = None
-
-
 assert Needs._fields == Gradients._fields == TENSOR_NAMES, "a gradient for every tensor"
 
 
@@ -237,7 +213,7 @@ Layout = tuple[torch.Size, torch.dtype]
 @functools.cache  # of tuples of bools there are few
 def _roles(needs: Needs) -> tuple[Needs, tuple[bool, ...]]:
     """For each tensor whether the gradients need its values, which are those that equations (5) to
-    (13) read; and whether, without these, they need its shape and dtype.
+    (13) and (19) read; and whether, without these, they need its shape and dtype.
     """
     values = Needs(
         x=needs.down_weight,
@@ -245,6 +221,7 @@ def _roles(needs: Needs) -> tuple[Needs, tuple[bool, ...]]:
         up_weight=needs.dz or needs.scaling,
         up_bias=needs.scaling,
         scaling=needs.dz or needs.up_weight or needs.up_bias,
+        norm_weight=needs.sum,
     )
     known = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
     return values, tuple(k and not v for k, v in zip(known, values, strict=True))
@@ -276,14 +253,6 @@ def join(
         for tensor, layout in zip(kept, outlines, strict=True)
     ]
     return AdapterCall(*tensors, *options)  # type: ignore[arg-type]
-
-
-def added_gradients(upstream: Outputs, needs: Needs) -> dict[str, Tensor | None]:
-    """The gradients of residual and skip: that of the sum that they are added to, itself."""
-    return {
-        "residual": upstream.y if needs.residual else None,
-        "skip": upstream.y if needs.skip else None,
-    }
 
 
 @dataclass(frozen=True)
@@ -349,11 +318,42 @@ def make_call(
         None if add_input else residual,  # type: ignore[arg-type]  # a str adds the input
         skip,
         learned,
+        None,
+        None,
         scale,  # type: ignore[arg-type]  # a float by now
         add_input,
         canonical_name(activation),
         _compute_dtype(x),
         dropout if type(dropout) is float else real("dropout", dropout, DROPOUT),
+    )
+
+
+def with_norm(
+    call: AdapterCall,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    cast_before_weight: bool,
+    prenorm: bool,
+) -> AdapterCall:
+    """The call with the norm of `adapterkern.bottleneck_adapter_norm` behind it.
+
+    Raises:
+        TypeError: eps or weight_offset is no number.
+        ValueError: an unknown norm.
+    """
+    if norm not in NORMS[1:]:
+        raise ValueError(f'norm must be "layer" or "rms", got {norm!r}.')
+    return call._replace(
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm=norm,
+        eps=eps if type(eps) is float else real("eps", eps, EPS),
+        weight_offset=real("weight_offset", weight_offset, "a number"),
+        cast_before_weight=bool(cast_before_weight),
+        prenorm=bool(prenorm),
     )
 
 

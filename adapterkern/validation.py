@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ HINT = "\n  hint: "  # between a problem's sentence and its cure
 LAYOUTS = (torch.strided, torch.jagged)  # nested tensors are jagged; they bring their own linear
 
 DROPOUT = "a number in [0, 1)"
+EPS = "a number above 0"
 
 Tensors = dict[str, Tensor | None]  # the tensors of an `AdapterCall` by name
 _WEIGHTS = ("down_weight", "up_weight", "down_bias", "up_bias")
+_OF_HIDDEN = ("up_bias", "norm_weight", "norm_bias")  # vectors of one element a feature
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -23,8 +25,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> None:
+def validate(
+    tensors: Tensors, compute_dtype: torch.dtype, dropout: float, more: Sequence[str] = ()
+) -> None:
     """Check layouts, shapes, dtypes and devices of the tensors of a call, and its dropout.
+
+    Args:
+        more: problems that were found elsewhere.
 
     Raises:
         TypeError: something that must be a tensor or a number is not.
@@ -48,6 +55,7 @@ def validate(tensors: Tensors, compute_dtype: torch.dtype, dropout: float) -> No
         + _dtype_problems(given, compute_dtype)
         + _device_problems(given)
         + dropout_problems(dropout)
+        + list(more)
     )
     if problems:
         split = [problem.partition(HINT) for problem in problems]
@@ -84,6 +92,22 @@ def dropout_problems(dropout: float) -> list[str]:
         f"dropout must be in [0, 1), got {dropout}.\n"
         "  hint: it is a probability: 0.1 drops one element in ten, 0 none."
     ]
+
+
+def norm_problems(eps: float, weight_offset: float) -> list[str]:
+    """List what is wrong with the numbers of a norm."""
+    problems = []
+    if not 0.0 < eps < math.inf:
+        problems.append(
+            f"eps must be {EPS} and finite, got {eps}.{HINT}1e-5 and 1e-6 are usual; without it, "
+            "a row of equal features divides by 0."
+        )
+    if not math.isfinite(weight_offset):
+        problems.append(
+            f"weight_offset must be finite, got {weight_offset}.{HINT}0 for most norms, "
+            "1 for those that store weight - 1, as Gemma's."
+        )
+    return problems
 
 
 def _groups(named: Iterable[tuple[str, Any]]) -> Iterable[tuple[Any, list[str]]]:
@@ -162,7 +186,8 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
 
 def _vector_problems(given: dict[str, Tensor], hidden: int, bottleneck: int) -> list[str]:
     problems = []
-    for name, size in (("down_bias", bottleneck), ("up_bias", hidden)):
+    sizes = {"down_bias": bottleneck} | dict.fromkeys(_OF_HIDDEN, hidden)
+    for name, size in sizes.items():
         bias = given.get(name)
         if bias is not None and tuple(bias.shape) != (size,):
             problems.append(

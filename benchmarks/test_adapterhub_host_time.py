@@ -24,7 +24,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 
 from adapterkern.backends import get
 from adapterkern.integrations import adapterhub
-from adapterkern.spec import Outputs, Saved
+from adapterkern.results import Outputs, Saved
 
 HIDDEN = 32
 MODES = {

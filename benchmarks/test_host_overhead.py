@@ -10,7 +10,8 @@ from torch import nn
 import adapterkern as ak
 from adapterkern.backends import get
 from adapterkern.ops import run as run_op
-from adapterkern.spec import Needs, Outputs, make_call
+from adapterkern.results import Needs, Outputs
+from adapterkern.spec import make_call
 from benchmarks.free_launches import NAMES, free_launches
 
 HIDDEN, BOTTLENECK, TOKENS = 64, 8, 4

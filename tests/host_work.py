@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkern
 from adapterkern.backends import get
-from adapterkern.spec import Outputs, Saved
+from adapterkern.results import Outputs, Saved
 
 PACKAGE = str(Path(adapterkern.__file__).parent)
 MODULE_CALL = nn.Module.__call__.__code__

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapterkern.backends.base import Backend, empty_units
 from adapterkern.parity import Case
-from adapterkern.spec import Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
 
 _Z = (-math.inf, -200.0, -1.0, -0.0, 0.0, 0.5, 3.0, math.inf, math.nan)
 _DA = (math.inf, -math.inf, math.nan, 2.0, 0.0)

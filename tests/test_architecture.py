@@ -21,8 +21,9 @@ SOURCES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "_buildinfo.py"})  # th
 ROOMS = (
     "_env errors",
     "_torch",
-    "activations validation",
+    "activations validation results",
     "spec",
+    "norm",
     "reference",
     "backends",
     "dispatch ops",  # one chooses a name, the other resolves it: neither knows the other
@@ -36,7 +37,7 @@ ROOMS = (
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
 BEHIND_KERNELS = {
     "backends.base", "backends.repeat", "backends.traffic",
-    "spec", "validation", "activations", "_torch", "_env",
+    "spec", "results", "validation", "activations", "_torch", "_env",
 }  # fmt: skip
 
 # Third parties, and the only places that import them.
@@ -135,7 +136,7 @@ def test_kernel_backends_stand_alone(kernels):
 def test_the_registry_imports_no_backend():
     """It names them; they load at first use."""
     assert set(own_imports_of(PACKAGE / "backends/__init__.py")) == {"backends.base", "_torch"}
-    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"spec", "validation"}
+    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"results", "spec", "validation"}
 
 
 def test_testing_is_for_check_and_tests():

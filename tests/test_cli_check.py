@@ -16,7 +16,7 @@ from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.cli import check
 from adapterkern.cli.main import main
-from adapterkern.spec import Outputs
+from adapterkern.results import Outputs
 
 QUICK = ["check", "--backend", "reference", "--quick", "--dtype", "fp32"]
 IDS = [f"fp32-{activation}-T37-H70-R20" for activation in sorted(ACTIVATIONS)]

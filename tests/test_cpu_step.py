@@ -6,7 +6,7 @@ from host_work import Operations
 
 from adapterkern.backends import get
 from adapterkern.parity import Case
-from adapterkern.spec import Needs, Outputs
+from adapterkern.results import Needs, Outputs
 
 VIEWS = {"aten." + name for name in ("view", "t", "permute")}
 ALL = Needs(*[True] * 5)

@@ -16,7 +16,8 @@ from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
-from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
+from adapterkern.spec import AdapterCall
 
 HIDDEN, BOTTLENECK = 256, 48
 ALL = Needs(*[True] * 5, scaling=True)

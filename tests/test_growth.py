@@ -16,7 +16,8 @@ import torch
 
 import adapterkern
 from adapterkern.ops import _schema
-from adapterkern.spec import OPTION_NAMES, TENSOR_NAMES, AdapterCall, Gradients, Needs, make_call
+from adapterkern.results import Gradients, Needs
+from adapterkern.spec import OPTION_NAMES, TENSOR_NAMES, AdapterCall, make_call
 
 PACKAGE = Path(adapterkern.__file__).parent
 

@@ -9,7 +9,8 @@ from host_work import Operations, free_kernel, work_of
 from torch.nn import functional as F
 
 import adapterkern as ak
-from adapterkern.spec import Needs, Outputs, make_call
+from adapterkern.results import Needs, Outputs
+from adapterkern.spec import make_call
 from benchmarks.free_launches import NAMES, free_launches
 
 

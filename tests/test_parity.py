@@ -12,7 +12,7 @@ from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.parity import Case, Row, check_case, differing_bits, grid, metric, place, refusals
-from adapterkern.spec import Outputs
+from adapterkern.results import Outputs
 from adapterkern.testing import nan_filled_memory
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from adapterkern import parity
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.parity import Case, check_case
-from adapterkern.spec import Outputs
+from adapterkern.results import Outputs
 
 HALVES = (torch.float16, torch.bfloat16)
 NONFINITE = Case(activation="tanh", nonfinite=True)

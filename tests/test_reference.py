@@ -9,7 +9,8 @@ from eager import ACTIVATIONS, eager_adapter, gradients, tensors
 import adapterkern as ak
 from adapterkern import reference
 from adapterkern.parity import Case, check_case
-from adapterkern.spec import TENSOR_NAMES, Needs, Outputs, Saved, make_call
+from adapterkern.results import Needs, Outputs, Saved
+from adapterkern.spec import TENSOR_NAMES, make_call
 from adapterkern.testing import nan_filled_memory
 
 OPTIONS = {

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import (
 )
 
 import adapterkern as ak
-from adapterkern.spec import Needs
+from adapterkern.results import Needs
 
 FORWARD = torch.ops.adapterkern.forward.default
 

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adapterkern as ak
-from adapterkern.spec import Needs
+from adapterkern.results import Needs
 
 pytestmark = pytest.mark.usefixtures("recompiled")
 

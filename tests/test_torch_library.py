@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adapterkern as ak
 from adapterkern import ops
-from adapterkern.spec import Needs, make_call
+from adapterkern.results import Needs
+from adapterkern.spec import make_call
 
 FORWARD = torch.ops.adapterkern.forward.default
 BACKWARD = torch.ops.adapterkern.backward.default

@@ -13,7 +13,8 @@ from fake_gpu import FakeGpu, fake_gpu, pointers
 
 from adapterkern.backends import get
 from adapterkern.backends.triton.launch_config import Device
-from adapterkern.spec import AdapterCall, Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
+from adapterkern.spec import AdapterCall
 
 HIDDEN, BOTTLENECK = 256, 48
 ALL = Needs(*[True] * 5, scaling=True)

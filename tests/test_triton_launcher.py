@@ -33,7 +33,8 @@ from adapterkern.backends import get
 from adapterkern.backends.triton import compile_only, forward, launcher, tuned
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem
 from adapterkern.backends.triton.tuned import Entry
-from adapterkern.spec import Needs, Outputs, make_call
+from adapterkern.results import Needs, Outputs
+from adapterkern.spec import make_call
 
 ALL = Needs(*[True] * 5, scaling=True)
 SMALL = FakeGpu(device=Device(num_sms=1, shared_memory=227 * 1024))

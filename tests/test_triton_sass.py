@@ -17,7 +17,7 @@ from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.backends.triton.compile_only import Launch, compile_only
 from adapterkern.backends.triton.launch_config import Device
 from adapterkern.backends.triton.mixes import uniform
-from adapterkern.spec import Needs, Outputs
+from adapterkern.results import Needs, Outputs
 
 DEVICES = {80: Device(108, 163 * 1024), 90: Device(132, 227 * 1024)}
 SHAPES = (

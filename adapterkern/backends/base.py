@@ -7,18 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adapterkern.spec import (
-    AdapterCall,
-    AdapterSpec,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-    added_gradients,
-    has_values,
-    shape_of,
-    tensor_values,
-)
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.spec import AdapterCall, AdapterSpec, has_values, shape_of, tensor_values
 from adapterkern.validation import name_of
 
 # All backends have these; a backend adds the name of a later feature once its kernels have it.
@@ -26,6 +16,7 @@ FIRST_FEATURES = frozenset(
     {"bias", "input_residual", "external_residual", "skip", "scaling", "learned_scaling"}
     | {"mixed_dtypes"}
 )
+NORM_FEATURES = frozenset({"layer_norm", "rms_norm"})
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -85,7 +76,10 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
-        """The outputs, and with `save` what the backward needs of them."""
+        """The outputs, and with `save` what the backward needs of them.
+
+        With a norm, y is None unless `keeps_sum`.
+        """
 
     @abstractmethod
     def backward(
@@ -95,15 +89,30 @@ class Backend(ABC):
 
         `call` may lack tensors that are added to the sum, and biases, and have outlines in place of
         tensors whose values are not needed (`spec.has_values`); z is there if `needs.z`.
+
+        With a norm, `upstream.normed` is there, and `saved` has the stream and its statistics if
+        `needs.stream`; the gradients of residual and skip may be one tensor.
         """
 
 
 def empty_outputs(call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
     """Room for what a forward writes, contiguous whatever the strides of the inputs are."""
-    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
+    x, dtype = call.x, call.output_dtype
+    y = x.new_empty(x.shape, dtype=dtype) if keeps_sum(call, save) else None
+    z = empty_units(call, call.num_tokens) if save else None
+    if call.norm == "none":
+        return Outputs(y), Saved(z)
+    outputs = Outputs(y, x.new_empty(x.shape, dtype=call.normed_dtype))
     if not save:
-        return Outputs(y), Saved(None)
-    return Outputs(y), Saved(empty_units(call, call.num_tokens))
+        return outputs, Saved(None)
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, rstd = (x.new_empty(call.num_tokens, dtype=wide) for _ in range(2))
+    return outputs, Saved(z, mean if call.norm == "layer" else None, rstd)
+
+
+def keeps_sum(call: AdapterCall, save: bool) -> bool:
+    """Whether a forward returns y: not where a norm follows, and nothing else reads it."""
+    return save or call.prenorm or call.norm == "none"
 
 
 def unit_stride(call: AdapterCall) -> int:
@@ -140,10 +149,11 @@ def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
     )
 
 
-def zero_gradients(call: AdapterCall, upstream: Outputs, needs: Needs) -> Gradients:
+def zero_gradients(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -> Gradients:
     """The gradients of a call without tokens."""
     zeros = [None if t is None else t.zero_() for t in empty_gradients(call, needs)]
-    return Gradients(*zeros)._replace(**added_gradients(upstream, needs))
+    d_sum = upstream.y if saved.stream is None else torch.zeros_like(saved.stream)
+    return Gradients(*zeros)._replace(**added_gradients(d_sum, needs))
 
 
 def scaling_gradient(call: AdapterCall, sums: Tensor | None) -> Tensor | None:

@@ -86,7 +86,7 @@ def _reference(
     biases = {"down_bias": None, "up_bias": None}
     options = {"residual": "input", "skip": None, "scaling": 1.0, "dropout": 0.0}
     call = make_call(**{**biases, **leaves}, **options, activation=activation)  # type: ignore[arg-type]
-    y = reference.forward(call)[0].y
+    y = reference.forward(call)[0].given
     if not gradients:
         return {"y": y}
     computed = torch.autograd.grad(y, list(leaves.values()), dy)

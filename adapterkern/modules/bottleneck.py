@@ -177,7 +177,7 @@ class BottleneckAdapter(nn.Module):
                 )
             return u
 
-        return reference.forward(call, partial(project, self.down_proj), project_up)[0].y
+        return reference.forward(call, partial(project, self.down_proj), project_up)[0].given
 
     def extra_repr(self) -> str:
         scaling: float | str | nn.Parameter = self.scaling

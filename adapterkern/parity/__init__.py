@@ -238,7 +238,7 @@ def _run_plain(
         call = call._replace(
             **operands, residual=residual, add_input=False, compute_dtype=torch.float64
         )
-    y = reference.forward(call)[0].y
+    y = reference.forward(call)[0].given
     return {"y": y, "y (no grad)": y, **_gradients(case, y, leaves, dy)}
 
 

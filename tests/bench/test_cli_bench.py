@@ -212,7 +212,7 @@ def test_a_missing_package_shows_in_its_row(capsys, monkeypatch):
 @no_gpu
 def test_a_wrong_backend_is_an_exit_code(monkeypatch, capsys):
     from adapterkern.backends.reference.backend import ReferenceBackend
-    from adapterkern.spec import Outputs
+    from adapterkern.results import Outputs
 
     forward = ReferenceBackend.forward
 

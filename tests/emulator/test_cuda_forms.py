@@ -38,7 +38,7 @@ from adapterkern.parity import (
     metric,
     options,
 )
-from adapterkern.spec import Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.validation import name_of
 
 ALL = Needs(*[True] * 8)

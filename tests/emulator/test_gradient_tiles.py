@@ -10,7 +10,8 @@ from conftest import emulated
 from adapterkern.backends import get
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.parity import Case
-from adapterkern.spec import AdapterCall, Gradients, Needs, Outputs, Saved
+from adapterkern.results import Gradients, Needs, Outputs, Saved
+from adapterkern.spec import AdapterCall
 
 PARAMETERS = ("down_weight", "up_weight", "down_bias", "up_bias", "scaling")
 MANY_STAGES = Device(12, memory=227 * 1024)

@@ -10,7 +10,7 @@ from special_values import assert_gradient_is_autograds
 
 from adapterkern.backends import get
 from adapterkern.parity import Case, check_case, differing_bits, metric
-from adapterkern.spec import Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.validation import name_of
 
 pytestmark = pytest.mark.interpreter

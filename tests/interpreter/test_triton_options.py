@@ -10,7 +10,7 @@ from adapterkern.backends.triton import launches as triton_launches
 from adapterkern.backends.triton.activations import GRADIENTS, VALUES
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.parity import Case, check_case, grid, options, refusals
-from adapterkern.spec import Needs, Outputs, Saved
+from adapterkern.results import Needs, Outputs, Saved
 
 pytestmark = pytest.mark.interpreter
 triton = get("triton")

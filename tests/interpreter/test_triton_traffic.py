@@ -9,7 +9,8 @@ from triton.runtime import interpreter
 from adapterkern.backends.triton import backend as triton_backend
 from adapterkern.backends.triton import traffic
 from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem, Split
-from adapterkern.spec import Needs, Outputs, make_call
+from adapterkern.results import Needs, Outputs
+from adapterkern.spec import make_call
 
 # Sizes that every tile divides, so that no lane is masked; SMs for each form.
 FORMS = {

@@ -50,16 +50,8 @@ from adapterkern.backends.cuda.params import (
     view,
 )
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
-from adapterkern.spec import (
-    AdapterCall,
-    AdapterSpec,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-    added_gradients,
-    tensor_values,
-)
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 # Bytes of shared memory of a block on compute capability 8.0: more means large tiles, for which
 # code for 8.0 has no kernels.
@@ -175,15 +167,16 @@ class CudaBackend(Backend):
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         self._check_loaded()
-        if upstream.y.numel() == 0:
-            return zero_gradients(call, upstream, needs)
+        dy = upstream.given
+        if dy.numel() == 0:
+            return zero_gradients(call, saved, upstream, needs)
         *computed, d_scaling = self._run(
-            (*tensor_values(call), saved.z, upstream.y),
+            (*tensor_values(call), saved.z, dy),
             (needs, *options_of(call)),
-            lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+            lambda recording: self._backward(call, saved.z, dy, needs, recording),
             call.scale,
         )
-        added = added_gradients(upstream, needs)
+        added = added_gradients(upstream.y, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling), **added)
 
     def _backward(

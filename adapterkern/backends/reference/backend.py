@@ -2,15 +2,9 @@
 
 from adapterkern import reference
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.backends.base import FIRST_FEATURES, Backend, unit_rows
-from adapterkern.spec import (
-    PLAIN_FEATURES,
-    AdapterCall,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-)
+from adapterkern.backends.base import FIRST_FEATURES, NORM_FEATURES, Backend, keeps_sum, unit_rows
+from adapterkern.results import Gradients, Needs, Outputs, Saved
+from adapterkern.spec import PLAIN_FEATURES, AdapterCall
 from adapterkern.validation import FLOAT_DTYPES
 
 
@@ -21,17 +15,20 @@ class ReferenceBackend(Backend):
     devices = None  # all: it is plain PyTorch
     dtypes = frozenset(FLOAT_DTYPES)
     activations = frozenset(ACTIVATIONS)
-    features = FIRST_FEATURES | PLAIN_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES | PLAIN_FEATURES
 
     def unavailable_reason(self) -> None:
         return None
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         outputs, saved = reference.forward_of_values(call)
+        y, normed = (None if t is None else t.contiguous() for t in outputs)
+        if not keeps_sum(call, save):
+            y = None
         if not save or saved.z is None:
-            return Outputs(outputs.y.contiguous()), Saved(None)
+            return Outputs(y, normed), Saved(None)
         z = unit_rows(call, saved.z.reshape(-1, call.bottleneck_size))
-        return Outputs(outputs.y.contiguous()), Saved(z)
+        return Outputs(y, normed), saved._replace(z=z)
 
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs

@@ -26,16 +26,8 @@ from adapterkern.backends.triton.launch_config import (
     RowBlock,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
-from adapterkern.spec import (
-    AdapterCall,
-    AdapterSpec,
-    Gradients,
-    Needs,
-    Outputs,
-    Saved,
-    added_gradients,
-    tensor_values,
-)
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 try:
     from triton import knobs
@@ -115,15 +107,16 @@ class TritonBackend(Backend):
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        if upstream.y.numel() == 0:
-            return zero_gradients(call, upstream, needs)
+        dy = upstream.given
+        if dy.numel() == 0:
+            return zero_gradients(call, saved, upstream, needs)
         *computed, sums = launcher.run(
-            (*tensor_values(call), saved.z, upstream.y),
+            (*tensor_values(call), saved.z, dy),
             (needs, tuned.generation, *options_of(call)),
-            lambda recording: self._backward(call, saved.z, upstream.y, needs, recording),
+            lambda recording: self._backward(call, saved.z, dy, needs, recording),
             call.scale,
         )
-        added = added_gradients(upstream, needs)
+        added = added_gradients(upstream.y, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, sums), **added)
 
     def _backward(

@@ -29,7 +29,8 @@ from adapterkern.backends.triton.launch_config import (
     out_stages,
     sum_stages,
 )
-from adapterkern.spec import AdapterCall, Gradients, Needs, shape_of
+from adapterkern.results import Gradients, Needs
+from adapterkern.spec import AdapterCall, shape_of
 
 
 class CallLaunches:
