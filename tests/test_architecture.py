@@ -228,8 +228,8 @@ SIGNATURES = {
     "dropout=0.0, norm='layer', eps=1e-05, weight_offset=0.0, cast_before_weight=False, "
     "prenorm=False, backend='auto')",
     "AdapterNorm": "(adapter, norm)",
-    "AdapterNorm.forward": "(x, residual='input', skip=None, *, prenorm=False)",
-    "AdapterNorm.as_call": "(x, residual='input', skip=None, *, prenorm=False)",
+    "AdapterNorm.forward": "(self, x, residual='input', skip=None, *, prenorm=False)",
+    "AdapterNorm.as_call": "(self, x, residual='input', skip=None, *, prenorm=False)",
     "explain": "(adapter, *args, **kwargs)",
     "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
     "use_backend": "(name)",
