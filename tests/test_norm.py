@@ -271,7 +271,7 @@ def test_a_mean_far_from_zero_costs_no_digits(backend):
     exact = F.layer_norm(
         stream.double(), (10,), given["norm_weight"].double(), given["norm_bias"].double()
     )
-    # The mean itself has an error of half a digit of the rows; the variance of the other kind, of 1.
+    # The mean has the error of a digit of the rows, a variance from sums of squares one of 1.
     torch.testing.assert_close(normed.double(), exact, rtol=1e-3, atol=1e-3)
 
 
