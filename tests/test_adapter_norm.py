@@ -129,8 +129,18 @@ def test_explain_names_the_feature_and_the_backend():
     layer, x = ak.AdapterNorm(*parts()), torch.randn(5, H)
     found = ak.explain(layer, x, prenorm=True)
     assert "layer_norm" in found.call
-    assert found.backend == "reference"
-    assert "rms_norm" in ak.explain(ak.AdapterNorm(*parts(nn.RMSNorm)), x).call
+    assert found.backend == "reference, then torch's LayerNorm"
+    with ak.use_backend("reference"):
+        assert ak.explain(layer, x).backend == "reference (named)"
+    other = ak.AdapterNorm(*parts(nn.RMSNorm))
+    assert "rms_norm" in ak.explain(other, x).call
+    model = nn.Sequential(layer, other, other.adapter)
+    rows = ak.explain(model, x).rows
+    assert [(r.adapter, r.calls, r.norm) for r in rows] == [
+        ("0.adapter", 1, "LayerNorm"),
+        ("1.adapter", 1, "RMSNorm"),
+        ("1.adapter", 1, ""),
+    ]
 
 
 class Subclass(nn.LayerNorm):
