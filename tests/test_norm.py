@@ -137,7 +137,7 @@ def test_a_norm_whose_bias_alone_is_trained_keeps_nothing(spy):
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_an_output_that_nobody_uses_costs_its_backward_nothing(spy, used):
-    """No gradient of zeros is made for it; of the stream alone, no norm is left to go back through."""
+    """No zeros are made for it; of the stream alone, there is no norm to go back through."""
     asked = []
     backward = spy.backward
     spy.backward = lambda *arguments: asked.append(arguments) or backward(*arguments)
