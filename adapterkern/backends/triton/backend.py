@@ -182,25 +182,24 @@ class TritonBackend(Backend):
 def forward_norm_plan(
     call: AdapterCall, plan: RowBlock | Split, problem: Problem, device: Device
 ) -> tuple[LaunchConfig, int] | None:
-    """The row block that computes the sum and normalises it, if one does. It reads x again where
-    that is added, and the sum itself."""
+    """The row block that computes the sum and normalises it, if one does."""
     if call.norm == "none" or not isinstance(plan, RowBlock):
         return None
-    again = call.output_dtype.itemsize + (call.x.element_size() if call.add_input else 0)
-    return norm_plan.row_block(plan.kernel, problem, device, again)
+    added = (call.x if call.add_input else call.residual, call.skip)
+    passing = sum(tensor.element_size() for tensor in added if tensor is not None)
+    return norm_plan.row_block(plan.kernel, problem, device, passing + call.output_dtype.itemsize)
 
 
 def dx_norm_plan(
     call: AdapterCall, plan: RowBlock | Split, problem: Problem, upstream: Outputs, needs: Needs,
     device: Device,
 ) -> tuple[LaunchConfig, int] | None:  # fmt: skip
-    """The row block that computes ds and goes on to dz and dx, if one does. It reads d_normed and
-    the stream again, and ds itself where it is added to dx."""
+    """The row block that computes ds and goes on to dz and dx, if one does."""
     if call.norm == "none" or not needs.dz or not isinstance(plan, RowBlock):
         return None
-    size = call.output_dtype.itemsize
-    again = upstream.given.element_size() + size + (size if needs.x and call.add_input else 0)
-    return norm_plan.row_block(plan.kernel, problem, device, again)
+    passing = sum(tensor.element_size() for tensor in upstream if tensor is not None)
+    sizes = passing + 2 * call.output_dtype.itemsize  # the stream and ds
+    return norm_plan.row_block(plan.kernel, problem, device, sizes)
 
 
 def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:

@@ -22,45 +22,58 @@ from adapterkern.backends.triton.tiles import load_rows, load_up_tile, load_vect
 
 @triton.jit
 def merged_statistics(
-    mean, squares, s, start, feature, hidden_size, seen,
+    mean, squares, s, step, feature, hidden_size,
     LAYER: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The mean and M2 of rows, [BLOCK_T], after one more tile s of the features from `start`, by
-    Chan's rule, equation (23), where `seen` features came before; of an RMSNorm the sum of squares.
+    """The mean and M2 of each element of the tile, [BLOCK_T, BLOCK_H], after one more tile s, by
+    Chan's rule, equation (23); of an RMSNorm the sum of squares. Tiles come from the last features
+    to the first, so that the first one alone, step 0, may lack some.
 
-    No sum of squares is subtracted from another, so a mean far from zero cancels nothing.
+    No sum of squares is subtracted from another, so a mean far from zero cancels nothing; and no
+    step reduces, which would be a barrier or two.
     """
-    in_features = feature[None, :] < hidden_size
     if not EVEN_H:
-        s = tl.where(in_features, s, 0.0)
+        s = tl.where(feature[None, :] < hidden_size, s, 0.0)
     if LAYER:
-        added = tl.minimum(hidden_size - start, BLOCK_H).to(tl.float32)
-        tile_mean = tl.sum(s, 1) / added
-        centered = s - tile_mean[:, None]
-        if not EVEN_H:
-            centered = tl.where(in_features, centered, 0.0)
-        seen = seen.to(tl.float32)
-        share = added / (seen + added)
-        delta = tile_mean - mean
-        mean += delta * share
-        squares += tl.sum(centered * centered, 1) + delta * (delta * (seen * share))
+        delta = s - mean
+        if EVEN_H:
+            mean += delta * (1.0 / (step + 1).to(tl.float32))
+        else:
+            count = tl.maximum(present_in(step + 1, hidden_size, BLOCK_H), 1.0)
+            mean += delta * (1.0 / count)[None, :]
+        squares += delta * (s - mean)
     else:
-        squares += tl.sum(s * s, 1)
+        squares += s * s
     return mean, squares
 
 
 @triton.jit
+def present_in(steps, hidden_size, BLOCK_H: tl.constexpr):
+    """How many features each column of the tile has met in so many steps, [BLOCK_H] float32."""
+    last = (tl.cdiv(hidden_size, BLOCK_H) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    return (steps - (last >= hidden_size).to(tl.int32)).to(tl.float32)
+
+
+@triton.jit
 def stored_statistics(
-    mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size, EPS: tl.constexpr
+    mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size,
+    LAYER: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """rstd from the sum of squares, equation (17); it and the mean are stored where asked for."""
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / hidden_size + EPS))
+    """The mean and rstd of rows, [BLOCK_T], equations (16) and (17), of what `merged_statistics`
+    leaves: the columns are merged by the same rule. They are stored where asked for."""
+    row_mean = tl.sum(mean, 1)
+    if LAYER:
+        count = present_in(tl.cdiv(hidden_size, BLOCK_H), hidden_size, BLOCK_H)[None, :]
+        row_mean = tl.sum(mean * count, 1) / hidden_size
+        between = mean - row_mean[:, None]
+        squares += count * (between * between)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) / hidden_size + EPS))
     in_tokens = token < num_tokens
     if rstd_ptr is not None:
         tl.store(rstd_ptr + token, rstd, mask=in_tokens)
     if mean_ptr is not None:  # not of an RMSNorm
-        tl.store(mean_ptr + token, mean, mask=in_tokens)
-    return rstd
+        tl.store(mean_ptr + token, row_mean, mask=in_tokens)
+    return row_mean, rstd
 
 
 @triton.jit
@@ -142,11 +155,10 @@ def bottleneck_norm_fwd_kernel(
             num_tokens, hidden_size, bottleneck_size, stride_x_token, stride_unit_token,
             ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
         )  # fmt: skip
-        mean = tl.zeros((BLOCK_T,), tl.float32)
-        squares = tl.zeros((BLOCK_T,), tl.float32)
+        mean = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+        squares = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
         for step in tl.range(0, steps, num_stages=OUT_STAGES):
-            start = (steps - 1 - step) * BLOCK_H
-            feature = start + tl.arange(0, BLOCK_H)
+            feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
             w_up = load_up_tile(
                 up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
             )
@@ -158,21 +170,20 @@ def bottleneck_norm_fwd_kernel(
                 num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
                 DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
             )  # fmt: skip
-            seen = hidden_size - tl.minimum(start + BLOCK_H, hidden_size)
             mean, squares = merged_statistics(
-                mean, squares, s, start, feature, hidden_size, seen, LAYER, EVEN_H, BLOCK_H
+                mean, squares, s, step, feature, hidden_size, LAYER, EVEN_H, BLOCK_H
             )
             # L2 is to keep these lines.
             store_rows(
                 stream_ptr, s.to(STREAM), token, feature, hidden_size, num_tokens, hidden_size,
                 EVEN_H, KEEP=True,
             )  # fmt: skip
-        rstd = stored_statistics(
-            mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size, EPS
+        row_mean, rstd = stored_statistics(
+            mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size, LAYER, EPS, BLOCK_H
         )
         tl.debug_barrier()
         store_normed(
-            stream_ptr, weight_ptr, bias_ptr, normed_ptr, mean, rstd, token,
+            stream_ptr, weight_ptr, bias_ptr, normed_ptr, row_mean, rstd, token,
             num_tokens, hidden_size,
             LAYER, WEIGHT_OFFSET, CAST, STREAM, NORM_STAGES, EVEN_H, BLOCK_H,
         )  # fmt: skip
@@ -189,21 +200,22 @@ def norm_rows_kernel(
 ):  # fmt: skip
     """The norm of a sum that another kernel stored: a program reads its BLOCK_T rows twice."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mean = tl.zeros((BLOCK_T,), tl.float32)
-    squares = tl.zeros((BLOCK_T,), tl.float32)
+    mean = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     steps = tl.cdiv(hidden_size, BLOCK_H)
     for step in tl.range(0, steps, num_stages=NORM_STAGES):
-        start = (steps - 1 - step) * BLOCK_H
-        feature = start + tl.arange(0, BLOCK_H)
+        feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
         s = load_rows(stream_ptr, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
-        seen = hidden_size - tl.minimum(start + BLOCK_H, hidden_size)
         mean, squares = merged_statistics(
-            mean, squares, s.to(STREAM).to(tl.float32), start, feature, hidden_size, seen,
+            mean, squares, s.to(STREAM).to(tl.float32), step, feature, hidden_size,
             LAYER, EVEN_H, BLOCK_H,
         )  # fmt: skip
-    rstd = stored_statistics(mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size, EPS)
+    row_mean, rstd = stored_statistics(
+        mean, squares, token, mean_ptr, rstd_ptr, num_tokens, hidden_size, LAYER, EPS, BLOCK_H
+    )
     tl.debug_barrier()  # normed may take the place of what another thread still reads
     store_normed(
-        stream_ptr, weight_ptr, bias_ptr, normed_ptr, mean, rstd, token, num_tokens, hidden_size,
+        stream_ptr, weight_ptr, bias_ptr, normed_ptr, row_mean, rstd, token,
+        num_tokens, hidden_size,
         LAYER, WEIGHT_OFFSET, CAST, STREAM, NORM_STAGES, EVEN_H, BLOCK_H,
     )  # fmt: skip

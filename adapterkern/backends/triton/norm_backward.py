@@ -103,19 +103,25 @@ def add_to_partials(
 ):  # fmt: skip
     """Add a tile's part of equations (21) and (22) to this program's sums, [H] float32 each, which
     the program's first row block begins."""
+    if CAST:
+        xhat = xhat.to(STREAM).to(tl.float32)
+    # One reduction for both: each is a few barriers.
+    d_weight, d_bias = tl.reduce((d_normed * xhat, d_normed), 0, sum_of_pairs)
     partial = tl.program_id(0).to(tl.int64) * hidden_size + feature
     in_features = feature < hidden_size
     known = in_features & (is_first == 0)
     if part_weight_ptr is not None:
-        if CAST:
-            xhat = xhat.to(STREAM).to(tl.float32)
-        total = tl.sum(d_normed * xhat, 0)
-        total += tl.load(part_weight_ptr + partial, mask=known, other=0.0)
-        tl.store(part_weight_ptr + partial, total, mask=in_features)
+        d_weight += tl.load(part_weight_ptr + partial, mask=known, other=0.0)
+        tl.store(part_weight_ptr + partial, d_weight, mask=in_features)
     if part_bias_ptr is not None:
-        total = tl.sum(d_normed, 0)
-        total += tl.load(part_bias_ptr + partial, mask=known, other=0.0)
-        tl.store(part_bias_ptr + partial, total, mask=in_features)
+        d_bias += tl.load(part_bias_ptr + partial, mask=known, other=0.0)
+        tl.store(part_bias_ptr + partial, d_bias, mask=in_features)
+
+
+@triton.jit
+def sum_of_pairs(a, b, c, d):
+    """(a, b) + (c, d)."""
+    return a + c, b + d
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])

@@ -1,7 +1,7 @@
 """Launch configurations of the kernels with a norm: pure functions, as those of `launch_config`.
 
 None of these tiles has been measured. `row_block` decides whether the kernel of the sum normalises
-it too: the rows that its programs at work read again have to stay in L2.
+it too: what its programs at work read again has to stay in L2.
 """
 
 from dataclasses import replace
@@ -15,32 +15,35 @@ from adapterkern.backends.triton.launch_config import (
 )
 
 # The part of L2 that keeps rows for a second read, as in `traffic.L2_KEEPS`: its two partitions
-# hold copies of each other's lines, and what is read and written once passes through it too.
+# hold copies of each other's lines.
 L2_SHARE = 0.6
 SHORTEST_BLOCK = 32  # tokens; with fewer, L2 moves more bytes of weights than a fused norm saves
+WIDEST_TILE = 2048  # elements of a short block: a thread holds several tiles in float32
 SUM = LaunchConfig(64, 32, 1, 4, 1)  # of the programs' partial sums: 64 of them a load
 
 
 def row_block(
     config: LaunchConfig, problem: Problem, device: Device, row_bytes: int
 ) -> tuple[LaunchConfig, int] | None:
-    """Return the row block for a call with a norm, and how many programs take turns over the rows.
+    """Return the row block for a call with a norm, and how many programs take turns over the rows:
+    one an SM, of eight warps, for whose registers the statistics need room.
 
-    It is the tallest, at most that of the plan without a norm, of which as many as an SM holds fit;
-    None if there is none.
+    The block is the tallest, at most that of the plan without a norm, of which one an SM fits into
+    L2; None if there is none.
 
     Args:
         config: the kernel of the plan without a norm.
-        row_bytes: of an element each of the tensors [T, H] that a program reads again.
+        row_bytes: of an element each of the tensors [T, H] that pass between two reads of one.
     """
     tokens, hidden = problem.num_tokens, problem.hidden_size
     few_weights = 4 * hidden * config.block_r <= MOST_WEIGHTS_OF_SHORT_BLOCKS
     block_t = config.block_t
     while block_t == config.block_t or (block_t >= SHORTEST_BLOCK and few_weights):
-        for per_sm in range(config.blocks_per_sm, 0, -1):
-            programs = min(cdiv(tokens, block_t), per_sm * device.num_sms)
-            if programs * block_t * hidden * row_bytes <= L2_SHARE * device.l2:
-                return replace(config, block_t=block_t, blocks_per_sm=per_sm), programs
+        programs = min(cdiv(tokens, block_t), device.num_sms)
+        if programs * block_t * hidden * row_bytes <= L2_SHARE * device.l2:
+            block_h = min(config.block_h, max(64, WIDEST_TILE // block_t))
+            kernel = replace(config, block_t=block_t, block_h=block_h, num_warps=8, blocks_per_sm=1)
+            return kernel, programs
         block_t //= 2
     return None
 
