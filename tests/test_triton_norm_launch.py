@@ -12,13 +12,21 @@ from triton.runtime.jit import JITFunction
 from triton_calls import ROW_BLOCK, SPLIT, parts, tensor
 
 from adapterkern.backends import get
-from adapterkern.backends.triton import norm_plan
-from adapterkern.backends.triton.launch_config import Device, LaunchConfig, Problem
+from adapterkern.backends.traffic import total
+from adapterkern.backends.triton import norm_plan, norm_traffic, traffic
+from adapterkern.backends.triton.launch_config import (
+    Device,
+    LaunchConfig,
+    Problem,
+    token_plan,
+    weight_gradient_plan,
+)
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import make_call, with_norm
 
 MB = 1024 * 1024
 SMALL = FakeGpu(device=Device(num_sms=1, shared_memory=227 * 1024))
+H200 = Device(num_sms=132, shared_memory=227 * 1024, l2=60 * MB)
 NO_L2 = FakeGpu(device=Device(num_sms=1, shared_memory=227 * 1024, l2=1))
 ALL = Needs(*[True] * 5, residual=False, skip=True, norm_weight=True, norm_bias=True)
 ROW_BLOCK_KERNELS = [
@@ -147,7 +155,7 @@ def test_only_what_is_asked_for_is_launched_with_a_norm():
 
 def test_row_blocks_with_a_norm_shrink_until_l2_keeps_their_rows():
     tall = LaunchConfig(64, 64, 64, 4, 5, 2, most_out_stages=5)
-    problem, h200 = Problem(16384, 1024, 64, False, False), Device(132, 227 * 1024, 9, 60 * MB)
+    problem, h200 = Problem(16384, 1024, 64, False, False), H200
 
     def planned(row_bytes, problem=problem, device=h200):
         found = norm_plan.row_block(tall, problem, device, row_bytes)
@@ -174,3 +182,24 @@ def test_rows_of_few_tokens_get_a_program_each():
     ):
         config, found = norm_plan.rows(tokens, hidden, device)
         assert ((config.block_t, config.block_h), found) == (tile, programs)
+
+
+def test_a_norm_costs_no_pass_over_memory_at_the_headline_shape():
+    """U: the bytes of x. A norm of its own reads the sum and writes normed: 2 U more."""
+    problem = Problem(16384, 1024, 64, False, False)
+    plan, unit = token_plan(problem, H200), 16384 * 1024 * 2
+    z, weights, statistics = 16384 * 64 * 2, 2 * 1024 * 64 * 2, 2 * 16384 * 4
+
+    def memory(**options):
+        return total(norm_traffic.forward(problem, plan, H200, **options), "memory")
+
+    assert memory(save=False) == 3 * unit + weights
+    assert memory(save=False, prenorm=True) == 4 * unit + weights
+    assert memory(save=True) == 4 * unit + weights + z + statistics
+    of_weights = traffic.weight_gradients(problem, weight_gradient_plan(problem, H200), H200)
+    small = weights + 3 * z + statistics + 2 * 1024 * 2  # z, dz and a; the norm's gradients
+    for d_stream, passes in ((False, 4), (True, 5)):
+        kernels = norm_traffic.input_gradient(problem, plan, H200, d_stream=d_stream)
+        assert total(kernels, "memory") == passes * unit + small
+    # The weight gradients read x and ds.
+    assert 2 * unit < total(of_weights, "memory") < 2.2 * unit

@@ -37,7 +37,7 @@ def merged_statistics(
     if LAYER:
         delta = s - mean
         if EVEN_H:
-            mean += delta * (1.0 / (step + 1).to(tl.float32))
+            mean += delta * (1.0 / (step + 1))
         else:
             count = tl.maximum(present_in(step + 1, hidden_size, BLOCK_H), 1.0)
             mean += delta * (1.0 / count)[None, :]
