@@ -128,7 +128,7 @@ class CudaBackend(Backend):
                 )
             elif problem := extension.code_problem(major, minor):
                 reasons.append(problem)
-        if spec.features & NORM_FEATURES and not reasons:
+        if not reasons and spec.features & NORM_FEATURES:
             known = on_gpu or self._planned_device is not None
             reasons = norm.declined(spec, self._device(spec.device) if known else None)
         return reasons
@@ -208,7 +208,7 @@ class CudaBackend(Backend):
         """The gradients but for the scaling's, of which the last result holds the sums; before it
         that of the sum, where a norm follows it."""
         assert saved.z is not None or not needs.z
-        device, num_tokens = call.x.device, call.num_tokens
+        device, num_tokens = self._device(call.x.device), call.num_tokens
         dy, d_sum = upstream.y, None
         if call.norm != "none":  # then dy is not given, but made of what is
             shape, dtype = upstream.given.shape, call.output_dtype
@@ -223,7 +223,7 @@ class CudaBackend(Backend):
             "scaling": packed(call.scaling),
         }
         inputs |= norm.backward_inputs(call, saved, upstream)
-        row_blocks = norm.row_blocks(num_tokens, call.hidden_size, self._device(device))
+        row_blocks = norm.row_blocks(num_tokens, call.hidden_size, device)
         kept = needs._replace(residual=False, skip=False, scaling=False)
         out, d_scaling = empty_gradients(call, kept), None
         if needs.scaling:
@@ -239,7 +239,7 @@ class CudaBackend(Backend):
             "d_norm_bias": out.norm_bias,
         }
         problem = _problem(call, num_tokens, dy if call.add_input else None)
-        tokens = NO_SLICES
+        tokens = token_slices(problem, device) if needs.parameters else NO_SLICES
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
@@ -249,11 +249,8 @@ class CudaBackend(Backend):
             "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
             "partial": None,
         }
-        choose = token_plan if needs.dz else row_block_plan
-        plan = choose(problem, self._device(device))
+        plan = (token_plan if needs.dz else row_block_plan)(problem, device)
         room["partial"] = _partial(plan, call, num_tokens)
-        if needs.parameters:
-            tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
         for tensor in (*out, d_sum, d_scaling, *room.values(), sums):
             recording.own(tensor)
@@ -263,11 +260,11 @@ class CudaBackend(Backend):
             **_form(plan),
             token_splits=tokens.number,
             tokens_per_split=tokens.length,
-            token_stages=token_stages(problem, self._device(device)),
+            token_stages=token_stages(problem, device),
             norm_blocks=row_blocks,
             **_options(call, num_tokens),
         )
-        recording.launch(self._kernels.backward, BACKWARD, params, device)
+        recording.launch(self._kernels.backward, BACKWARD, params, call.x.device)
         return *out, d_sum if needs.added else None, d_scaling
 
     def _device(self, device: torch.device) -> Device:
