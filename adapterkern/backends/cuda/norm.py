@@ -44,8 +44,7 @@ def declined(spec: AdapterSpec, device: Device | None) -> list[str]:
             f"a norm behind products in {name_of(spec.compute_dtype)} is not implemented (has: "
             "bfloat16, float16)"
         )
-    stream = _stream_dtype(spec)
-    if stream.itemsize != 2:
+    elif (stream := _stream_dtype(spec)).itemsize != 2:
         reasons.append(
             f"a norm of a sum in {name_of(stream)} is not implemented: the sum has to stay in the "
             "dtype of the products"
