@@ -132,8 +132,6 @@ def test_a_call_with_a_norm_is_recorded_and_repeated(monkeypatch):
     monkeypatch.setattr(backend, "_forward", None)
     monkeypatch.setattr(backend, "_backward", None)
     again = run()
-    assert first.residual is first.skip
-    assert again.residual is again.skip
     assert [None if g is None else g.shape for g in first] == [
         None if g is None else g.shape for g in again
     ]
