@@ -98,6 +98,19 @@ def wanted_backend(requested: str) -> str:
     return _thread.forced or (_thread.is_foreign and _latest) or _env.BACKEND
 
 
+def is_declared(feature: str, device_type: str) -> bool:
+    """Whether the backend that is named declares a feature, or under "auto" some kernel does: a
+    quick no for callers that have another way. A yes is not yet the choice, which reads the call.
+    """
+    wanted = wanted_backend("auto")
+    for name in NAMES if wanted == "auto" else (wanted,):
+        backend = get(name)
+        runs_there = backend.devices is None or device_type in backend.devices
+        if runs_there and feature in backend.features and (name != "reference" or name == wanted):
+            return True
+    return False
+
+
 def check_environment() -> None:
     """Refuse what is none of a variable's values, before it decides anything.
 

@@ -156,9 +156,10 @@ def adapter_norm(
     """`AdapterNorm.forward` for any norm module that `description` says all about."""
     reason = unfused_reason(adapter, norm)
     weight, bias, kind, eps, weight_offset, cast_before_weight = description
-    if reason is None and weight is not None and (weight.dtype != x.dtype or _torch.may_autocast()):
+    is_narrow = weight is None or weight.dtype == x.dtype
+    if reason is None and (not is_narrow or _torch.may_autocast()):
         call = with_norm(adapter.as_call(x, residual, skip), *description, prenorm=prenorm)
-        reason = _dtype_reason(call)
+        reason = dtype_reason(call)
     if reason is not None:
         described = f"{type(norm).__name__} behind BottleneckAdapter({adapter.extra_repr()})"
         dispatch.report_unfused(x.device, described, reason, adapter.backend)
@@ -185,7 +186,7 @@ def unfused_reason(adapter: BottleneckAdapter, norm: nn.Module) -> str | None:
     return adapter.unfused_reason()
 
 
-def _dtype_reason(call: AdapterCall) -> str | None:
+def dtype_reason(call: AdapterCall) -> str | None:
     """Why the kernels would return another dtype than the norm module itself. They widen that of
     the stream by the parameters', as Llama's norm does; torch keeps the stream's, but that autocast
     on a GPU runs norms in float32.
