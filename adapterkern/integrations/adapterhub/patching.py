@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adapterkern import _torch
+from adapterkern.backends import NAMES
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub import fast_path
 from adapterkern.integrations.adapterhub.block_norms import norm_behind
@@ -287,8 +288,8 @@ def _what_runs(parts: Any, dtype: torch.dtype | None, behind: Any) -> tuple[str,
     if isinstance(normed, str):
         return plain, normed
     together = explaining.explain(normed).backend
-    is_apart = together.startswith("none") or together == "reference"  # the latter under "auto"
-    return (plain, "no_kernel") if is_apart else (together, SAME_PASS)
+    is_one = together.removesuffix(" (named)") in NAMES  # not "none: ..." or "..., then torch's"
+    return (together, SAME_PASS) if is_one else (plain, "no_kernel")
 
 
 def _meets(base_dtype: torch.dtype | None, weight: torch.Tensor) -> bool:
