@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from adapterkern import _torch
 from adapterkern.integrations.transformers.blocks import BLOCKS, Record, run
 from adapterkern.integrations.transformers.norms import kind_of
 from adapterkern.integrations.transformers.sites import (
@@ -204,6 +203,9 @@ def _place(block: Any, site: Site) -> Placed | str:
     adapter = adapter_behind(layer)
     if isinstance(adapter, str):
         return placed
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.shape != (adapter.hidden_size,):
+        return f"the weight of its norm is {list(weight.shape)} here, as sharded ones are"
     # Dropout depends on the mode, and is asked for at each call; the rest is there to stay.
     lasting = placed._replace(site=site._replace(dropout=None))
     return obstacle_at(block, lasting, adapter, norm) or placed
@@ -270,6 +272,8 @@ def _is_wrapped(module: nn.Module) -> bool:
     return any(name != "forward" for name in _fused_forwards(module)) and not _is_fused(module)
 
 
-def _has_another_forward(module: nn.Module) -> bool:
-    beyond = "forward" in module.__dict__ and not _is_fused(module)
-    return beyond and _torch.beyond_its_class(module) == "a forward of its own"
+def _has_another_forward(module: Any) -> bool:
+    """Whether someone else has replaced the forward; that of the class, bound, is left by many."""
+    forward = module.__dict__.get("forward")
+    stock = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not stock and not _is_fused(module)

@@ -139,7 +139,7 @@ def obstacle_at(
     if norm is None:
         reason = adapter.unfused_reason() or _torch.beyond_its_class(adapter)
     else:
-        reason = unfused_reason(adapter, norm) or _sharding(norm, adapter.hidden_size)
+        reason = unfused_reason(adapter, norm) or _sharding(norm)
     return reason or _dropout(block, site)
 
 
@@ -151,14 +151,10 @@ def _is_watched(part: nn.Module) -> bool:
     return "forward" in part.__dict__ or any(others) or not captures or not part._forward_hooks
 
 
-def _sharding(norm: Any, hidden_size: int) -> str | None:
+def _sharding(norm: Any) -> str | None:
     for parameter in (norm.weight, getattr(norm, "bias", None)):
-        if parameter is not None and (
-            _torch.is_subclass(parameter)
-            or hasattr(parameter, "ds_id")
-            or parameter.numel() != hidden_size
-        ):
-            return f"the parameters of its norm are sharded, or not [{hidden_size}]"
+        if parameter is not None and (_torch.is_subclass(parameter) or hasattr(parameter, "ds_id")):
+            return "the parameters of its norm are sharded, or a class of tensors of their own"
     return None
 
 
