@@ -13,6 +13,7 @@ from adapterkern.integrations.transformers.norms import kind_of
 from adapterkern.integrations.transformers.sites import (
     Placed,
     Site,
+    active_dropout,
     adapter_behind,
     obstacle_at,
     reach,
@@ -206,9 +207,7 @@ def _place(block: Any, site: Site) -> Placed | str:
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.shape != (adapter.hidden_size,):
         return f"the weight of its norm is {list(weight.shape)} here, as sharded ones are"
-    # Dropout depends on the mode, and is asked for at each call; the rest is there to stay.
-    lasting = placed._replace(site=site._replace(dropout=None))
-    return obstacle_at(block, lasting, adapter, norm) or placed
+    return obstacle_at(block, placed, adapter) or placed
 
 
 def _beside(layer: Any) -> str:
@@ -226,8 +225,7 @@ def _present_obstacle(one: _Found) -> str:
     adapter = adapter_behind(one.layer)
     if isinstance(adapter, str):
         return adapter
-    norm = None if placed.site.norm is None else getattr(one.block, placed.site.norm)
-    return obstacle_at(one.block, placed, adapter, norm) or ""
+    return obstacle_at(one.block, placed, adapter) or active_dropout(one.block, placed.site) or ""
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> str:

@@ -94,11 +94,12 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
         return Pass(None, norm)
     layer = reach(block, site.layer)
     adapter = adapter_behind(layer)
-    if isinstance(adapter, str):
-        if adapter != NONE_ACTIVE:
-            report(adapter)
+    if adapter == NONE_ACTIVE:
         return Pass(None, norm)
-    obstacle = obstacle_at(block, placed, adapter, norm)
+    if isinstance(adapter, str):
+        report(adapter)
+        return Pass(None, norm)
+    obstacle = obstacle_at(block, placed, adapter) or active_dropout(block, site)
     if obstacle is not None:
         report(obstacle)
         return Pass(None, norm)
@@ -107,40 +108,47 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
 
 
 def adapter_behind(layer: Any) -> BottleneckAdapter | str:
-    """The one adapter that a call of this layer ends with, or why there is none such."""
+    """The one adapter that runs behind this layer just now, or why there is none such."""
     peft = hasattr(layer, "adapters_to_run")  # by its method: plain models need no peft
     adapters = layer.adapters_to_run() if peft else inserted_adapters(layer)
     if not adapters:
         return NONE_ACTIVE
     if len(adapters) > 1:
         return "several adapters follow one another behind this layer"
-    adapter = adapters[0]
-    if peft and layer.runs_beside(adapter):
+    if peft and layer.runs_beside(adapters[0]):
         return "its adapter is parallel: it reads the input of the FFN"
-    hooks = layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    if sum(map(len, hooks)) > (0 if peft else 1):
-        return "the adapted layer has hooks, which would see its output without the adapter"
-    if peft and layer._forward_pre_hooks:
-        return "the adapted layer has hooks, as each has in a batch with adapter_names"
-    return adapter
+    return adapters[0]
 
 
-def obstacle_at(
-    block: nn.Module, placed: Placed, adapter: BottleneckAdapter, norm: nn.Module | None
-) -> str | None:
-    """Why a call must run a site as it stands. None where nothing forbids the fused pass."""
+def obstacle_at(block: nn.Module, placed: Placed, adapter: BottleneckAdapter) -> str | None:
+    """Why a site must run as it stands, in whatever mode. None where nothing forbids one pass."""
     site = placed.site
     part = None if site.part is None else getattr(block, site.part)
+    norm = None if site.norm is None else getattr(block, site.norm)
     for name, module, kind in zip(("part", "norm"), (part, norm), placed.classes, strict=True):
         if module is not None and type(module) is not kind:
             return f"its {name} became a {type(module).__name__} after fuse_norms"
+    hooks = _hooks_on_layer(reach(block, site.layer))
+    if hooks is not None:
+        return hooks
     if part is not None and _is_watched(part):
         return f"{type(part).__name__} has hooks or a forward of its own"
     if norm is None:
         reason = adapter.unfused_reason() or _torch.beyond_its_class(adapter)
     else:
         reason = unfused_reason(adapter, norm) or _sharding(norm)
-    return reason or _dropout(block, site)
+    return reason or _strange_dropout(block, site)
+
+
+def _hooks_on_layer(layer: Any) -> str | None:
+    """Of what sees or changes the output of the layer; one hook is that of `insert`."""
+    peft = hasattr(layer, "adapters_to_run")
+    hooks = layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    if sum(map(len, hooks)) > (0 if peft else 1):
+        return "the adapted layer has hooks, which would see its output without the adapter"
+    if peft and layer._forward_pre_hooks:
+        return "the adapted layer has hooks, as each has in a batch with adapter_names"
+    return None
 
 
 def _is_watched(part: nn.Module) -> bool:
@@ -158,18 +166,23 @@ def _sharding(norm: Any) -> str | None:
     return None
 
 
-def _dropout(block: nn.Module, site: Site) -> str | None:
-    if site.dropout is None:
-        return None
-    dropout: Any = reach(block, site.dropout)
+def _strange_dropout(block: nn.Module, site: Site) -> str | None:
+    dropout = None if site.dropout is None else reach(block, site.dropout)
     if not isinstance(dropout, nn.Module):
-        p, training = dropout, block.training
-    elif _torch.beyond_its_class(dropout) is not None:
-        return "its dropout has hooks or a forward of its own"
-    elif type(dropout) is nn.Dropout:
-        p, training = dropout.p, dropout.training
-    else:
+        return None
+    if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(dropout).__name__}"
+    if _torch.beyond_its_class(dropout) is not None:
+        return "its dropout has hooks or a forward of its own"
+    return None
+
+
+def active_dropout(block: nn.Module, site: Site) -> str | None:
+    """Why a call runs a site as it stands in training: the order of dropout and adapter."""
+    dropout: Any = 0 if site.dropout is None else reach(block, site.dropout)
+    is_module = isinstance(dropout, nn.Module)
+    p = getattr(dropout, "p", 0) if is_module else dropout
+    training = dropout.training if is_module else block.training
     if not training or p == 0:
         return None
     return f"while training, dropout of p = {p} comes between adapter and add; evaluation is fused"
