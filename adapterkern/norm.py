@@ -33,11 +33,10 @@ def normalized(call: AdapterCall, y: Tensor) -> Tensor:
 def statistics(call: AdapterCall, y: Tensor) -> tuple[Tensor | None, Tensor]:
     """mean [...], None for an RMSNorm, and rstd [...] of y [..., H], in float32 or float64."""
     rows = _wide(y)
-    if call.norm == "layer":
-        variance, mean = torch.var_mean(rows, -1, correction=0)
-    else:
-        variance, mean = rows.square().mean(-1), None
-    return mean, (variance + call.eps).rsqrt()
+    mean = rows.mean(-1) if call.norm == "layer" else None
+    # Not torch.var_mean, which warns where there are no tokens.
+    centered = rows if mean is None else rows - mean.unsqueeze(-1)
+    return mean, (centered.square().mean(-1) + call.eps).rsqrt()
 
 
 def backward(
