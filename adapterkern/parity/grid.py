@@ -230,7 +230,7 @@ def _norms(
             activation=activations[index % len(activations)],
             **_NORMS[index % len(_NORMS)],
         )
-        for index in range(count if small else count * len(dtypes))
+        for index in range(count)
     ]
     cases = turns + _alternating(base, dtypes, _NORMS_APART, every_dtype=level == "full")
     if torch.float32 in dtypes:
