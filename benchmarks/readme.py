@@ -20,7 +20,7 @@ NO_RESULT = (
 )
 PREFERRED = ("H200", "H100")  # the goals are stated for the first
 TOKENS = (16, 2048, 16384)
-BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt")
+BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt", "separate")
 UNSTEADY = "**Clocks or memory moved by more than 3 % during this run; measure it again.**"
 UNFINISHED = "**No report of this machine is finished yet: rows are missing.**"
 
@@ -106,9 +106,9 @@ def _telling(result: Result) -> list[Row]:
     return sorted(kept, key=_place)
 
 
-def _place(row: Row) -> tuple[str, int, int, int]:
+def _place(row: Row) -> tuple[str, str, int, int, int]:
     case = row.case
-    return case.mode, case.hidden_size, case.bottleneck_size, case.tokens
+    return case.norm, case.mode, case.hidden_size, case.bottleneck_size, case.tokens
 
 
 def markers(name: str) -> tuple[str, str]:

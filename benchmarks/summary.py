@@ -7,6 +7,7 @@ from adapterkern.bench.results import ModelRow, Result, Row
 from benchmarks import goals, judge, models
 
 BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora")
+BASELINES += ("separate", "no-adapter")  # of cases with a norm
 
 
 def summary(result: Result) -> str:
