@@ -18,11 +18,16 @@ logger = logging.getLogger("adapterkern")
 
 
 class Decision(NamedTuple):
-    """The decision on a call. `plain`: plain PyTorch operations run, see `PLAIN_FEATURES`."""
+    """The decision on a call.
+
+    plain: plain PyTorch operations run, see `PLAIN_FEATURES`. apart: no kernel takes the norm, so
+    `backend` runs the call without it, and torch's norm comes behind.
+    """
 
     spec: AdapterSpec
     backend: str
     plain: bool
+    apart: bool = False
 
 
 @runtime_checkable
@@ -128,9 +133,12 @@ def _decide(spec: AdapterSpec, wanted: str) -> Decision:
     for name in NAMES:
         refused[name] = get(name).unsupported_reasons(spec)
         if not refused[name]:
-            if name == "reference":
-                _report_fallback(spec, refused)
-            return Decision(spec, name, plain)
+            if name != "reference":
+                return Decision(spec, name, plain)
+            _report_fallback(spec, refused)
+            if plain or spec.norm is None:
+                return Decision(spec, name, plain)
+            return _decide(spec.without_norm(), wanted)._replace(spec=spec, apart=True)
     listed = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
     raise BackendUnsupportedError(_refusal("auto", spec.describe(), listed))
 
@@ -157,20 +165,21 @@ def _report_fallback(spec: AdapterSpec, refused: dict[str, list[str]]) -> None:
     if spec.device.type in ("cpu", "meta") and "dropout" not in spec.features:
         return
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items() if reasons)
-    _report(spec.device, spec.describe(), why)
+    runs = f"torch's {spec.norm} runs behind" if spec.norm else "the PyTorch reference runs"
+    _report(spec.device, f"{runs} {spec.describe()}", why)
 
 
 def _report(device: torch.device, call: str, why: str) -> None:
     """One log line per distinct reason; under ADAPTERKERN_STRICT=1 an error for a call on a GPU."""
     if _env.STRICT == "1" and device.type not in ("cpu", "meta"):
         raise BackendUnsupportedError(
-            f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
+            f"ADAPTERKERN_STRICT=1 allows kernels alone, but {call}: {why}"
         )
     if torch.compiler.is_compiling():
         return
     mark = object()
     if _logged.setdefault(why, mark) is mark:  # of threads that come at once, one
-        logger.warning("the PyTorch reference runs %s (%s)", call, why)
+        logger.warning("%s (%s)", call, why)
 
 
 def report_unfused(device: torch.device, call: str, why: str, requested: str = "auto") -> None:
@@ -184,7 +193,7 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
     wanted = wanted_backend(requested)
     if wanted not in ("auto", "reference"):
         raise BackendUnsupportedError(_refusal(wanted, call, [why]))
-    _report(device, call, why)
+    _report(device, f"the PyTorch reference runs {call}", why)
 
 
 @contextlib.contextmanager

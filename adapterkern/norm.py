@@ -32,11 +32,11 @@ def normalized(call: AdapterCall, y: Tensor) -> Tensor:
 
 def statistics(call: AdapterCall, y: Tensor) -> tuple[Tensor | None, Tensor]:
     """mean [...], None for an RMSNorm, and rstd [...] of y [..., H], in float32 or float64."""
-    rows = _wide(y)
-    mean = rows.mean(-1) if call.norm == "layer" else None
-    # Not torch.var_mean, which warns where there are no tokens.
-    centered = rows if mean is None else rows - mean.unsqueeze(-1)
-    return mean, (centered.square().mean(-1) + call.eps).rsqrt()
+    rows, mean = _wide(y), None
+    if call.norm == "layer":
+        mean = rows.mean(-1)
+        rows = rows - mean.unsqueeze(-1)
+    return mean, (rows.square().mean(-1) + call.eps).rsqrt()
 
 
 def backward(

@@ -11,7 +11,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -23,6 +23,7 @@ from adapterkern.results import Gradients, Needs
 from adapterkern.validation import DROPOUT, EPS, name_of, norm_problems, real, validate
 
 NORMS = ("none", "layer", "rms")
+NORM_NAMES = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}  # by feature
 
 # A registered op would give a wrong or no derivative for these, or would not understand them: such
 # calls run as plain PyTorch operations under plain autograd.
@@ -282,6 +283,15 @@ class AdapterSpec:
     compute_dtype: torch.dtype
     dtypes: tuple[tuple[str, torch.dtype], ...]
     features: frozenset[str]
+
+    @property
+    def norm(self) -> str | None:
+        """The class of the norm behind the adapter, None without one."""
+        return next((n for f, n in NORM_NAMES.items() if f in self.features), None)
+
+    def without_norm(self) -> "AdapterSpec":
+        """The spec of the same call without its norm."""
+        return replace(self, features=self.features - NORM_NAMES.keys())
 
     def describe(self) -> str:
         features = ", ".join(sorted(self.features)) or "none"
