@@ -116,7 +116,7 @@ _NORMS_APART: tuple[dict, ...] = (
     {"norm": "rms", "needs": ("norm_weight",), "prenorm": True},
     {"norm": "layer", "needs": ("norm_bias",)},
     {"norm": "rms", "needs": ("skip",), "skip": True},
-    {"norm": "rms", "bias": "none", "scaling": "learned", "norm_affine": "none"},
+    {"norm": "rms", "bias": "none", "scaling": "channel", "norm_affine": "none"},
     {"norm": "layer", "shape": (0,), "prenorm": True},
     {"norm": "layer", "shape": (1,)},
     {"norm": "rms", "shape": (1,), "norm_affine": "weight", "prenorm": True},
@@ -128,7 +128,7 @@ _NORMS_MIXED: tuple[dict, ...] = (  # with a half-precision x
     {"norm": "rms", "norm_affine": "weight", "cast_before_weight": True, "residual": "tensor",
      "residual_dtype": torch.float32, "prenorm": True},
 )  # fmt: skip
-_SMALL_NORM_SIZES = ((37, 70, 20), (13, 75, 150), (290, 70, 20), (5, 530, 20), (5, 3, 2))
+_SMALL_NORM_SIZES = ((17, 70, 20), (13, 75, 150), (37, 70, 20), (5, 530, 20), (5, 33, 17))
 _LARGE_NORM_SIZES = (
     (5, 64, 16), (37, 1030, 49), (300, 776, 20), (777, 768, 65), (4097, 65, 20), (1280, 512, 32),
     (17, 2048, 64), (5, 4096, 129), (300, 4096, 64), (5, 8192, 64), (1037, 1024, 48),
@@ -220,8 +220,8 @@ def _norms(
 ) -> list[Case]:
     """Return cases with a norm: activations, sizes and dtypes take turns through the norms."""
     one = "gelu" if "gelu" in activations else activations[0]
-    base = _sized(_SMALL_SIZES[0] if small else _APART_SIZE, Case(activation=one))
     sizes = _SMALL_NORM_SIZES if small else _LARGE_NORM_SIZES
+    base = _sized(sizes[0] if small else _APART_SIZE, Case(activation=one))
     count = math.lcm(len(sizes), len(_NORMS)) if level == "full" else max(len(sizes), len(_NORMS))
     turns = [
         replace(
@@ -240,7 +240,7 @@ def _norms(
     for half in (dtype for dtype in dtypes if dtype.itemsize == 2):
         mixed = [replace(base, dtype=half, **option) for option in _NORMS_MIXED]
         in_float32 = replace(base, norm="layer", prenorm=True, autocast=half)
-        cases += [*mixed, in_float32, replace(mixed[-1], autocast=half)]
+        cases += [*mixed, in_float32]
     return cases
 
 
