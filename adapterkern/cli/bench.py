@@ -57,9 +57,7 @@ def add_parser(subparsers: Any) -> None:
         help="forward, backward, step (default: forward step)",
     )
     parser.add_argument(
-        "--norm",
-        choices=("layer", "rms"),
-        help="time norm(x + skip + adapter) in one pass, against the norm as a pass of its own",
+        "--norm", choices=("layer", "rms"), help="a norm behind, in one pass and apart"
     )
     parser.add_argument(
         "--backend", nargs="+", metavar="NAME", help="of this package (default: all that can run)"
