@@ -102,7 +102,7 @@ def norm_problems(eps: float, weight_offset: float) -> list[str]:
             f"eps must be {EPS} and finite, got {eps}.{HINT}1e-5 and 1e-6 are usual; without it, "
             "a row of equal features divides by 0."
         )
-    if not math.isfinite(weight_offset):
+    if not -math.inf < weight_offset < math.inf:  # a graph has isfinite of constants alone
         problems.append(
             f"weight_offset must be finite, got {weight_offset}.{HINT}0 for most norms, "
             "1 for those that store weight - 1, as Gemma's."

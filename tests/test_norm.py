@@ -352,3 +352,14 @@ def test_where_no_kernel_takes_the_norm_one_takes_all_else(spy, monkeypatch):
     with ak.use_backend("reference"):
         ak.bottleneck_adapter_norm(**given)
     assert len(spy.forwards) == 1
+
+
+def test_numbers_that_change_from_call_to_call_compile(recompiled):
+    """With dynamic=True the defaults of the function are such numbers too."""
+    given = arguments()
+    compiled = torch.compile(
+        ak.bottleneck_adapter_norm, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    for options in ({}, {"eps": 0.3, "weight_offset": 1.0}, {"eps": 0.7, "weight_offset": 0.5}):
+        expected = ak.bottleneck_adapter_norm(**given, **options)
+        torch.testing.assert_close(compiled(**given, **options), expected, **EXACT)

@@ -10,7 +10,8 @@ class _Current(threading.local):
     """The adapter that is left out just now, in each thread apart: another may run the same layer
     in the ordinary way."""
 
-    adapter: nn.Module | None = None
+    def __init__(self) -> None:
+        self.adapter: nn.Module | None = None  # its own, as guards of torch.compile ask for it
 
 
 _current = _Current()

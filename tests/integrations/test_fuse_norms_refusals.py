@@ -302,6 +302,8 @@ def test_a_model_without_adapters_is_refused():
         fuse_norms(base("bert"))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         fuse_norms("bert")
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        unfuse_norms("bert")
     assert str(explain(base("bert"))) == "no adapted layers"
 
 

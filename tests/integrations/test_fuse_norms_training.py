@@ -271,3 +271,15 @@ def test_replicas_of_data_parallel_run_their_own_parameters(name):
     assert_same(first(replicate(fused), **inputs(name)), expected)
     unfuse_norms(fused)
     assert not any("replicate" in key for module in fused.modules() for key in vars(module))
+
+
+def test_blocks_compiled_one_by_one_begin_in_any_thread(recompiled):
+    """In a thread of its own, where no adapter was deferred before."""
+    model, fused = pair("llama")
+    for block in fused.base_model.model.model.layers:
+        block.compile(backend="eager")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(first(fused, **inputs("llama"))))
+    thread.start()
+    thread.join()
+    assert_same(found[0], first(model, **inputs("llama")))

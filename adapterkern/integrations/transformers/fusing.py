@@ -123,8 +123,10 @@ def unfuse_norms(model: nn.Module) -> None:
     """Take back what `fuse_norms` did; the blocks have the forwards of their classes again.
 
     Raises:
+        TypeError: `model` is no nn.Module.
         ValueError: something has wrapped a forward since; the model is then as it was.
     """
+    _check(model)
     fused = [module for module in model.modules() if _is_fused(module)]
     wrapped = [name for name, module in model.named_modules() if _is_wrapped(module)]
     if wrapped:
@@ -163,10 +165,14 @@ class _Found(NamedTuple):
     site: Site | None = None
 
 
-def _survey(model: nn.Module) -> list[_Found]:
-    """Every adapted layer of a model."""
+def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
+def _survey(model: nn.Module) -> list[_Found]:
+    """Every adapted layer of a model."""
+    _check(model)
     modules = dict(model.named_modules())
     owners: dict[int, tuple[Any, str, Site]] = {}
     for module in modules.values():
