@@ -5,6 +5,8 @@ U is T * H * element bytes. With a skip, and where L2 keeps the rows of a row bl
 the backward's kernel moves 4 U (d_normed, the sum, ds, dx), and 5 U with a gradient of the sum.
 """
 
+from collections.abc import Iterable
+
 from adapterkern.backends.traffic import Traffic, misses
 from adapterkern.backends.triton import norm_plan, traffic
 from adapterkern.backends.triton.launch_config import (
@@ -47,17 +49,19 @@ def forward(
     config, programs = fused
     weights, kept = 2 * hidden * bottleneck * element, tokens * bottleneck * element if save else 0
     blocks = cdiv(tokens, config.block_t)
-    flights = (
-        traffic.into_flight(config, device, element),
-        _out_flight(config, device, element, 1 + skip),
-        _in_flight(config, norm_plan.row_stages(config, device, element), element),
+    weight, parameters = blocks * weights / 2, blocks * 2 * hidden * element
+    stages = norm_plan.row_stages(config, device, element)
+    loops = (
+        (rows + weight, traffic.into_flight(config, device, element)),
+        ((1 + skip) * rows + weight, _out_flight(config, device, element, 1 + skip)),
+        (rows + parameters, _in_flight(config, stages, element)),
     )
     return [Traffic(
         "bottleneck_norm_fwd_kernel", programs, 1,
         memory=(2 + skip + (save or prenorm)) * rows + weights + kept + statistics,
         loads=(3 + skip) * rows + blocks * (weights + 2 * hidden * element),
         stores=2 * rows + kept + statistics,
-        in_flight=min(flights),
+        in_flight=_mean_flight(loops),
         flops=4.0 * tokens * hidden * bottleneck,
     )]  # fmt: skip
 
@@ -97,13 +101,18 @@ def input_gradient(
     weights, units = 2 * hidden * bottleneck * element, tokens * bottleneck * element
     into = norm_plan.row_stages(config, device, (2 + d_stream) * element, element)
     tile = config.block_h * ((2 + d_stream) * config.block_t + config.block_r) * element
-    flights = of_sum.in_flight, max(1, into - 1) * tile, _out_flight(config, device, element, 1)
+    weight = blocks * weights / 2
+    loops = (
+        (of_sum.loads / 2, of_sum.in_flight),
+        (of_sum.loads / 2 + weight, max(1, into - 1) * tile),
+        (rows + weight, _out_flight(config, device, element, 1)),
+    )
     fused_kernel = of_sum._replace(
         kernel="bottleneck_norm_bwd_dx_kernel", per_sm=1,
         memory=of_sum.memory + rows + weights + 3 * units,
         loads=of_sum.loads + rows + blocks * weights + 2 * units,
         stores=of_sum.stores + rows + 2 * units,
-        in_flight=min(flights),
+        in_flight=_mean_flight(loops),
         flops=4.0 * tokens * hidden * bottleneck,
     )  # fmt: skip
     return [fused_kernel, total]
@@ -117,6 +126,13 @@ def _resident(config: LaunchConfig) -> int:
 
 def _in_flight(config: LaunchConfig, stages: int, row_bytes: int) -> int:
     return max(1, stages - 1) * config.block_t * config.block_h * row_bytes
+
+
+def _mean_flight(loops: Iterable[tuple[float, float]]) -> float:
+    """The bytes under way on the average of loops that follow each other, each of which loads so
+    many bytes and has so many of them under way."""
+    loops = tuple(loops)
+    return sum(loads for loads, _ in loops) / sum(loads / flight for loads, flight in loops)
 
 
 def _out_flight(config: LaunchConfig, device: Device, element: int, added: int) -> int:
