@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkern.backends.cuda import norm, traffic
+from adapterkern.backends.cuda import launch_config, norm, traffic
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, Device, Problem, cdiv, facts
+from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, Device, Problem, cdiv
 from adapterkern.backends.cuda.params import BACKWARD, FORWARD, ForwardParams
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import make_call, tensor_values, with_norm
@@ -31,7 +31,7 @@ def test_norm_plans_are_clusters_that_hold_every_row_and_fit(device):
     sizes = itertools.product((1, 17, 130, 4096, 1 << 20), (8, 64, 136, 768, 1024), (1, 32, 64))
     for problem in itertools.starmap(lambda *s: Problem(*s, half=True), sizes):
         plan = norm.norm_plan(problem, device)
-        fact = facts().cluster(problem, plan.cluster_tokens)
+        fact = launch_config.facts().cluster(problem, plan.cluster_tokens)
         number, length = plan.slices
         assert number in (device.cluster_sizes or CLUSTER_SIZES)
         assert number * length >= problem.hidden_size

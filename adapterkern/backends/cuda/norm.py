@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.base import optional_rows, packed
+from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     CLUSTER_TOKENS,
@@ -19,7 +20,6 @@ from adapterkern.backends.cuda.launch_config import (
     cdiv,
     cluster_sizes,
     clusters,
-    facts,
     slice_length,
 )
 from adapterkern.results import Outputs, Saved
@@ -81,9 +81,9 @@ def _declined_clusters(spec: AdapterSpec, device: Device) -> list[str]:
         ]
     problem = Problem(1, spec.hidden_size, spec.bottleneck_size, half=True)
     tokens = min(CLUSTER_TOKENS)
-    fact = facts().cluster(problem, tokens)
+    fact = launch_config.facts().cluster(problem, tokens)
     if fact is None:
-        widest = max(fact.width for fact in facts().clusters)
+        widest = max(fact.width for fact in launch_config.facts().clusters)
         return [
             f"a norm behind bottleneck_size {spec.bottleneck_size} exceeds {widest}, the widest of "
             "clusters"
