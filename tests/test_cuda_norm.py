@@ -96,6 +96,9 @@ def test_whole_rows_copies_only_what_cannot_be_copied_in_sixteen_bytes():
         assert torch.equal(copy, other)
         assert copy.data_ptr() != other.data_ptr()
         assert copy.data_ptr() % 16 == copy.stride(0) * 2 % 16 == 0
+    for gapped in (rows[:, 8:], rows[::2], rows[:1].expand(4, 16)):
+        assert norm.whole_rows(gapped, gaps=False).is_contiguous()
+    assert norm.whole_rows(rows, gaps=False).data_ptr() == rows.data_ptr()
     assert norm.whole_rows(None) is None
 
 
