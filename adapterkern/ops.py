@@ -175,8 +175,10 @@ class _BottleneckAdapter(torch.autograd.Function):
         ctx.options = option_values(call)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
-        if has_norm:  # its statistics, to be differentiated, are computed anew
-            ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+        if not (save and has_norm):  # every output costs autograd a microsecond
+            return y, normed, z
+        # The statistics are an op's results. To be differentiated, they are computed anew.
+        ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
         return y, normed, z, mean, rstd
 
     @staticmethod
@@ -247,9 +249,9 @@ def _forward_autograd(backend: str, save: bool, *fields: Any) -> tuple[Tensor, .
     tensors = tensor_values(call)
     if not _needs_gradient(tensors):
         return _results(*_forward(backend, call, save))
-    y, normed, z, mean, rstd = _BottleneckAdapter.apply(backend, save, call, *tensors)
+    y, normed, *kept = _BottleneckAdapter.apply(backend, save, call, *tensors)
     outputs = Outputs(y if keeps_sum(call, save) else None, normed)
-    return _results(outputs, Saved(z, mean, rstd) if save else Saved(None))
+    return _results(outputs, Saved(*kept) if save else Saved(None))
 
 
 _library.impl("forward", _forward_autograd, "Autograd")

@@ -143,6 +143,14 @@ def test_explain_names_the_feature_and_the_backend():
     ]
 
 
+def test_torch_fx_makes_one_node_of_it():
+    layer, x = ak.AdapterNorm(*parts()), torch.randn(5, H)
+    graph = torch.fx.symbolic_trace(layer)
+    targets = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    assert targets == [ak.bottleneck_adapter_norm]
+    torch.testing.assert_close(graph(x), layer(x))
+
+
 class Subclass(nn.LayerNorm):
     pass
 

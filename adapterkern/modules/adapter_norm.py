@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adapterkern import _torch, dispatch
 from adapterkern.functional import bottleneck_adapter_norm
-from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
 from adapterkern.spec import AdapterCall, with_norm
 from adapterkern.validation import name_of
 
@@ -154,10 +154,16 @@ def adapter_norm(
     prenorm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`AdapterNorm.forward` for any norm module that `description` says all about."""
-    reason = unfused_reason(adapter, norm)
+    down, up = adapter.down_proj, adapter.up_proj
     weight, bias, kind, eps, weight_offset, cast_before_weight = description
-    is_narrow = weight is None or weight.dtype == x.dtype
-    if reason is None and (not is_narrow or _torch.may_autocast()):
+    reason = None
+    if (
+        type(adapter).forward is not BottleneckAdapter.forward
+        or not (is_linear(down) and is_linear(up))
+        or _torch.beyond_its_class(adapter, norm, down, up)
+    ):
+        reason = unfused_reason(adapter, norm)
+    elif weight is not None and (_torch.may_autocast() or _is_other_dtype(weight, x)):
         call = with_norm(adapter.as_call(x, residual, skip), *description, prenorm=prenorm)
         reason = dtype_reason(call)
     if reason is not None:
@@ -165,7 +171,6 @@ def adapter_norm(
         dispatch.report_unfused(x.device, described, reason, adapter.backend)
         stream = adapter(x, residual, skip)
         return (norm(stream), stream) if prenorm else norm(stream)
-    down, up = adapter.down_proj, adapter.up_proj
     return bottleneck_adapter_norm(  # type: ignore[call-overload, misc]
         x, down.weight, up.weight, weight, down.bias, up.bias, bias,
         residual=residual, skip=skip, activation=adapter.activation, scaling=adapter.scaling,
@@ -184,6 +189,10 @@ def unfused_reason(adapter: BottleneckAdapter, norm: nn.Module) -> str | None:
         if beyond is not None:
             return f"the {name} has {beyond} and must be called to be itself"
     return adapter.unfused_reason()
+
+
+def _is_other_dtype(weight: Tensor, x: Tensor) -> bool:
+    return isinstance(x, Tensor) and weight.dtype != x.dtype  # a Proxy of torch.fx has no dtype yet
 
 
 def dtype_reason(call: AdapterCall) -> str | None:
