@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from adapterkern.integrations.transformers.blocks import BLOCKS, Record, run
-from adapterkern.integrations.transformers.norms import kind_of
+from adapterkern.integrations.transformers.norms import describe, kind_of
 from adapterkern.integrations.transformers.sites import (
     Placed,
     Site,
@@ -196,7 +196,9 @@ def _place(block: Any, site: Site) -> Placed | str:
         return "it is tensor-parallel"
     try:
         kind = None if norm is None else kind_of(norm)
-    except TypeError as error:
+        if norm is not None:
+            describe(norm, kind)
+    except (TypeError, ValueError) as error:
         return str(error)
     if _has_another_forward(block):
         return f"{type(block).__name__} has a forward of its own already"
@@ -207,7 +209,7 @@ def _place(block: Any, site: Site) -> Placed | str:
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.shape != (adapter.hidden_size,):
         return f"the weight of its norm is {list(weight.shape)} here, as sharded ones are"
-    return obstacle_at(block, placed, adapter) or placed
+    return obstacle_at(block, placed, layer, adapter) or placed
 
 
 def _beside(layer: Any) -> str:
@@ -225,7 +227,8 @@ def _present_obstacle(one: _Found) -> str:
     adapter = adapter_behind(one.layer)
     if isinstance(adapter, str):
         return adapter
-    return obstacle_at(one.block, placed, adapter) or active_dropout(one.block, placed.site) or ""
+    obstacle = obstacle_at(one.block, placed, one.layer, adapter)
+    return obstacle or active_dropout(one.block, placed.site) or ""
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> str:

@@ -99,7 +99,7 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
     if isinstance(adapter, str):
         report(adapter)
         return Pass(None, norm)
-    obstacle = obstacle_at(block, placed, adapter) or active_dropout(block, site)
+    obstacle = obstacle_at(block, placed, layer, adapter) or active_dropout(block, site)
     if obstacle is not None:
         report(obstacle)
         return Pass(None, norm)
@@ -120,7 +120,9 @@ def adapter_behind(layer: Any) -> BottleneckAdapter | str:
     return adapters[0]
 
 
-def obstacle_at(block: nn.Module, placed: Placed, adapter: BottleneckAdapter) -> str | None:
+def obstacle_at(
+    block: nn.Module, placed: Placed, layer: Any, adapter: BottleneckAdapter
+) -> str | None:
     """Why a site must run as it stands, in whatever mode. None where nothing forbids one pass."""
     site = placed.site
     part = None if site.part is None else getattr(block, site.part)
@@ -128,7 +130,7 @@ def obstacle_at(block: nn.Module, placed: Placed, adapter: BottleneckAdapter) ->
     for name, module, kind in zip(("part", "norm"), (part, norm), placed.classes, strict=True):
         if module is not None and type(module) is not kind:
             return f"its {name} became a {type(module).__name__} after fuse_norms"
-    hooks = _hooks_on_layer(reach(block, site.layer))
+    hooks = _hooks_on_layer(layer)
     if hooks is not None:
         return hooks
     if part is not None and _is_watched(part):
