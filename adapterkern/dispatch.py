@@ -18,11 +18,16 @@ logger = logging.getLogger("adapterkern")
 
 
 class Decision(NamedTuple):
-    """The decision on a call. `plain`: plain PyTorch operations run, see `PLAIN_FEATURES`."""
+    """The decision on a call.
+
+    plain: plain PyTorch operations run, see `PLAIN_FEATURES`. apart: no kernel takes the norm, so
+    `backend` runs the call without it, and torch's norm comes behind.
+    """
 
     spec: AdapterSpec
     backend: str
     plain: bool
+    apart: bool = False
 
 
 @runtime_checkable
@@ -53,6 +58,7 @@ _open: dict[object, str] = {}  # the blocks of all threads, the latest last
 _latest: str | None = None
 _lock = threading.Lock()  # of `_open` and `_latest`
 _decisions: dict[tuple, Decision] = {}
+_KERNELS = tuple(name for name in NAMES if name != "reference")
 _MOST_DECISIONS = 4096  # kept; a process that sees more kinds of calls decides some of them again
 _logged: dict[str, object] = {}  # each reason, with a mark of the call that was first
 
@@ -98,6 +104,19 @@ def wanted_backend(requested: str) -> str:
     return _thread.forced or (_thread.is_foreign and _latest) or _env.BACKEND
 
 
+def is_declared(feature: str, device_type: str) -> bool:
+    """Whether the backend that is named declares a feature, or under "auto" some kernel does: a
+    quick no for callers that have another way. A yes is not yet the choice, which reads the call.
+    """
+    wanted = wanted_backend("auto")
+    for name in _KERNELS if wanted == "auto" else (wanted,):
+        backend = get(name)
+        runs_there = backend.devices is None or device_type in backend.devices
+        if runs_there and feature in backend.features:
+            return True
+    return False
+
+
 def check_environment() -> None:
     """Refuse what is none of a variable's values, before it decides anything.
 
@@ -128,9 +147,12 @@ def _decide(spec: AdapterSpec, wanted: str) -> Decision:
     for name in NAMES:
         refused[name] = get(name).unsupported_reasons(spec)
         if not refused[name]:
-            if name == "reference":
-                _report_fallback(spec, refused)
-            return Decision(spec, name, plain)
+            if name != "reference":
+                return Decision(spec, name, plain)
+            _report_fallback(spec, refused)
+            if plain or spec.norm is None:
+                return Decision(spec, name, plain)
+            return _decide(spec.without_norm(), wanted)._replace(spec=spec, apart=True)
     listed = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
     raise BackendUnsupportedError(_refusal("auto", spec.describe(), listed))
 
@@ -157,20 +179,21 @@ def _report_fallback(spec: AdapterSpec, refused: dict[str, list[str]]) -> None:
     if spec.device.type in ("cpu", "meta") and "dropout" not in spec.features:
         return
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items() if reasons)
-    _report(spec.device, spec.describe(), why)
+    runs = f"torch's {spec.norm} runs behind" if spec.norm else "the PyTorch reference runs"
+    _report(spec.device, f"{runs} {spec.describe()}", why)
 
 
 def _report(device: torch.device, call: str, why: str) -> None:
     """One log line per distinct reason; under ADAPTERKERN_STRICT=1 an error for a call on a GPU."""
     if _env.STRICT == "1" and device.type not in ("cpu", "meta"):
         raise BackendUnsupportedError(
-            f"ADAPTERKERN_STRICT=1 and no fused backend can run {call}: {why}"
+            f"ADAPTERKERN_STRICT=1 allows kernels alone, but {call}: {why}"
         )
     if torch.compiler.is_compiling():
         return
     mark = object()
     if _logged.setdefault(why, mark) is mark:  # of threads that come at once, one
-        logger.warning("the PyTorch reference runs %s (%s)", call, why)
+        logger.warning("%s (%s)", call, why)
 
 
 def report_unfused(device: torch.device, call: str, why: str, requested: str = "auto") -> None:
@@ -184,7 +207,7 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
     wanted = wanted_backend(requested)
     if wanted not in ("auto", "reference"):
         raise BackendUnsupportedError(_refusal(wanted, call, [why]))
-    _report(device, call, why)
+    _report(device, f"the PyTorch reference runs {call}", why)
 
 
 @contextlib.contextmanager

@@ -32,12 +32,11 @@ def normalized(call: AdapterCall, y: Tensor) -> Tensor:
 
 def statistics(call: AdapterCall, y: Tensor) -> tuple[Tensor | None, Tensor]:
     """mean [...], None for an RMSNorm, and rstd [...] of y [..., H], in float32 or float64."""
-    rows = _wide(y)
+    rows, mean = _wide(y), None
     if call.norm == "layer":
-        variance, mean = torch.var_mean(rows, -1, correction=0)
-    else:
-        variance, mean = rows.square().mean(-1), None
-    return mean, (variance + call.eps).rsqrt()
+        mean = rows.mean(-1)
+        rows = rows - mean.unsqueeze(-1)
+    return mean, (rows.square().mean(-1) + call.eps).rsqrt()
 
 
 def backward(

@@ -24,7 +24,15 @@ from adapterkern import _torch, reference
 from adapterkern.backends import get
 from adapterkern.backends.base import empty_gradients, empty_outputs, keeps_sum
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
-from adapterkern.spec import TENSOR_NAMES, AdapterCall, join, option_values, split, tensor_values
+from adapterkern.spec import (
+    TENSOR_NAMES,
+    AdapterCall,
+    Roles,
+    join,
+    option_values,
+    split,
+    tensor_values,
+)
 
 logger = logging.getLogger("adapterkern")
 
@@ -153,20 +161,25 @@ class _BottleneckAdapter(torch.autograd.Function):
     def forward(ctx, backend: str, save: bool, call: AdapterCall, *tensors: Tensor | None):
         _, _, _, *asked = ctx.needs_input_grad
         needs = Needs(*asked)
-        reads_z, reads_stream = needs.z, call.norm != "none" and needs.stream
-        outputs, saved = _forward(backend, call, save or reads_z or reads_stream)
-        kept, ctx.outlines = split(tensors, needs)
+        roles = Roles.of(needs)
+        has_norm = call.norm != "none"
+        reads_stream = has_norm and roles.stream
+        outputs, saved = _forward(backend, call, save or roles.z or reads_stream)
+        kept, ctx.outlines = split(tensors, roles)
         if needs.scaling:
-            kept = _without_inference_tensors(kept, needs)
-        z, mean, rstd, _ = saved
-        of_norm = (mean, rstd, outputs.y) if reads_stream else (None, None, None)
-        ctx.save_for_backward(*kept, z if reads_z else None, *of_norm)
+            kept = _without_inference_tensors(kept, roles, needs)
+        (y, normed), (z, mean, rstd, _) = outputs, saved
+        of_norm = (mean, rstd, y) if reads_stream else (None, None, None)
+        ctx.save_for_backward(*kept, z if roles.z else None, *of_norm)
+        ctx.roles = roles
         ctx.options = option_values(call)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # or every backward would fill zeros for z
-        # The statistics are no outputs: to be differentiated, they are computed anew.
+        if not (save and has_norm):  # every output costs autograd a microsecond
+            return y, normed, z
+        # The statistics are an op's results. To be differentiated, they are computed anew.
         ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
-        return (*outputs, z, mean, rstd)
+        return y, normed, z, mean, rstd
 
     @staticmethod
     def backward(
@@ -174,14 +187,16 @@ class _BottleneckAdapter(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _, _, _, *asked = ctx.needs_input_grad
         needs, gradients = Needs(*asked), Gradients()
-        given = next((d for d in (grad_normed, grad_y, grad_z) if d is not None), None)
+        given = grad_y if grad_normed is None else grad_normed
+        if given is None:
+            given = grad_z
         if given is None:
             return (None, None, None, *gradients)
         *kept, z, mean, rstd, stream = ctx.saved_tensors
-        call = join(kept, ctx.outlines, ctx.options, given)
+        call = join(kept, ctx.outlines, ctx.roles, ctx.options, given)
         if given is not grad_z:
             saved = Saved(z, mean, rstd, stream)
-            if grad_normed is None:  # of the stream alone
+            if grad_normed is None and call.norm != "none":  # of the stream alone
                 call, saved = call.without_norm(), Saved(z)
                 needs = needs._replace(norm_weight=False, norm_bias=False)
             upstream = Outputs(grad_y, grad_normed)
@@ -195,14 +210,16 @@ class _BottleneckAdapter(torch.autograd.Function):
         return (None, None, None, *gradients)  # autograd converts those of residual and skip
 
 
-def _without_inference_tensors(kept: Sequence[Tensor | None], needs: Needs) -> list[Tensor | None]:
+def _without_inference_tensors(
+    kept: Sequence[Tensor | None], roles: Roles, needs: Needs
+) -> list[Tensor | None]:
     """Copies of inference tensors, which autograd does not save, where plain layers save none: for
     a learned scaling they keep u instead of the up-projection.
     """
     copied = ("up_bias",) if needs.dz else ("up_bias", "up_weight")
     return [
-        t.clone() if t is not None and name in copied and t.is_inference() else t
-        for name, t in zip(TENSOR_NAMES, kept, strict=True)
+        t.clone() if t is not None and TENSOR_NAMES[index] in copied and t.is_inference() else t
+        for index, t in zip(roles.values, kept, strict=True)
     ]
 
 
@@ -232,9 +249,9 @@ def _forward_autograd(backend: str, save: bool, *fields: Any) -> tuple[Tensor, .
     tensors = tensor_values(call)
     if not _needs_gradient(tensors):
         return _results(*_forward(backend, call, save))
-    y, normed, z, mean, rstd = _BottleneckAdapter.apply(backend, save, call, *tensors)
+    y, normed, *kept = _BottleneckAdapter.apply(backend, save, call, *tensors)
     outputs = Outputs(y if keeps_sum(call, save) else None, normed)
-    return _results(outputs, Saved(z, mean, rstd) if save else Saved(None))
+    return _results(outputs, Saved(*kept) if save else Saved(None))
 
 
 _library.impl("forward", _forward_autograd, "Autograd")

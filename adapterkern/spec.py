@@ -10,8 +10,8 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -23,6 +23,7 @@ from adapterkern.results import Gradients, Needs
 from adapterkern.validation import DROPOUT, EPS, name_of, norm_problems, real, validate
 
 NORMS = ("none", "layer", "rms")
+NORM_NAMES = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}  # by feature
 
 # A registered op would give a wrong or no derivative for these, or would not understand them: such
 # calls run as plain PyTorch operations under plain autograd.
@@ -106,7 +107,8 @@ class AdapterCall(NamedTuple):
 
     def for_backward(self, needs: Needs) -> "AdapterCall":
         """The call as the backward of `needs` reads it: with outlines, or less (`split`)."""
-        return join(*split(tensor_values(self), needs), option_values(self), self.x)
+        roles = Roles.of(needs)
+        return join(*split(tensor_values(self), roles), roles, option_values(self), self.x)
 
     def key(self) -> tuple:
         """All that validation and choice read, so that a second call like it costs one lookup.
@@ -207,51 +209,65 @@ def shape_of(tensor: Tensor) -> torch.Size:
 assert Needs._fields == Gradients._fields == TENSOR_NAMES, "a gradient for every tensor"
 
 
-Layout = tuple[torch.Size, torch.dtype]
+class Roles(NamedTuple):
+    """What the gradients asked for need of the tensors of a call, as positions in its fields."""
+
+    values: tuple[int, ...]  # which equations (5) to (13) and (19) read
+    described: tuple[int, ...]  # shape and dtype alone
+    z: bool
+    stream: bool  # if there is a norm
+
+    @staticmethod
+    @functools.cache  # of tuples of bools there are few
+    def of(needs: Needs) -> "Roles":
+        """The roles for these gradients."""
+        values = Needs(
+            x=needs.down_weight,
+            down_weight=needs.x,
+            up_weight=needs.dz or needs.scaling,
+            up_bias=needs.scaling,
+            scaling=needs.dz or needs.up_weight or needs.up_bias,
+            norm_weight=needs.sum,
+        )
+        known = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
+        pairs = list(enumerate(zip(values, known, strict=True)))
+        return Roles(
+            tuple(index for index, (keeps, _) in pairs if keeps),
+            tuple(index for index, (keeps, describes) in pairs if describes and not keeps),
+            needs.z,
+            needs.stream,
+        )
 
 
-@functools.cache  # of tuples of bools there are few
-def _roles(needs: Needs) -> tuple[Needs, tuple[bool, ...]]:
-    """For each tensor whether the gradients need its values, which are those that equations (5) to
-    (13) and (19) read; and whether, without these, they need its shape and dtype.
-    """
-    values = Needs(
-        x=needs.down_weight,
-        down_weight=needs.x,
-        up_weight=needs.dz or needs.scaling,
-        up_bias=needs.scaling,
-        scaling=needs.dz or needs.up_weight or needs.up_bias,
-        norm_weight=needs.sum,
-    )
-    known = needs._replace(x=True, down_weight=True, up_weight=True, residual=False, skip=False)
-    return values, tuple(k and not v for k, v in zip(known, values, strict=True))
+Outline = tuple[int, torch.Size, torch.dtype]  # the position of a tensor, and what is known of it
 
 
 def split(
-    tensors: Iterable[Tensor | None], needs: Needs
-) -> tuple[list[Tensor | None], list[Layout | None]]:
+    tensors: Sequence[Tensor | None], roles: Roles
+) -> tuple[list[Tensor | None], list[Outline]]:
     """What a backward keeps of the tensors of a call: values, or else outlines, or else nothing."""
-    values, described = _roles(needs)
-    given = tuple(tensors)
-    kept = [tensor if keeps else None for tensor, keeps in zip(given, values, strict=True)]
+    kept = [tensors[index] for index in roles.values]
     outlines = [
-        (tensor.shape, tensor.dtype) if describes and tensor is not None else None
-        for tensor, describes in zip(given, described, strict=True)
+        (index, tensor.shape, tensor.dtype)
+        for index in roles.described
+        if (tensor := tensors[index]) is not None
     ]
     return kept, outlines
 
 
 def join(
     kept: Iterable[Tensor | None],
-    outlines: Iterable[Layout | None],
+    outlines: Iterable[Outline],
+    roles: Roles,
     options: Iterable[Any],
     like: Tensor,
 ) -> AdapterCall:
     """The call of a backward from what `split` kept of it; outlines lie where `like` does."""
-    tensors = [
-        tensor if layout is None else like.new_empty((*layout[0], 0), dtype=layout[1])
-        for tensor, layout in zip(kept, outlines, strict=True)
-    ]
+    tensors: list[Tensor | None] = [None] * len(TENSOR_NAMES)
+    for index, tensor in zip(roles.values, kept, strict=True):
+        tensors[index] = tensor
+    for index, shape, dtype in outlines:
+        tensors[index] = like.new_empty((*shape, 0), dtype=dtype)
     return AdapterCall(*tensors, *options)  # type: ignore[arg-type]
 
 
@@ -267,6 +283,15 @@ class AdapterSpec:
     compute_dtype: torch.dtype
     dtypes: tuple[tuple[str, torch.dtype], ...]
     features: frozenset[str]
+
+    @property
+    def norm(self) -> str | None:
+        """The class of the norm behind the adapter, None without one."""
+        return next((n for f, n in NORM_NAMES.items() if f in self.features), None)
+
+    def without_norm(self) -> "AdapterSpec":
+        """The spec of the same call without its norm."""
+        return replace(self, features=self.features - NORM_NAMES.keys())
 
     def describe(self) -> str:
         features = ", ".join(sorted(self.features)) or "none"

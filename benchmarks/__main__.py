@@ -185,7 +185,7 @@ def _readme(_arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    from benchmarks import model
+    from benchmarks import block_model, model
 
     sizes = arguments.tokens, arguments.hidden_size, arguments.bottleneck_size
     columns = zip(*model.SHAPES, strict=True)
@@ -199,6 +199,8 @@ def _model(arguments: argparse.Namespace) -> int:
     print(model.table(rows))
     if arguments.kernels:
         print("\n" + model.kernel_table(rows, card))
+    if not any(sizes):
+        print("\n" + block_model.table(list(block_model.overheads(card))))
     return 0
 
 

@@ -33,7 +33,8 @@ def verdicts(result: Result) -> list[Verdict]:
             if other.met is not None:
                 others = (*judged[index].others, f"{name} {other.found}")
                 judged[index] = replace(judged[index], others=others)
-    found = [*judged, _auto([row for row in rows if row.case.dtype == "bf16"], auto, calibration)]
+    bf16 = [row for row in rows if row.case.dtype == "bf16" and row.case.norm == "none"]
+    found = [*judged, _auto(bf16, auto, calibration)]
     if not result.on_gpu or DEVICE in result.device:
         return found
     return [replace(v, met=None) if v.absolute and v.met is not None else v for v in found]
@@ -55,14 +56,17 @@ def auto_rows(rows: Iterable[Row], order: Sequence[str] = NAMES) -> list[Row]:
 def _verdicts(
     rows: list[Row], models: list[ModelRow], calibration: dict[str, float]
 ) -> list[Verdict]:
-    bf16 = Judge([row for row in rows if row.case.dtype == "bf16"], calibration)
+    plain = [row for row in rows if row.case.norm == "none"]
+    normed = [row for row in rows if row.case.norm != "none"]
+    bf16 = Judge([row for row in plain if row.case.dtype == "bf16"], calibration)
     return [
         *_speed(bf16),
         *_block(models),
+        *_norm(Judge(normed, calibration), models),
         *_decode(bf16),
         *_memory(bf16),
         _repeatable(rows),
-        *_dtypes(Judge(rows, calibration)),
+        *_dtypes(Judge(plain, calibration)),
     ]
 
 
@@ -95,20 +99,69 @@ def _speed(judge: Judge) -> list[Verdict]:
 
 def _block(models: Iterable[ModelRow]) -> list[Verdict]:
     """Judge what two adapters add to a transformer block of width 1024, in a graph."""
+    goals = {"forward": 5.0, "step": 7.0}
+    return [
+        _overhead(models, "block", f"{mode} with two adapters", "block-1024", mode, bound)
+        for mode, bound in goals.items()
+    ]
+
+
+def _overhead(
+    models: Iterable[ModelRow],
+    goal: str,
+    promise: str,
+    name: str,
+    mode: str,
+    bound: float,
+    variant: str = "adapterkern",
+) -> Verdict:
+    """Judge the per cent that a variant of a model takes beyond the plain one, in a graph."""
     rows = {(r.model, r.mode, r.variant): r for r in models if r.execution == "graph"}
-    name, found = "block-1024", []
-    for mode, bound in (("forward", 5.0), ("step", 7.0)):
-        promise = f"{mode} with two adapters <= {bound:g} %"
-        row, plain = rows.get((name, mode, "adapterkern")), rows.get((name, mode, "plain"))
-        if row is None or plain is None or row.overhead_percent is None:
-            why = "no such case was run" if row is None else row.note
-            found.append(Verdict("block", promise, why=why))
-            continue
-        percent = row.overhead_percent
-        times = [r.milliseconds.p50 for r in (plain, row) if r.milliseconds is not None]
-        why = f"{name} in a graph: plain and adapted {' and '.join(f'{t:.3f}' for t in times)} ms"
-        found.append(Verdict("block", promise, over(percent, bound, " %"), percent <= bound, why))
-    return found
+    promise = f"{promise} <= {bound:g} %"
+    row, plain = rows.get((name, mode, variant)), rows.get((name, mode, "plain"))
+    if row is None or plain is None or row.overhead_percent is None:
+        return Verdict(goal, promise, why="no such case was run" if row is None else row.note)
+    percent = row.overhead_percent
+    times = [r.milliseconds.p50 for r in (plain, row) if r.milliseconds is not None]
+    why = f"{name} in a graph: plain and adapted {' and '.join(f'{t:.3f}' for t in times)} ms"
+    return Verdict(goal, promise, over(percent, bound, " %"), percent <= bound, why)
+
+
+def _norm(judge: Judge, models: Iterable[ModelRow]) -> list[Verdict]:
+    """Judge the adapter whose residual and norm are in its pass: 3 passes over memory forward, 4 in
+    training, as many as the add and the norm take without an adapter; what it keeps for its
+    backward, the stream and z; and what two of them add to a block.
+    """
+    models = list(models)
+
+    def large(case: BenchCase) -> bool:
+        return case.tokens >= 16384
+
+    def saved(row: Row) -> float | None:
+        case = row.case
+        numbers = case.tokens * (case.hidden_size + case.bottleneck_size) * case.element_size
+        return None if row.saved_bytes is None else row.saved_bytes / numbers
+
+    forward, step = judge.of("forward", large), judge.of("step", large)
+    in_pass = "LayerNorm in the same pass"
+    return [
+        forward.least("norm", "forward, of 3 passes over memory", _of_copy, 0.75, _share, "90%"),
+        step.least("norm", "step, of 4 and 5 passes", _of_copy, 0.6, _share, "80%"),
+        judge.least("norm", "against a norm of its own", _against("separate"), 1.0, _times),
+        step.most("norm", "saved beside x and skip, of stream and z", saved, 1.01, ""),
+        *(
+            _overhead(
+                models,
+                "norm",
+                f"{in_pass}, {name} forward with two adapters",
+                name,
+                "forward",
+                bound,
+                "adapterkern-norm",
+            )
+            for name, bound in (("block-1024", 1.2), ("block-4096", 0.4))
+        ),
+    ]
 
 
 def _decode(judge: Judge) -> list[Verdict]:
@@ -186,7 +239,7 @@ def _auto(rows: list[Row], auto: list[Row], calibration: dict[str, float]) -> Ve
     def against_best(row: Row) -> float | None:
         return fastest[row.case] / row.time.p50 if row.time and len(rows) > len(chosen) else None
 
-    chosen = [row for row in auto if row.case.dtype == "bf16"]
+    chosen = [row for row in auto if row.case.dtype == "bf16" and row.case.norm == "none"]
     promise = "against the best of all backends and plain layers, on any shape"
     return Judge(chosen, calibration).least("auto", promise, against_best, 0.97, _times)
 

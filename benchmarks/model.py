@@ -23,10 +23,12 @@ from adapterkern.bench.cases import BenchCase
 class Card(NamedTuple):
     """What bounds a kernel. copy_bandwidth, l2_bandwidth: bytes a second; sm_l2_bandwidth: of one
     SM; clock: Hz; matrix_rate: FLOP/s in bfloat16 with mma.sync or wgmma; memory_latency,
-    l2_latency: seconds under load; near_empty: seconds of a kernel in a CUDA graph.
+    l2_latency: seconds under load; near_empty: seconds of a kernel in a CUDA graph; library_rate:
+    FLOP/s of the matrix library's products.
 
-    copy_bandwidth and l2_bandwidth of the H200 were measured, the other numbers are assumptions
-    from published microbenchmarks; `python -m benchmarks gpu` measures them on the card at hand.
+    copy_bandwidth, l2_bandwidth and library_rate of the H200 were measured, the other numbers are
+    assumptions from published microbenchmarks; `python -m benchmarks gpu` measures them on the card
+    at hand.
     """
 
     num_sms: int
@@ -40,6 +42,7 @@ class Card(NamedTuple):
     l2_latency: float = 300e-9
     near_empty: float = 2.2e-6
     has_clusters: bool = True
+    library_rate: float = 700e12
 
 
 # The rows of the table in docs/performance.md: (T, H, R).
@@ -53,9 +56,13 @@ SHAPES = (
     (16384, 4096, 256),
 )
 CARDS = {
-    "h200": Card(132, 227 * 1024, 4.3e12, 8.7e12),
+    "h200": Card(132, 227 * 1024, 4.3e12, 8.7e12, library_rate=738e12),
     "h100": Card(132, 227 * 1024, 3.0e12),
-    "a100": Card(108, 163 * 1024, 1.6e12, 4e12, 64 * 1.41e9, 1.41e9, 250e12, memory_latency=700e-9),
+    "a100": Card(
+        *(108, 163 * 1024, 1.6e12, 4e12, 64 * 1.41e9, 1.41e9, 250e12),
+        memory_latency=700e-9,
+        library_rate=270e12,
+    ),
 }
 
 
@@ -143,9 +150,10 @@ def predictions(
                 yield predict(case, backend, form, kernels, card)
 
 
-def triton_calls(case: BenchCase, card: Card) -> tuple[str, list[Traffic]]:
-    """The form and the kernels that the triton backend would launch for a uniform bfloat16 call."""
-    from adapterkern.backends.triton import launch_config, traffic
+def triton_calls(case: BenchCase, card: Card, save: bool = False) -> tuple[str, list[Traffic]]:
+    """The form and the kernels that the triton backend would launch for a uniform bfloat16 call; a
+    norm comes behind a skip."""
+    from adapterkern.backends.triton import launch_config, norm_traffic, traffic
 
     device = launch_config.Device(card.num_sms, card.shared_memory)
     problem = launch_config.Problem(
@@ -153,11 +161,12 @@ def triton_calls(case: BenchCase, card: Card) -> tuple[str, list[Traffic]]:
     )
     plan = launch_config.token_plan(problem, device)
     form = "row block" if isinstance(plan, launch_config.RowBlock) else "split"
+    of_tokens = traffic if case.norm == "none" else norm_traffic
     if case.mode == "forward":
-        return form, traffic.forward(problem, plan, device, save=False)
+        return form, of_tokens.forward(problem, plan, device, save=save)
     weights = launch_config.weight_gradient_plan(problem, device)
     return form, [
-        *traffic.input_gradient(problem, plan, device),
+        *of_tokens.input_gradient(problem, plan, device),
         *traffic.weight_gradients(problem, weights, device),
     ]
 

@@ -15,6 +15,7 @@ import adapterkern as ak
 from benchmarks import attention
 
 VARIANTS = ("plain", "adapterhub", "lora", "adapterkern")
+FOLDED = ("adapterkern-skip", "adapterkern-norm")
 # One of AdapterHub's models with its own adapters: stock; patched; and patched in the adapter call
 # alone, the layer around it left to the library.
 PATCHED = ("plain", "adapterhub", "adapterhub-patched", "adapterhub-patched-calls")
@@ -105,9 +106,13 @@ PUBLISHED = {
 
 
 class Block(nn.Module):
-    """A post-norm transformer block with an adapter after each sublayer, if any."""
+    """A post-norm transformer block with an adapter after each sublayer, if any.
 
-    def __init__(self, spec: Spec, adapter: Callable[[], nn.Module] | None, fold: bool) -> None:
+    fold: what goes into the adapter's pass: "skip", the block's residual, or "norm", that and the
+    norm behind it.
+    """
+
+    def __init__(self, spec: Spec, adapter: Callable[[], nn.Module] | None, fold: str = "") -> None:
         super().__init__()
         hidden = spec.hidden_size
         self.heads, self.fold = spec.heads, fold
@@ -117,6 +122,8 @@ class Block(nn.Module):
         self.narrow = nn.Linear(4 * hidden, hidden)
         self.norms = nn.ModuleList([nn.LayerNorm(hidden), nn.LayerNorm(hidden)])
         self.adapters = nn.ModuleList([adapter(), adapter()] if adapter else [])
+        # A list of Python's: the modules in it are children already, with names of their own.
+        self.passes = list(map(ak.AdapterNorm, self.adapters, self.norms)) if fold == "norm" else []
 
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         x = self._sublayer(0, self.out(self._attention(inputs_embeds)), inputs_embeds)
@@ -131,16 +138,19 @@ class Block(nn.Module):
     def _sublayer(self, index: int, h: Tensor, x: Tensor) -> Tensor:
         if not self.adapters:
             return self.norms[index](h + x)
-        if self.fold:
+        if self.fold == "norm":
+            return self.passes[index](h, skip=x)
+        if self.fold == "skip":
             return self.norms[index](self.adapters[index](h, skip=x))
         return self.norms[index](self.adapters[index](h) + x)
 
 
 def variants(spec: Spec) -> tuple[str, ...]:
-    """Return a model's variants, with the block's residual folded in or full fine-tuning too."""
+    """Return a model's variants, with the block's residual and norm folded in or full fine-tuning
+    too."""
     if spec.preset:
         return PATCHED
-    more = ("adapterkern-skip",) if spec.family == "block" else ("full",)
+    more = FOLDED if spec.family == "block" else ("full",)
     return (*VARIANTS, *more)
 
 
@@ -168,8 +178,9 @@ def _block(spec: Spec, variant: str) -> nn.Module:
     def adapterhub() -> nn.Module:
         return _AdapterHub(hidden, bottleneck)
 
-    makers = {"adapterkern": ours, "adapterkern-skip": ours, "adapterhub": adapterhub}
-    block = Block(spec, makers.get(variant), fold=variant == "adapterkern-skip")
+    makers = {**dict.fromkeys(("adapterkern", *FOLDED), ours), "adapterhub": adapterhub}
+    fold = variant.removeprefix("adapterkern-") if variant in FOLDED else ""
+    block = Block(spec, makers.get(variant), fold)
     block.requires_grad_(False)
     block.adapters.requires_grad_(True)
     if variant != "lora":

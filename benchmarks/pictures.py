@@ -17,6 +17,7 @@ COLORS = {
     "lora": "#CC79A7",
     "adapterkern": "#D55E00",
     "adapterkern-skip": "#0072B2",
+    "adapterkern-norm": "#009E73",
     "full": "#555555",
 }
 
@@ -50,7 +51,8 @@ def _panels(result: Result) -> dict[str, list[Row]]:
     for row in result.rows:
         if row.time is not None and row.provider != "no-adapter":
             case = row.case
-            panels.setdefault((case.mode, case.dtype, case.activation, case.shape), []).append(row)
+            key = case.mode, case.norm, case.dtype, case.activation, case.shape
+            panels.setdefault(key, []).append(row)
     by_mode: dict[str, list[Row]] = {}
     for (mode, *_), rows in panels.items():
         if len({row.case.tokens for row in rows}) > 1:

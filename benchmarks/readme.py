@@ -6,7 +6,7 @@ from pathlib import Path
 from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
 from adapterkern.bench.results import Result, ResultError, Row
-from benchmarks import goals, model, pictures, records, summary
+from benchmarks import block_model, goals, model, pictures, records, summary
 from benchmarks.gpu.output import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ NO_RESULT = (
 )
 PREFERRED = ("H200", "H100")  # the goals are stated for the first
 TOKENS = (16, 2048, 16384)
-BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt")
+BASELINES = ("adapterhub", "plain", "addmm", "compile", "cublaslt", "separate")
 UNSTEADY = "**Clocks or memory moved by more than 3 % during this run; measure it again.**"
 UNFINISHED = "**No report of this machine is finished yet: rows are missing.**"
 
@@ -48,7 +48,10 @@ def best(folder: Path = RESULTS) -> Path | None:
 
 def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str]]:
     """Return by page the name in its markers, and what goes between them."""
-    predicted = {MODEL: ("model", model.table(list(model.predictions(model.CARDS["h200"]))))}
+    card = model.CARDS["h200"]
+    calls = model.table(list(model.predictions(card)))
+    blocks = block_model.table(list(block_model.overheads(card)))
+    predicted = {MODEL: ("model", f"{calls}\n\n{blocks}")}
     if folder is None:
         return predicted | {
             "README.md": ("performance", NO_RESULT),
@@ -106,9 +109,9 @@ def _telling(result: Result) -> list[Row]:
     return sorted(kept, key=_place)
 
 
-def _place(row: Row) -> tuple[str, int, int, int]:
+def _place(row: Row) -> tuple[str, str, int, int, int]:
     case = row.case
-    return case.mode, case.hidden_size, case.bottleneck_size, case.tokens
+    return case.norm, case.mode, case.hidden_size, case.bottleneck_size, case.tokens
 
 
 def markers(name: str) -> tuple[str, str]:

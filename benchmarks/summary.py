@@ -6,7 +6,8 @@ from adapterkern.bench import table
 from adapterkern.bench.results import ModelRow, Result, Row
 from benchmarks import goals, judge, models
 
-BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora")
+OF_NORM = ("separate", "no-adapter")  # of the cases with one
+BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora", *OF_NORM)
 
 
 def summary(result: Result) -> str:

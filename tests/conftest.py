@@ -10,7 +10,7 @@ import torch
 
 from adapterkern import dispatch
 from adapterkern.backends import _loaded
-from adapterkern.backends.base import FIRST_FEATURES
+from adapterkern.backends.base import FIRST_FEATURES, NORM_FEATURES
 from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.backends.triton import tuned
@@ -100,7 +100,7 @@ class SpyBackend(ReferenceBackend):
 
     name = "triton"
     devices = frozenset({"cpu", "meta"})
-    features = FIRST_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES
 
     def __init__(self):
         self.forwards = []  # each one's `save`

@@ -27,6 +27,18 @@ def eager_adapter(
     return u if skip is None else u + skip
 
 
+def eager_adapter_norm(
+    x, down_weight, up_weight, norm_weight=None, down_bias=None, up_bias=None, norm_bias=None, *,
+    norm="layer", eps=1e-5, prenorm=False, **options,
+):  # fmt: skip
+    stream = eager_adapter(x, down_weight, up_weight, down_bias, up_bias, **options)
+    if norm == "layer":
+        normed = F.layer_norm(stream, stream.shape[-1:], norm_weight, norm_bias, eps)
+    else:
+        normed = F.rms_norm(stream, stream.shape[-1:], norm_weight, eps)
+    return (normed, stream) if prenorm else normed
+
+
 class EagerAdapter(nn.Module):
     """The plain module; its parameters carry the names of a `BottleneckAdapter`."""
 
@@ -42,7 +54,7 @@ class EagerAdapter(nn.Module):
 
 def tensors(
     shape=(3, 5), hidden=10, bottleneck=4, dtype=torch.float64, *,
-    bias=True, residual=False, skip=False, scaling=None, seed=0,
+    bias=True, residual=False, skip=False, scaling=None, norm=False, seed=0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one call by argument name, all asking for a gradient. `scaling`: its size."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +67,8 @@ def tensors(
         "residual": (*shape, hidden) if residual else None,
         "skip": (*shape, hidden) if skip else None,
         "scaling": (scaling,) if scaling else None,
+        "norm_weight": (hidden,) if norm else None,
+        "norm_bias": (hidden,) if norm else None,
     }
     return {
         name: torch.randn(size, generator=generator, dtype=torch.float64)

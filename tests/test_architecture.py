@@ -223,6 +223,13 @@ SIGNATURES = {
     "backends": "()",
     "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
     "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",
+    "bottleneck_adapter_norm": "(x, down_weight, up_weight, norm_weight, down_bias=None, "
+    "up_bias=None, norm_bias=None, *, residual='input', skip=None, activation='gelu', scaling=1.0, "
+    "dropout=0.0, norm='layer', eps=1e-05, weight_offset=0.0, cast_before_weight=False, "
+    "prenorm=False, backend='auto')",
+    "AdapterNorm": "(adapter, norm)",
+    "AdapterNorm.forward": "(self, x, residual='input', skip=None, *, prenorm=False)",
+    "AdapterNorm.as_call": "(self, x, residual='input', skip=None, *, prenorm=False)",
     "explain": "(adapter, *args, **kwargs)",
     "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
     "use_backend": "(name)",
@@ -297,10 +304,11 @@ CSRC_ROOMS = (
     "tiles.cuh policy.cuh",
     "products.cuh",
     "row_block.cuh cluster_tiles.cuh gradient_tiles.cuh",
+    "norm.cuh",
     "cluster.cuh",
     "adapter_kernels.cuh",
-    "forward.h backward.h weight_gradients.h",
-    "forward.cu backward.cu weight_gradients.cu probe.cu facts.cu",
+    "forward.h backward.h norm_gradients.h weight_gradients.h",
+    "forward.cu backward.cu norm_gradients.cu weight_gradients.cu probe.cu facts.cu",
     "bindings.cpp",
 )
 # What the emulator must stand in for, and the only files that hold it.

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from adapterkern import testing
+from adapterkern import norm, testing
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
@@ -122,6 +122,29 @@ def test_check_fails_and_names_the_miss(wrong_dx, capsys):
     assert "MISSED fp32-gelu-T37-H70-R20 dx: 1." in out
     total = f"FAILED: {NUM_CASES * TENSORS} comparisons on reference, {NUM_CASES} missed"
     assert out.splitlines()[-1].startswith(total)
+
+
+def test_check_runs_the_norms_and_finds_a_fault_in_one(monkeypatch, capsys):
+    prenorm = ["check", "--backend", "reference", "--dtype", "fp32"]
+    prenorm.append("--case=fp32-*-layer_norm-prenorm")
+    assert main(prenorm) == 0
+    out = capsys.readouterr().out
+    table = re.findall(r"^  fp32 +(\S+) ", out, flags=re.MULTILINE)
+    assert table[:3] == ["y", "normed", "dx"]
+    assert table[-2:] == ["d_norm_weight", "d_norm_bias"]
+    assert re.search(r"\npassed: \d\d+ comparisons on reference, 0 missed\n$", out)
+    backward = norm.backward
+
+    def without_the_stream(call, stream, statistics, d_normed, d_stream, needs):
+        return backward(call, stream, statistics, d_normed, None, needs)
+
+    monkeypatch.setattr(norm, "backward", without_the_stream)
+    assert main(prenorm) == 1
+    found = re.findall(r"^  MISSED (\S+) dx", capsys.readouterr().out, flags=re.MULTILINE)
+    assert (
+        "fp32-gelu-T17-H70-R20-needs_x+down_weight+up_weight+down_bias+up_bias-layer_norm-prenorm"
+        in found
+    )
 
 
 def test_check_json_carries_every_comparison(wrong_dx, capsys):

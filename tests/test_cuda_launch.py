@@ -61,6 +61,8 @@ def make_call(tokens, dtype=torch.bfloat16, channel=True, **changes) -> AdapterC
         "residual": None,
         "skip": torch.zeros(tokens, HIDDEN, dtype=dtype),
         "scaling": torch.zeros(HIDDEN if channel else 1, dtype=dtype),
+        "norm_weight": None,
+        "norm_bias": None,
         "scale": 0.5,
         "add_input": True,
         "activation": "silu",

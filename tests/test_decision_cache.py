@@ -39,39 +39,41 @@ class Wrapper(torch.Tensor):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_tensor_on_another_device_is_not_taken_for_the_first_one(spy, name):
-    given = every_tensor()
-    ak.bottleneck_adapter(**given)
+    given = every_tensor(norm=True)
+    ak.bottleneck_adapter_norm(**given)
     with pytest.raises(
         ValueError, match=f"all tensors must be on one device, got .*{name} on meta"
     ):
-        ak.bottleneck_adapter(**given | {name: given[name].to("meta")})
+        ak.bottleneck_adapter_norm(**given | {name: given[name].to("meta")})
     assert len(spy.forwards) == 1
 
 
 @pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_a_tensor_of_another_dtype_is_not_taken_for_the_first_one(spy, name):
-    given = every_tensor()
-    ak.bottleneck_adapter(**given)
+    given = every_tensor(norm=True)
+    ak.bottleneck_adapter_norm(**given)
     with pytest.raises(ValueError, match="float"):
-        ak.bottleneck_adapter(**given | {name: given[name].float()})
+        ak.bottleneck_adapter_norm(**given | {name: given[name].float()})
     assert len(spy.forwards) == 1
 
 
 @pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_a_tensor_of_another_layout_is_not_taken_for_the_first_one(spy, name):
-    given = every_tensor()
-    ak.bottleneck_adapter(**given)
+    given = every_tensor(norm=True)
+    ak.bottleneck_adapter_norm(**given)
     with pytest.raises(ValueError, match=f"{name} must be a dense"):
-        ak.bottleneck_adapter(**given | {name: given[name].to_sparse()})
+        ak.bottleneck_adapter_norm(**given | {name: given[name].to_sparse()})
     assert len(spy.forwards) == 1
 
 
 @pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_a_tensor_of_another_class_is_not_taken_for_the_first_one(spy, name):
     """Plain operations run, which the class sees; a kernel would read memory that is not there."""
-    given = every_tensor()
-    ak.bottleneck_adapter(**given)
-    call = make_call(**given | {name: Wrapper(given[name])})
+    given = every_tensor(norm=True)
+    ak.bottleneck_adapter_norm(**given)
+    given[name] = Wrapper(given[name])
+    norm = {n: given.pop(n) for n in ("norm_weight", "norm_bias")}
+    call = make_call(**given)._replace(norm="layer", **norm)
     decision = dispatch.select(call)
     assert (decision.backend, decision.plain) == ("reference", True)
     with pytest.raises(ak.BackendUnsupportedError, match="tensor_subclass"):

@@ -224,7 +224,8 @@ def test_dropout_says_once_that_the_reference_runs(clean_dispatch, caplog):
 def test_strict_raises_where_the_reference_would_stand_in(monkeypatch, clean_dispatch):
     monkeypatch.setattr(_env, "STRICT", "1")
     with pytest.raises(
-        ak.BackendUnsupportedError, match="ADAPTERKERN_STRICT=1 and no fused backend"
+        ak.BackendUnsupportedError,
+        match="ADAPTERKERN_STRICT=1 allows kernels alone, but the PyTorch reference runs",
     ):
         dispatch._decide(
             spec_on("cuda", features=frozenset({"dropout"}), activation="gelu"), "auto"

@@ -29,7 +29,10 @@ def on_gpu(arguments, device="cuda"):
 
 def cases_of(name):
     kernels = get(name)
-    return [(name, case) for case in grid(kernels.dtypes, kernels.activations)]
+    return [
+        (name, case)
+        for case in grid(kernels.dtypes, kernels.activations, features=kernels.features)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,19 @@ def raises(call):
 
 @pytest.fixture
 def copy_of_the_package(tmp_path):
-    """Edits a copy of spec.py and runs a script there; what the script prints."""
+    """Edits copies of spec.py and results.py and runs a script there; what the script prints."""
     ignored = shutil.ignore_patterns("__pycache__", "cli", "bench", "integrations")
     shutil.copytree(PACKAGE, tmp_path / "adapterkern", ignore=ignored)
 
     def run(script, *edits):
-        path = tmp_path / "adapterkern/spec.py"
-        text = path.read_text()
+        paths = [tmp_path / "adapterkern" / name for name in ("spec.py", "results.py")]
         for pattern, replacement in edits:
-            text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
-            assert count == 1, pattern
-        path.write_text(text)
+            changed = 0
+            for path in paths:
+                edited = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
+                path.write_text(edited[0])
+                changed += edited[1]
+            assert changed == 1, pattern
         return subprocess.run(
             [sys.executable, "-c", SCRIPT + script], cwd=tmp_path, capture_output=True, text=True
         )
@@ -64,13 +66,13 @@ def copy_of_the_package(tmp_path):
 
 
 FIELD = (r"^    scale: float$", "    gate: Tensor | None\n    scale: float")
-OF_NEEDS = (r"^    scaling: bool = False$", "    scaling: bool = False\n    gate: bool = False")
+OF_NEEDS = (r"^    norm_bias: bool = False$", "    norm_bias: bool = False\n    gate: bool = False")
 OF_GRADIENTS = (
-    r"^    scaling: Tensor \| None = None$",
-    "    scaling: Tensor | None = None\n    gate: Tensor | None = None",
+    r"^    norm_bias: Tensor \| None = None$",
+    "    norm_bias: Tensor | None = None\n    gate: Tensor | None = None",
 )
 OF_MAKER = (r"^    dropout: float = 0.0,$", "    dropout: float = 0.0,\n    gate=None,")
-MADE = (r"^        learned,$", "        learned,\n        gate,")
+MADE = (r"^        scale,  # ", "        gate,\n        scale,  # ")
 TENSOR = (FIELD, OF_NEEDS, OF_GRADIENTS, OF_MAKER, MADE)
 
 
@@ -139,5 +141,6 @@ def test_the_op_takes_the_fields_of_a_call_as_torch_itself_would_write_them():
     prototype.__signature__ = inspect.Signature(parameters, return_annotation=None)
     fields = torch.library.infer_schema(prototype, mutates_args=()).removesuffix(") -> ()")[1:]
     assert fields == _schema(AdapterCall)
-    expected = f"(str backend, bool save, {fields}) -> (Tensor y, Tensor z)"
+    results = "Tensor y, Tensor normed, Tensor z, Tensor mean, Tensor rstd"
+    expected = f"(str backend, bool save, {fields}) -> ({results})"
     assert str(torch.ops.adapterkern.forward.default._schema) == f"adapterkern::forward{expected}"

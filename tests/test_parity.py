@@ -45,7 +45,7 @@ def missed(case) -> set[str]:
 
 @pytest.mark.parametrize(
     "case",
-    grid(REFERENCE.dtypes, REFERENCE.activations, small=True),
+    grid(REFERENCE.dtypes, REFERENCE.activations, small=True, features=REFERENCE.features),
     ids=lambda c: f"reference-{c}",
 )
 def test_reference_matches_float64(case):
@@ -168,7 +168,7 @@ def test_oracle_rounds_what_enters_the_products_and_nothing_else(half):
     assert call.compute_dtype == half
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     dy = torch.ones(37, 70, dtype=torch.float64)
-    oracle = parity._run_plain(case, wide, dy, operands_in=half)
+    oracle = parity._run_plain(case, wide, Outputs(dy), operands_in=half)
 
     def rounded(name):
         return tensors[name].to(half).double().numpy()
@@ -190,9 +190,9 @@ def test_oracle_and_eager_draw_from_contiguous_copies(monkeypatch, half, layout)
     seen = []
     plain = parity._run_plain
 
-    def watched(case, tensors, dy, **options):
-        seen.append([*tensors.values(), dy])
-        return plain(case, tensors, dy, **options)
+    def watched(case, tensors, upstream, **options):
+        seen.append([*tensors.values(), upstream.y])
+        return plain(case, tensors, upstream, **options)
 
     monkeypatch.setattr(parity, "_run_plain", watched)
     case = Case(half, layout=layout, residual="tensor", skip=True, grad_layout=layout)

@@ -12,6 +12,7 @@ from adapterkern.backends.base import allow_tf32
 from adapterkern.backends.reference.backend import ReferenceBackend
 from adapterkern.parity import Case, check_case
 from adapterkern.parity.tf32 import truncated
+from adapterkern.results import Outputs
 
 
 def missed(case) -> set[str]:
@@ -35,7 +36,7 @@ def test_tf32_reaches_every_product_and_nothing_else(shape, bias):
     wide = {name: tensor.double() for name, tensor in case.draw("cpu", seed=0).items()}
     dy = torch.randn(*shape, 70, dtype=torch.float64)
     with parity.TruncatedProducts():
-        found = parity._run_plain(case, wide, dy)
+        found = parity._run_plain(case, wide, Outputs(dy))
 
     def cut(array):
         return truncated(torch.from_numpy(np.ascontiguousarray(array))).numpy()
@@ -67,11 +68,11 @@ def test_tf32_tolerates_truncated_operands_and_not_much_more(monkeypatch, scale)
     case = Case(tf32=True)
     plain = parity._run_plain
 
-    def run(case, tensors, dy, backend):
+    def run(case, tensors, upstream, backend):
         wide = {name: tensor.double() for name, tensor in tensors.items()}
-        exact = plain(case, wide, dy.double())
+        exact = plain(case, wide, Outputs(upstream.y.double()))
         with parity.TruncatedProducts():
-            cut = plain(case, wide, dy.double())
+            cut = plain(case, wide, Outputs(upstream.y.double()))
         return {n: (exact[n] + scale * (cut[n] - exact[n])).float() for n in exact}
 
     monkeypatch.setattr(parity, "_run_backend", run)

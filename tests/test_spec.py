@@ -266,7 +266,9 @@ def test_float32_master_weights_may_meet_half_precision_x(half):
 def test_mixed_dtypes_is_a_feature_whichever_tensor_differs(name):
     arguments = tensors((3,), H, R, torch.float32, residual=True, skip=True, scaling=H)
     assert "mixed_dtypes" not in call_of(**arguments).features()
-    call = call_of(**arguments)
+    vector = torch.ones(H)
+    call = call_of(**arguments)._replace(norm="layer", norm_weight=vector, norm_bias=vector)
+    assert "mixed_dtypes" not in call.features()
     call = call._replace(**{name: getattr(call, name).to(torch.bfloat16)})
     assert "mixed_dtypes" in call.features()
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adapterkern as ak
 from adapterkern import ops
-from adapterkern.results import Needs
+from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.spec import make_call
 
 FORWARD = torch.ops.adapterkern.forward.default
@@ -28,6 +28,11 @@ def op_arguments(
         given["up_weight"] = given["up_weight"].detach().T.contiguous().T.requires_grad_()
     options = {"scaling": 0.5, "residual": "input" if add_input else None}
     return make_call(**options | given)
+
+
+def of_backward(z, grad_y):
+    """What the backward op takes beside a call without a norm."""
+    return *Saved(z), *Outputs(grad_y)
 
 
 def detached(call):
@@ -51,20 +56,64 @@ def test_forward_op_passes_opcheck(options, save):
     torch.library.opcheck(FORWARD, ("reference", save, *op_arguments(**options)))
 
 
-@pytest.mark.parametrize("needs", [Needs(*[True] * 8), Needs(x=True), Needs(True, skip=True)])
+NORM_CASES = {
+    "layer_norm": {},
+    "rms_norm": {"norm": "rms", "norm_bias": None},
+    "without_parameters": {"norm_weight": None, "norm_bias": None, "prenorm": True},
+    "offset": {"norm": "rms", "weight_offset": 1.0, "cast_before_weight": True},
+}
+
+
+def with_a_norm(call, norm_weight=1.0, norm_bias=0.5, norm="layer", prenorm=False, **options):
+    """The call with a norm behind it, whose parameters have these values."""
+    parameters = {
+        name: None if value is None else torch.full((call.hidden_size,), value, requires_grad=True)
+        for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias))
+    }
+    return call._replace(**parameters, norm=norm, prenorm=prenorm, **options)
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("options", NORM_CASES.values(), ids=NORM_CASES)
+def test_forward_op_passes_opcheck_with_a_norm(options, save):
+    call = with_a_norm(op_arguments(), **options)
+    torch.library.opcheck(FORWARD, ("reference", save, *call))
+
+
+def backward_arguments(call, needs, d_normed=False, d_stream=True):
+    """What the backward op takes of a call, after its forward."""
+    y, normed, z, mean, rstd = FORWARD("reference", True, *call)
+    needs = [need and t is not None for need, t in zip(needs, call.tensors().values(), strict=True)]
+    dy = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1) if d_stream else None
+    if not d_normed:
+        return "reference", needs, *call, *of_backward(z, dy)
+    mean = mean if call.norm == "layer" else None
+    upstream = Outputs(dy, torch.randn_like(normed))
+    return "reference", needs, *call, *Saved(z, mean, rstd, y), *upstream
+
+
+@pytest.mark.parametrize("needs", [Needs(*[True] * 10), Needs(x=True), Needs(True, skip=True)])
 @pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
 def test_backward_op_passes_opcheck(options, needs):
     call = detached(op_arguments(**options))
-    y, z = FORWARD("reference", True, *call)
-    grad_y = torch.randn_like(y).transpose(0, 1).contiguous().transpose(0, 1)
-    needs = [need and t is not None for need, t in zip(needs, call.tensors().values(), strict=True)]
-    torch.library.opcheck(BACKWARD, ("reference", needs, *call, z, grad_y))
+    torch.library.opcheck(BACKWARD, backward_arguments(call, needs))
+
+
+@pytest.mark.parametrize("d_stream", [True, False])
+@pytest.mark.parametrize(
+    "needs", [Needs(*[True] * 10)._replace(skip=False), Needs(x=True), Needs(norm_bias=True)]
+)
+@pytest.mark.parametrize("options", NORM_CASES.values(), ids=NORM_CASES)
+def test_backward_op_passes_opcheck_with_a_norm(options, needs, d_stream):
+    plain = op_arguments(residual=True, add_input=False)
+    call = detached(with_a_norm(plain, **options | {"prenorm": d_stream}))
+    torch.library.opcheck(BACKWARD, backward_arguments(call, needs, True, d_stream))
 
 
 def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
     """The op's own autograd kernel: a graph replays the op, not the function around it."""
     given = op_arguments(residual=True, add_input=False)
-    y, z = FORWARD("triton", True, *given)
+    y, _, z, _, _ = FORWARD("triton", True, *given)
     wanted = {name: t for name, t in given.tensors().items() if t is not None}
     found = torch.autograd.grad(y.sum(), list(wanted.values()))
     eager = eager_adapter(**wanted, scaling=given.scale)
@@ -79,7 +128,7 @@ def test_forward_op_is_differentiable_where_a_graph_calls_it(spy):
 def test_forward_op_is_differentiable_in_the_pre_activation_too():
     """Second derivatives pass through it."""
     given = op_arguments()
-    _, z = FORWARD("reference", True, *given)
+    _, _, z, _, _ = FORWARD("reference", True, *given)
     leaves = [given.x, given.down_weight, given.down_bias]
     dz = torch.randn_like(z)
     found = torch.autograd.grad(z, leaves, dz)
@@ -94,13 +143,15 @@ def test_ops_have_a_kernel_for_devices_beside_cpu_and_cuda(device):
     """What such a device's tensors reach; here they are the CPU's."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
     call = detached(op_arguments())
-    y, z = FORWARD.redispatch(keys, "reference", True, *call)
+    y, _, z, _, _ = FORWARD.redispatch(keys, "reference", True, *call)
     given = {name: t.clone() for name, t in call.tensors().items() if t is not None}
     given["down_weight"].requires_grad_()
     eager = eager_adapter(**given, scaling=0.5)
     torch.testing.assert_close(y, eager.detach(), rtol=1e-5, atol=1e-5)
     needs = Needs(down_weight=True)
-    found = BACKWARD.redispatch(keys, "reference", needs, *call, z, torch.ones_like(y))
+    found = BACKWARD.redispatch(
+        keys, "reference", needs, *call, *of_backward(z, torch.ones_like(y))
+    )
     eager.sum().backward()
     torch.testing.assert_close(found[0], given["down_weight"].grad, rtol=1e-5, atol=1e-5)
 
@@ -191,8 +242,8 @@ def test_fake_gradients_have_the_dtypes_of_real_ones_where_tensors_differ_in_dty
     needs = Needs(*[True] * 6, scaling=True)
 
     def layouts(call):
-        y, z = FORWARD("reference", True, *call)
-        found = BACKWARD("reference", needs, *call, z, torch.zeros_like(y))
+        y, _, z, _, _ = FORWARD("reference", True, *call)
+        found = BACKWARD("reference", needs, *call, *of_backward(z, torch.zeros_like(y)))
         return [(t.dtype, t.shape, t.stride()) for t in (y, z, *found)]
 
     real = layouts(call)

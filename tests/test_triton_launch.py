@@ -31,6 +31,8 @@ def make_call(tokens, dtype=torch.bfloat16, hidden=HIDDEN, channel=True, **chang
         "residual": None,
         "skip": torch.zeros(tokens, hidden, dtype=dtype),
         "scaling": torch.zeros(hidden if channel else 1, dtype=dtype),
+        "norm_weight": None,
+        "norm_bias": None,
         "scale": 1.0,
         "add_input": True,
         "activation": "gelu",

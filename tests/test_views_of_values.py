@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eager import eager_adapter, gradients, tensors
+from eager import eager_adapter, eager_adapter_norm, gradients, tensors
 
 import adapterkern as ak
 from adapterkern import _torch
@@ -52,7 +52,7 @@ def kernel(spy, monkeypatch):
         return forward(read(call), save)
 
     def back_from_memory(call, saved, upstream, needs):
-        upstream = type(upstream)(in_memory(upstream.y))
+        upstream = type(upstream)(*map(in_memory, upstream))
         return backward(read(call), saved, upstream, needs)
 
     monkeypatch.setattr(spy, "forward", from_memory)
@@ -63,14 +63,14 @@ def kernel(spy, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_read_values(kernel, kind, name):
-    given = tensors((3,), residual=True, skip=True, scaling=10)
+    given = tensors((3,), residual=True, skip=True, scaling=10, norm=True)
     upstream = torch.randn(3, 10, dtype=torch.float64)
     if name == "upstream":
         upstream = KINDS[kind](upstream)
     else:
         given[name] = KINDS[kind](given[name])
-    y, found = gradients(ak.bottleneck_adapter, given, upstream)
-    wanted_y, wanted = gradients(eager_adapter, given, upstream)
+    y, found = gradients(ak.bottleneck_adapter_norm, given, upstream)
+    wanted_y, wanted = gradients(eager_adapter_norm, given, upstream)
     torch.testing.assert_close(y, wanted_y)
     for tensor, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[tensor], msg=tensor)
@@ -80,9 +80,10 @@ def test_kernels_read_values(kernel, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_kernels_read_values_where_nothing_is_recorded(kernel, kind, name):
-    given = {n: t.detach() for n, t in tensors((3,), residual=True, skip=True, scaling=10).items()}
+    given = tensors((3,), residual=True, skip=True, scaling=10, norm=True)
+    given = {n: t.detach() for n, t in given.items()}
     given[name] = KINDS[kind](given[name])
-    torch.testing.assert_close(ak.bottleneck_adapter(**given), eager_adapter(**given))
+    torch.testing.assert_close(ak.bottleneck_adapter_norm(**given), eager_adapter_norm(**given))
     assert kernel.forwards == [False]
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
-from adapterkern.spec import AdapterCall, AdapterSpec, has_values, shape_of, tensor_values
+from adapterkern.spec import (
+    NORM_NAMES,
+    AdapterCall,
+    AdapterSpec,
+    has_values,
+    shape_of,
+    tensor_values,
+)
 from adapterkern.validation import name_of
 
 # All backends have these; a backend adds the name of a later feature once its kernels have it.
@@ -16,7 +23,7 @@ FIRST_FEATURES = frozenset(
     {"bias", "input_residual", "external_residual", "skip", "scaling", "learned_scaling"}
     | {"mixed_dtypes"}
 )
-NORM_FEATURES = frozenset({"layer_norm", "rms_norm"})
+NORM_FEATURES = frozenset(NORM_NAMES)
 
 
 class BackendUnsupportedError(RuntimeError):

@@ -42,6 +42,12 @@ STREAM = Slot("stream")
 SCALE = Slot("scale")
 
 
+class Option(NamedTuple):
+    """A float that a launch takes from the options of the call, and not from its scale."""
+
+    value: float
+
+
 class Layout(NamedTuple):
     """A tensor at the start of its storage, which has `elements` where they are more than it spans:
     rows that are padded are padded to the end of the last one.
@@ -176,7 +182,7 @@ class Recording:
         def index_of(argument: Any) -> int:
             if isinstance(argument, Slot):
                 return position[argument]
-            constants.append(argument)
+            constants.append(argument.value if isinstance(argument, Option) else argument)
             return len(order) + len(constants) - 1
 
         steps = [(launch, itemgetter(*map(index_of, given))) for launch, given in self._steps]

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from adapterkern.activations import canonical_name
 from adapterkern.parity import SHORT_NAMES
+from adapterkern.spec import NORMS
 
 MODES = ("forward", "backward", "step")
+EPS = 1e-5  # of every norm
 DTYPES = {short: dtype for dtype, short in SHORT_NAMES.items()}
 
 
@@ -20,6 +22,8 @@ class BenchCase:
 
     mode: forward (no gradient recorded, nothing saved), backward (gradients of x and of every
     parameter, from a saved forward) or step (a recording forward and its backward).
+    norm: layer or rms: the adapter between a block's sublayer and its norm, norm(x + skip +
+    adapter), as post-norm models have it. y is then the normed, and skip has a gradient too.
     """
 
     hidden_size: int
@@ -28,12 +32,13 @@ class BenchCase:
     dtype: str = "bf16"
     activation: str = "gelu"
     mode: str = "forward"
+    norm: str = "none"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a workload.
 
         Raises:
-            ValueError: a size below 1, or an unknown dtype, mode or activation.
+            ValueError: a size below 1, or an unknown dtype, mode, norm or activation.
         """
         if min(self.hidden_size, self.bottleneck_size, self.tokens) < 1:
             raise ValueError(
@@ -44,10 +49,13 @@ class BenchCase:
             raise ValueError(f"unknown dtype {self.dtype!r}.\n  hint: {', '.join(DTYPES)}")
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}.\n  hint: {', '.join(MODES)}")
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}.\n  hint: {', '.join(NORMS)}")
         canonical_name(self.activation)
 
     def __str__(self) -> str:
-        return f"{self.mode}-{self.dtype}-{self.activation}-T{self.tokens}-{self.shape}"
+        norm = "" if self.norm == "none" else f"-{self.norm}_norm"
+        return f"{self.mode}-{self.dtype}-{self.activation}-T{self.tokens}-{self.shape}{norm}"
 
     @property
     def shape(self) -> str:
@@ -78,12 +86,19 @@ class BenchCase:
             "down_bias": normal(bottleneck, scale=0.5),
             "up_bias": normal(hidden, scale=0.5),
         }
-        return Inputs(normal(tokens, hidden), normal(tokens, hidden), parameters)
+        x, dy = normal(tokens, hidden), normal(tokens, hidden)
+        if self.norm != "none":
+            parameters["skip"] = normal(tokens, hidden)
+            parameters["norm_weight"] = 1 + normal(hidden, scale=0.2)
+            if self.norm == "layer":
+                parameters["norm_bias"] = normal(hidden, scale=0.5)
+        return Inputs(x, dy, parameters)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """x [T, H], the gradient of y [T, H], and the parameters by their names in `AdapterCall`."""
+    """x [T, H], the gradient of y [T, H], and the parameters by their names in `AdapterCall`; in a
+    case with a norm the skip [T, H] is among these."""
 
     x: Tensor
     dy: Tensor
@@ -136,10 +151,11 @@ def grid(
     modes: Iterable[str] = ("forward", "step"),
     dtypes: Iterable[str] = ("bf16",),
     activations: Iterable[str] = ("gelu",),
+    norm: str = "none",
 ) -> list[BenchCase]:
     """Return every combination, the largest number of tokens last."""
     combinations = itertools.product(shapes, dtypes, activations, modes, sorted(tokens))
     return [
-        BenchCase(hidden, bottleneck, count, dtype, canonical_name(activation), mode)
+        BenchCase(hidden, bottleneck, count, dtype, canonical_name(activation), mode, norm)
         for (hidden, bottleneck), dtype, activation, mode, count in combinations
     ]

@@ -6,14 +6,15 @@ float32 products may use TF32, products with truncated operands.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkern import parity, reference
 from adapterkern.backends.base import allow_tf32
-from adapterkern.bench.cases import BenchCase, Inputs
-from adapterkern.spec import make_call
+from adapterkern.bench.cases import EPS, BenchCase, Inputs
+from adapterkern.spec import AdapterCall, make_call, with_norm
 
 Tensors = dict[str, Tensor]  # y, dx and d_<parameter> by name
 RUNS = 10  # whose bits are compared
@@ -71,27 +72,37 @@ class Gate:
             tensors["x"] = self.inputs.x
             widened = {name: tensor.double() for name, tensor in tensors.items()}
             gradients, wide_dy = self.case.mode != "forward", self.inputs.dy.double()
-            yardsticks = [_reference(tensors, self.inputs.dy, activation, gradients)]
+
+            def result(tensors: Tensors, dy: Tensor) -> Tensors:
+                return _reference(self.case, tensors, dy, activation, gradients)
+
+            yardsticks = [result(tensors, self.inputs.dy)]
             if self.case.torch_dtype == torch.float32 and allow_tf32():
                 with parity.TruncatedProducts():
-                    yardsticks.append(_reference(widened, wide_dy, activation, gradients))
-            self._truths[key] = _reference(widened, wide_dy, activation, gradients), yardsticks
+                    yardsticks.append(result(widened, wide_dy))
+            self._truths[key] = result(widened, wide_dy), yardsticks
         return self._truths[key]
 
 
 def _reference(
-    tensors: dict[str, Tensor], dy: Tensor, activation: str, gradients: bool
-) -> dict[str, Tensor]:
+    case: BenchCase, tensors: Tensors, dy: Tensor, activation: str, gradients: bool
+) -> Tensors:
     leaves = {name: t.detach().requires_grad_(gradients) for name, t in tensors.items()}
-    biases = {"down_bias": None, "up_bias": None}
-    options = {"residual": "input", "skip": None, "scaling": 1.0, "dropout": 0.0}
-    call = make_call(**{**biases, **leaves}, **options, activation=activation)  # type: ignore[arg-type]
-    y = reference.forward(call)[0].given
+    y = reference.forward(_call_of(case, leaves, activation))[0].given
     if not gradients:
         return {"y": y}
     computed = torch.autograd.grad(y, list(leaves.values()), dy)
     names = ["dx" if name == "x" else f"d_{name}" for name in leaves]
     return {"y": y.detach(), **dict(zip(names, computed, strict=True))}
+
+
+def _call_of(case: BenchCase, tensors: Tensors, activation: str) -> AdapterCall:
+    given: dict[str, Any] = dict(tensors)
+    weight, bias = given.pop("norm_weight", None), given.pop("norm_bias", None)
+    call = make_call(**given, activation=activation)
+    if case.norm == "none":
+        return call
+    return with_norm(call, weight, bias, case.norm, EPS, 0.0, False, False)
 
 
 def _compare(

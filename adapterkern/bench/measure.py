@@ -216,7 +216,7 @@ class _Run:
         Raises:
             FixedWeightsError: it does not, so each call of a graph would find its weights in L2.
         """
-        if not built.parameters:
+        if not built.parameters or not built.checked:
             return
         halved = self.halved
         names = tuple(name for name in halved.parameters if name in built.parameters)

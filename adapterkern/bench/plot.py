@@ -68,7 +68,7 @@ def plot(result: Result, path: Path) -> None:
 
 def _panel(row: Row) -> tuple[str, ...]:
     case = row.case
-    return case.mode, case.dtype, case.activation, f"{case.hidden_size}", f"{case.bottleneck_size}"
+    return case.mode, case.norm, case.dtype, case.activation, case.shape
 
 
 def _title(result: Result) -> str:
@@ -130,9 +130,9 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens")
     axes.set_ylabel(f"us a call ({', '.join(headlines)})")
-    axes.set_title(
-        f"{case.mode}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}", fontsize=10
-    )
+    title = f"{case.mode}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}"
+    title += "" if case.norm == "none" else f", {case.norm} norm"
+    axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
 

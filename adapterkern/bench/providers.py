@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import NAMES, get
 from adapterkern.bench import external
 from adapterkern.bench.built import Built, UnavailableError, parameters_of, share
-from adapterkern.bench.cases import BenchCase, Inputs
-from adapterkern.functional import bottleneck_adapter
+from adapterkern.bench.cases import EPS, BenchCase, Inputs
+from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Provider:
     build: Callable[[BenchCase, Inputs], Built]
     ours: bool = False
     compiled: bool = False  # takes seconds to minutes to build
+    of_norm: bool = False  # of the cases with a norm alone
 
 
 class _Layers(nn.Module):
@@ -65,14 +67,66 @@ def _backend(name: str) -> Callable[[BenchCase, Inputs], Built]:
         leaves = _leaves(inputs)
         weights = leaves["down_weight"], leaves["up_weight"]
         biases = leaves["down_bias"], leaves["up_bias"]
-        activation = case.activation
+        activation, norm = case.activation, case.norm
+        everything: dict[str, Any] = leaves
 
         def forward(x: Tensor) -> Tensor:
             return bottleneck_adapter(x, *weights, *biases, activation=activation, backend=name)
 
-        return Built(forward, leaves, activation)
+        def forward_of_norm(x: Tensor) -> Tensor:
+            return bottleneck_adapter_norm(
+                x, **everything, activation=activation, norm=norm, eps=EPS, backend=name
+            )
+
+        return Built(forward if norm == "none" else forward_of_norm, leaves, activation)
 
     return build
+
+
+def _separate(case: BenchCase, inputs: Inputs) -> Built:
+    """Build this package's operation with the skip in it, and torch's norm behind it."""
+    if case.norm == "none":
+        raise UnavailableError("the case has no norm")
+    leaves = _leaves(inputs)
+    of_norm = {name: leaves[name] for name in leaves if name.startswith("norm_")}
+    adapter: dict[str, Any] = {name: leaves[name] for name in leaves if name not in of_norm}
+    activation = case.activation
+
+    def forward(x: Tensor) -> Tensor:
+        y = bottleneck_adapter(x, **adapter, activation=activation)
+        return _torch_norm(case, y, **of_norm)
+
+    return Built(forward, leaves, activation)
+
+
+def _torch_norm(
+    case: BenchCase, y: Tensor, norm_weight: Tensor, norm_bias: Tensor | None = None
+) -> Tensor:
+    shape = y.shape[-1:]
+    if case.norm == "layer":
+        return F.layer_norm(y, shape, norm_weight, norm_bias, EPS)
+    return F.rms_norm(y, shape, norm_weight, EPS)
+
+
+def _before_norm(
+    build: Callable[[BenchCase, Inputs], Built],
+) -> Callable[[BenchCase, Inputs], Built]:
+    """Build an adapter, and in a case with a norm torch's add of the skip and its norm too."""
+
+    def build_both(case: BenchCase, inputs: Inputs) -> Built:
+        built = build(case, inputs)
+        if case.norm == "none":
+            return built
+        names = ("skip", "norm_weight", "norm_bias")
+        leaves = {name: t for name, t in _leaves(inputs).items() if name in names}
+        of_norm = {name: t for name, t in leaves.items() if name != "skip"}
+
+        def forward(x: Tensor) -> Tensor:
+            return _torch_norm(case, built.forward(x) + leaves["skip"], **of_norm)
+
+        return replace(built, forward=forward, parameters=built.parameters | leaves)
+
+    return build_both
 
 
 def _leaves(inputs: Inputs) -> dict[str, Tensor]:
@@ -137,7 +191,7 @@ def _compile(mode: str) -> Callable[[BenchCase, Inputs], Built]:
         # Donated buffers forbid a second backward of one forward, which timing a backward needs.
         functorch_config.donated_buffer = False
         _silence_autotuning()
-        built = _plain(case, inputs)
+        built = _before_norm(_plain)(case, inputs)
         compiled = torch.compile(built.forward, mode=mode, dynamic=False)
         start = time.perf_counter()
         if case.mode == "forward":
@@ -160,11 +214,15 @@ def _silence_autotuning() -> None:
 
 
 def _no_adapter(case: BenchCase, inputs: Inputs) -> Built:
-    return Built(nn.Identity(), checked=False, note="returns its input: no kernel runs")
+    without = "returns its input: no kernel runs"
+    note = without if case.norm == "none" else "the add and the norm of a block without an adapter"
+    return Built(nn.Identity(), checked=False, note=note)
 
 
 def _limit(case: BenchCase, inputs: Inputs) -> Built:
     """Build the passes over memory that none can do without: y = x, and dx = dy + x."""
+    if case.norm != "none":
+        return _limit_of_norm(case, inputs)
 
     def prepare(x: Tensor, dy: Tensor) -> Callable[[], Any]:
         x, y, dx = x.detach(), torch.empty_like(x), torch.empty_like(x)
@@ -179,14 +237,39 @@ def _limit(case: BenchCase, inputs: Inputs) -> Built:
     return Built(nn.Identity(), checked=False, note=passes[case.mode], alone=prepare)
 
 
+def _limit_of_norm(case: BenchCase, inputs: Inputs) -> Built:
+    """Build as many passes: x and skip are read, y is written, and for a backward the stream; that
+    reads dy, the stream and x, and writes dx and the gradient of skip.
+    """
+    leaf = inputs.parameters["skip"].detach().requires_grad_()
+
+    def prepare(x: Tensor, dy: Tensor) -> Callable[[], Any]:
+        x, first, second = x.detach(), torch.empty_like(x), torch.empty_like(x)
+
+        def forward() -> tuple[Tensor, ...]:
+            return (torch.add(x, leaf.detach(), out=first),)
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.add(dy, x, out=first), second.copy_(leaf.detach())
+
+        def both() -> tuple[Tensor, ...]:
+            return first.copy_(x), second.copy_(leaf.detach()), *backward()
+
+        return {"forward": forward, "backward": backward}.get(case.mode, both)
+
+    passes = {"forward": "y = x + skip", "backward": "dx = dy + x, then a copy"}
+    note = passes.get(case.mode, "two copies, then dx = dy + x and a copy")
+    return Built(nn.Identity(), {"skip": leaf}, checked=False, note=note, alone=prepare)
+
+
 BACKENDS = tuple(
     Provider(name, f"this package on its {name} backend", _backend(name), ours=True)
     for name in NAMES
 )
 BASELINES = (
-    Provider("plain", "nn.Sequential of two nn.Linear, plus x", _plain),
-    Provider("adapterhub", "Adapter of the adapters package", external.adapterhub),
-    Provider("addmm", "torch.addmm and an add in place", _addmm),
+    Provider("plain", "nn.Sequential of two nn.Linear, plus x", _before_norm(_plain)),
+    Provider("adapterhub", "Adapter of the adapters package", _before_norm(external.adapterhub)),
+    Provider("addmm", "torch.addmm and an add in place", _before_norm(_addmm)),
     Provider("compile", "torch.compile of plain", _compile("default"), compiled=True),
     Provider(
         "compile-max",
@@ -194,9 +277,18 @@ BASELINES = (
         _compile("max-autotune-no-cudagraphs"),
         compiled=True,
     ),
-    Provider("cublaslt", "cuBLASLt products with fused epilogues (nvmath)", external.cublaslt),
-    Provider("lora", "PEFT's LoRA of equal rank without its base product", external.lora),
-    Provider("no-adapter", "y is x", _no_adapter),
+    Provider(
+        *("cublaslt", "cuBLASLt products with fused epilogues (nvmath)"),
+        _before_norm(external.cublaslt),
+    ),
+    Provider(
+        *("lora", "PEFT's LoRA of equal rank without its base product"),
+        _before_norm(external.lora),
+    ),
+    Provider(
+        "separate", "this package's operation, torch's norm behind it", _separate, of_norm=True
+    ),
+    Provider("no-adapter", "y is x; with a norm, that of x + skip", _before_norm(_no_adapter)),
     Provider("limit", "copy x to y; for the backward dx = dy + x", _limit),
 )
 PROVIDERS = {provider.name: provider for provider in (*BACKENDS, *BASELINES)}

@@ -4,10 +4,11 @@ Units: Ud = T H b, one activation of b-byte elements; Ur = T R b, one bottleneck
 weight. An implementation is a list of kernels; each takes the longest of its bytes at the
 copy bandwidth, its FLOPs at the matrix rate, and the time of a near-empty kernel. Every
 implementation gets full bandwidth and full rate, so ratios are what fusion alone can buy. Reads
-that hit L2 count as reads from memory.
+that hit L2 count as reads from memory. The parameters of a norm and its statistics, one number a
+token each, count as nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapterkern.bench.cases import BenchCase
 
@@ -99,6 +100,34 @@ _BACKWARD = {
     ],
     "limit": [Kernel(3)],  # dx = dy + x
 }
+# With a norm: one pass that reads x and skip and writes y, and the stream where a backward reads
+# it; that reads dy, stream and x, and writes dx and the gradient of skip. "separate" is the plain
+# floor with the skip in it, then torch's norm; "add-norm" is a block without an adapter whose add
+# and norm are one pass.
+_NORM_FORWARD = {
+    "floor": [Kernel(3, 0, 2, 2)],
+    "separate": [Kernel(3, 0, 2, 2), Kernel(2)],
+    "add-norm": [Kernel(3)],
+    "no-adapter": [Kernel(3), Kernel(2)],
+    "limit": [Kernel(3)],  # y = x + skip
+}
+_NORM_RECORDING = {
+    **_NORM_FORWARD,
+    "floor": [Kernel(4, 1, 2, 2)],
+    "separate": [Kernel(3, 1, 2, 2), Kernel(2)],
+    "add-norm": [Kernel(4)],
+    "limit": [Kernel(2), Kernel(2)],  # two copies
+}
+# Torch reads dy and the stream once more for the gradients of the norm's parameters.
+_NORM_BACKWARD = {
+    "floor": [Kernel(5, 1, 4, 4)],
+    "separate": [Kernel(3), Kernel(2), Kernel(3, 1, 4, 4)],
+    "add-norm": [Kernel(3)],
+    "no-adapter": [Kernel(3), Kernel(2)],
+    "limit": [Kernel(3), Kernel(2)],  # dx = dy + x, and a copy
+}
+# What follows the others: an add of the skip and a norm, forward as backward.
+_THEN_NORM = [Kernel(3), Kernel(2)]
 MODELS = tuple(_FORWARD)
 
 
@@ -106,13 +135,20 @@ def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
     """Return the kernels of one call in the case's mode.
 
     Raises:
-        KeyError: the implementation is none of MODELS.
+        KeyError: the implementation is none of MODELS, nor known for a case with a norm.
     """
+    if case.norm == "none":
+        forward, recording, backward = _FORWARD, _RECORDING, _BACKWARD
+    elif implementation in _NORM_FORWARD:
+        forward, recording, backward = _NORM_FORWARD, _NORM_RECORDING, _NORM_BACKWARD
+    else:
+        plain = kernels(replace(case, norm="none"), implementation)
+        return plain + _THEN_NORM * (2 if case.mode == "step" else 1)
     if case.mode == "forward":
-        return _FORWARD[implementation]
+        return forward[implementation]
     if case.mode == "backward":
-        return _BACKWARD[implementation]
-    return _RECORDING[implementation] + _BACKWARD[implementation]
+        return backward[implementation]
+    return recording[implementation] + backward[implementation]
 
 
 def moved_bytes(case: BenchCase, implementation: str = "floor") -> float:

@@ -30,12 +30,14 @@ class FixedWeightsError(RuntimeError):
 
 
 def activation_bytes(case: BenchCase) -> int:
-    """Count the bytes of one call's x and y, or dy and dx: the least that is distinct in a set."""
-    return 2 * case.tokens * case.hidden_size * case.element_size
+    """Count the bytes of one call's x and y, or dy and dx: the least that is distinct in a set; and
+    of the skip that a norm comes behind."""
+    passes = 2 if case.norm == "none" else 3
+    return passes * case.tokens * case.hidden_size * case.element_size
 
 
 def weight_bytes(case: BenchCase) -> int:
-    """Return the bytes of both weights and both biases."""
+    """Return the bytes of both weights and both biases; a norm's are no more than a bias."""
     weights = 2 * case.hidden_size * case.bottleneck_size
     return (weights + case.hidden_size + case.bottleneck_size) * case.element_size
 

@@ -62,6 +62,7 @@ def render(result: Result) -> str:
     return "\n".join(lines)
 
 
+_NORMS = {"layer": "LayerNorm", "rms": "RMSNorm"}
 _LEGEND = (
     "times in us; cold: L2 overwritten before each call; hot: input just written; graph: per call,",
     "in a CUDA graph over activations and weights in turn; eager: wall time. GB/s: bytes of the",
@@ -77,6 +78,7 @@ def _render_case(rows: list[Row], result: Result) -> list[str]:
         f"{case.mode}  {case.dtype} {case.activation}  tokens {case.tokens}  "
         f"hidden {case.hidden_size}  bottleneck {case.bottleneck_size}"
     )
+    title += "" if case.norm == "none" else f"  {_NORMS[case.norm]} in the same pass"
     facts = _facts(rows, result) if on_gpu else []
     title += f"  ({', '.join(facts)})" if facts else ""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.timings))

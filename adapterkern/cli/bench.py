@@ -57,6 +57,11 @@ def add_parser(subparsers: Any) -> None:
         help="forward, backward, step (default: forward step)",
     )
     parser.add_argument(
+        "--norm",
+        choices=("layer", "rms"),
+        help="time norm(x + skip + adapter) in one pass, against the norm as a pass of its own",
+    )
+    parser.add_argument(
         "--backend", nargs="+", metavar="NAME", help="of this package (default: all that can run)"
     )
     parser.add_argument(
@@ -145,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
 # A comparison of two files, which measures nothing, has no use for these options.
 _MEASURING = (
     *("hidden_size", "bottleneck_size", "tokens", "preset", "dtype", "activation", "mode"),
-    *("backend", "baseline", "quick", "seconds", "json", "plot"),
+    *("norm", "backend", "baseline", "quick", "seconds", "json", "plot"),
 )
 
 
@@ -262,6 +267,7 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         arguments.mode or ("forward", "step"),
         arguments.dtype or (bench_cases.DTYPE[kind],),
         arguments.activation or ("gelu",),
+        arguments.norm or "none",
     )
     chosen = providers(_backend_names(arguments, kind) + _baseline_names(arguments, kind))
     header = environment.header(torch.device(kind), environment.command_line("adapterkern"))
@@ -303,8 +309,9 @@ def _backend_names(arguments: argparse.Namespace, kind: str) -> list[str]:
 def _baseline_names(arguments: argparse.Namespace, kind: str) -> list[str]:
     from adapterkern.bench.providers import BASELINES
 
+    applicable = [provider for provider in BASELINES if arguments.norm or not provider.of_norm]
     if "all" in (arguments.baseline or []):
-        return [provider.name for provider in BASELINES]
+        return [provider.name for provider in applicable]
     if arguments.baseline:
         known = [provider.name for provider in BASELINES] + ["all"]
         for name in arguments.baseline:
@@ -314,8 +321,8 @@ def _baseline_names(arguments: argparse.Namespace, kind: str) -> list[str]:
                 )
         return arguments.baseline
     if kind == "cpu":
-        return ["plain"]
-    names = [entry.name for entry in BASELINES if not (arguments.quick and entry.compiled)]
+        return ["plain", *(["separate", "no-adapter"] if arguments.norm else [])]
+    names = [entry.name for entry in applicable if not (arguments.quick and entry.compiled)]
     return [name for name in names if name != "compile-max"]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adapterkern import _torch, dispatch
 from adapterkern.functional import bottleneck_adapter_norm
-from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
 from adapterkern.spec import AdapterCall, with_norm
 from adapterkern.validation import name_of
 
@@ -154,17 +154,23 @@ def adapter_norm(
     prenorm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`AdapterNorm.forward` for any norm module that `description` says all about."""
-    reason = unfused_reason(adapter, norm)
+    down, up = adapter.down_proj, adapter.up_proj
     weight, bias, kind, eps, weight_offset, cast_before_weight = description
-    if reason is None and weight is not None and (weight.dtype != x.dtype or _torch.may_autocast()):
+    reason = None
+    if (
+        type(adapter).forward is not BottleneckAdapter.forward
+        or not (is_linear(down) and is_linear(up))
+        or _torch.beyond_its_class(adapter, norm, down, up)
+    ):
+        reason = unfused_reason(adapter, norm)
+    elif weight is not None and (_torch.may_autocast() or _is_other_dtype(weight, x)):
         call = with_norm(adapter.as_call(x, residual, skip), *description, prenorm=prenorm)
-        reason = _dtype_reason(call)
+        reason = dtype_reason(call)
     if reason is not None:
         described = f"{type(norm).__name__} behind BottleneckAdapter({adapter.extra_repr()})"
         dispatch.report_unfused(x.device, described, reason, adapter.backend)
         stream = adapter(x, residual, skip)
         return (norm(stream), stream) if prenorm else norm(stream)
-    down, up = adapter.down_proj, adapter.up_proj
     return bottleneck_adapter_norm(  # type: ignore[call-overload, misc]
         x, down.weight, up.weight, weight, down.bias, up.bias, bias,
         residual=residual, skip=skip, activation=adapter.activation, scaling=adapter.scaling,
@@ -185,7 +191,11 @@ def unfused_reason(adapter: BottleneckAdapter, norm: nn.Module) -> str | None:
     return adapter.unfused_reason()
 
 
-def _dtype_reason(call: AdapterCall) -> str | None:
+def _is_other_dtype(weight: Tensor, x: Tensor) -> bool:
+    return isinstance(x, Tensor) and weight.dtype != x.dtype  # a Proxy of torch.fx has no dtype yet
+
+
+def dtype_reason(call: AdapterCall) -> str | None:
     """Why the kernels would return another dtype than the norm module itself. They widen that of
     the stream by the parameters', as Llama's norm does; torch keeps the stream's, but that autocast
     on a GPU runs norms in float32.

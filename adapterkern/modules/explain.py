@@ -21,7 +21,7 @@ from adapterkern.spec import AdapterSpec
 from adapterkern.validation import name_of
 
 CALLED = "PyTorch modules"  # where a projection has to be called to be itself
-COLUMNS = ("adapter", "calls", "H", "R", "activation", "dtype", "runs on")
+COLUMNS = ("adapter", "calls", "H", "R", "activation", "dtype", "norm", "runs on")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 _observing = threading.Lock()  # held while a model is being explained
 
@@ -53,6 +53,7 @@ class AdapterRow:
     bottleneck_size: int
     activation: str
     dtype: str  # of the computation
+    norm: str  # in the same call: "LayerNorm", "RMSNorm" or ""
     explanation: Explanation | None  # None where it was not called
 
     @property
@@ -68,15 +69,18 @@ class ModelExplanation:
     rows: tuple[AdapterRow, ...]
 
     def __str__(self) -> str:
-        lines = [
+        lines: list[tuple[str, ...]] = [
             (r.adapter or "(no module)", str(r.calls), str(r.hidden_size), str(r.bottleneck_size),
-             r.activation, r.dtype, r.backend)
+             r.activation, r.dtype, r.norm, r.backend)
             for r in self.rows
         ]  # fmt: skip
         why = dict.fromkeys(
             line for r in self.rows if r.explanation for line in r.explanation._listed()
         )
-        return "\n".join([*table(COLUMNS, lines), *why])
+        lines = [COLUMNS, *lines]
+        if not any(r.norm for r in self.rows):  # a column that would be empty
+            lines = [(*line[:-2], line[-1]) for line in lines]
+        return "\n".join([*table(lines[0], lines[1:]), *why])
 
 
 @overload
@@ -122,6 +126,9 @@ def _explanation(spec: AdapterSpec, wanted: str) -> Explanation:
     if wanted == "auto":
         able = [name for name in NAMES if not reasons[name]]
         chosen = able[0] if able else "none: no backend can run it"
+        if chosen == "reference" and spec.norm is not None:
+            rest = _explanation(spec.without_norm(), wanted)
+            chosen = f"{rest.backend}, then torch's {spec.norm}"
         reasons |= {name: [f"{chosen} comes first"] for name in able[1:]}
     else:
         chosen = f"none: {wanted} was named and raises" if reasons[wanted] else f"{wanted} (named)"
@@ -139,7 +146,11 @@ def _explain_model(model: Callable, args: Sequence, kwargs: dict) -> ModelExplan
     unfused: Counter[tuple[str, str]] = Counter()
 
     def note(call: dispatch.Call, requested: str) -> None:
-        holders = [owners[id(t)] for t in call.tensors().values() if id(t) in owners]
+        holders = [
+            owners[id(t)]
+            for name, t in call.tensors().items()
+            if id(t) in owners and not name.startswith("norm_")
+        ]
         chosen[_common_parent(holders), call.spec(), dispatch.wanted_backend(requested)] += 1
 
     with ExitStack() as stack:
@@ -171,7 +182,7 @@ def _explain_model(model: Callable, args: Sequence, kwargs: dict) -> ModelExplan
 def _row_of_call(name: str, spec: AdapterSpec, wanted: str, calls: int) -> AdapterRow:
     return AdapterRow(
         name, calls, spec.hidden_size, spec.bottleneck_size, spec.activation,
-        name_of(spec.compute_dtype), _explanation(spec, wanted),
+        name_of(spec.compute_dtype), spec.norm or "", _explanation(spec, wanted),
     )  # fmt: skip
 
 
@@ -181,7 +192,7 @@ def _row_of_module(
     parameter = next(adapter.parameters(), None)
     return AdapterRow(
         name, calls, adapter.hidden_size, adapter.bottleneck_size, adapter.activation,
-        "?" if parameter is None else name_of(parameter.dtype), explanation,
+        "?" if parameter is None else name_of(parameter.dtype), "", explanation,
     )  # fmt: skip
 
 

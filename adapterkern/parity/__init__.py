@@ -30,10 +30,11 @@ from torch import Tensor
 
 from adapterkern import reference
 from adapterkern.backends import get
-from adapterkern.functional import bottleneck_adapter
+from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 from adapterkern.parity.cases import LAYOUTS, SHORT_NAMES, Case, place
 from adapterkern.parity.grid import LEVELS, grid, options
 from adapterkern.parity.tf32 import TruncatedProducts
+from adapterkern.results import Outputs
 from adapterkern.spec import ADDED, TENSOR_NAMES
 from adapterkern.validation import name_of
 
@@ -93,10 +94,12 @@ class Row:
 
 
 def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> list[Row]:
-    """Compare `backend` with the oracle: y, y without autograd, and every gradient of the case.
+    """Compare `backend` with the oracle: every output of the case, the same without autograd, and
+    every gradient.
 
     Args:
-        backend: a registered name; the call runs through `bottleneck_adapter`, as a user's would.
+        backend: a registered name; the call runs through `bottleneck_adapter`, or with a norm
+            through `bottleneck_adapter_norm`, as a user's would.
         device: where the inputs lie.
 
     Returns:
@@ -118,16 +121,17 @@ def _run(
     with truncated operands."""
     tensors = case.draw(device, seed)
     call = case.make_call(tensors)
-    dy = case.draw_grad_output(call, seed)
+    upstream = case.draw_upstream(call, seed)
     packed = {name: _packed(tensor) for name, tensor in tensors.items()}
     wide = {name: tensor.double() for name, tensor in packed.items()}
-    packed_dy, wide_dy = _packed(dy), _packed(dy).double()
-    oracle = _run_plain(case, wide, wide_dy, operands_in=call.compute_dtype)
-    plain = [oracle, _run_plain(case, packed, packed_dy)]
+    packed_up = Outputs(*[None if d is None else _packed(d) for d in upstream])
+    wide_up = Outputs(*[None if d is None else d.double() for d in packed_up])
+    oracle = _run_plain(case, wide, wide_up, operands_in=call.compute_dtype)
+    plain = [oracle, _run_plain(case, packed, packed_up)]
     if case.tf32:
         with TruncatedProducts():
-            plain.append(_run_plain(case, wide, wide_dy, operands_in=call.compute_dtype))
-    return (_run_backend(case, tensors, dy, backend), *plain)
+            plain.append(_run_plain(case, wide, wide_up, operands_in=call.compute_dtype))
+    return (_run_backend(case, tensors, upstream, backend), *plain)
 
 
 def differing_bits(
@@ -137,12 +141,12 @@ def differing_bits(
     the third on a kernel backend repeats the launches of the second (`backends/repeat.py`).
     """
     tensors = case.draw(device, seed=0)
-    dy = case.draw_grad_output(case.make_call(tensors), seed=0)
+    upstream = case.draw_upstream(case.make_call(tensors), seed=0)
     with case.matmul_precision():
-        first = _run_backend(case, tensors, dy, backend)
+        first = _run_backend(case, tensors, upstream, backend)
         differing: set[str] = set()
         for _ in range(runs - 1):
-            other = _run_backend(case, tensors, dy, backend)
+            other = _run_backend(case, tensors, upstream, backend)
             differing |= {n for n in first if not torch.equal(_bits(first[n]), _bits(other[n]))}
     return [name for name in first if name in differing]
 
@@ -164,9 +168,9 @@ def metric(out: Tensor, oracle: Tensor) -> float:
 def judge(
     name: str, out: Tensor, oracle: Tensor, yardsticks: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return (error, tolerance) of one tensor by the rule above; a name that begins with y is the
-    forward's. The values may be widened: `dtype` is the one in which `out` was stored."""
-    allowance = FORWARD_ALLOWANCE if name.startswith("y") else GRADIENT_ALLOWANCE
+    """Return (error, tolerance) of one tensor by the rule above; names that begin with y or normed
+    are the forward's. The values may be widened: `dtype` is the one in which `out` was stored."""
+    allowance = FORWARD_ALLOWANCE if name.startswith(("y", "normed")) else GRADIENT_ALLOWANCE
     floor = FLOORS[dtype] if oracle.any() else 0.0
     largest = max(metric(yardstick, oracle) for yardstick in yardsticks)
     return metric(out, oracle), max(allowance * largest, floor)
@@ -209,20 +213,32 @@ def _kind(tensor: Tensor) -> Tensor:
 
 
 def _run_backend(
-    case: Case, tensors: dict[str, Tensor], dy: Tensor, backend: str
+    case: Case, tensors: dict[str, Tensor], upstream: Outputs, backend: str
 ) -> dict[str, Tensor]:
     """Run it within `case.matmul_precision`, which the backward asks for too."""
     leaves = _leaves(case, tensors)
     arguments = case.arguments(leaves)
-    with case.precision(dy.device):
-        y = bottleneck_adapter(**arguments, backend=backend)
+    with case.precision(tensors["x"].device):
+        outputs = _call(case, arguments, backend)
         with torch.no_grad():
-            y_alone = bottleneck_adapter(**arguments, backend=backend)
-    return {"y": y, "y (no grad)": y_alone, **_gradients(case, y, leaves, dy)}
+            alone = _call(case, arguments, backend)
+    return _results(case, outputs, alone, leaves, upstream)
+
+
+def _call(case: Case, arguments: dict[str, Any], backend: str) -> Outputs:
+    """Make the call as a user would, and return what it returns."""
+    if case.norm == "none":
+        return Outputs(bottleneck_adapter(**arguments, backend=backend))
+    returned = bottleneck_adapter_norm(**arguments, backend=backend)
+    normed, y = returned if case.prenorm else (returned, None)
+    return Outputs(y, normed)
 
 
 def _run_plain(
-    case: Case, tensors: dict[str, Tensor], dy: Tensor, operands_in: torch.dtype | None = None
+    case: Case,
+    tensors: dict[str, Tensor],
+    upstream: Outputs,
+    operands_in: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Run plain torch operations. `operands_in`: the dtype to which the oracle, float64, rounds
     what goes into the products."""
@@ -232,14 +248,16 @@ def _run_plain(
         operands: dict[str, Any] = {
             name: _round_values(getattr(call, name), operands_in)
             for name in TENSOR_NAMES
-            if name not in ("scaling", *ADDED)
+            if name not in ("scaling", *ADDED, "norm_weight", "norm_bias")
         }
         residual = call.x if call.add_input else call.residual  # added as it is, not rounded
         call = call._replace(
             **operands, residual=residual, add_input=False, compute_dtype=torch.float64
         )
-    y = reference.forward(call)[0].given
-    return {"y": y, "y (no grad)": y, **_gradients(case, y, leaves, dy)}
+    outputs = reference.forward(call)[0]
+    if case.norm != "none" and not case.prenorm:
+        outputs = outputs._replace(y=None)
+    return _results(case, outputs, outputs, leaves, upstream)
 
 
 def _round_values(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -259,13 +277,24 @@ def _leaves(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
 
 
-def _gradients(case: Case, y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+def _results(
+    case: Case, outputs: Outputs, alone: Outputs, leaves: dict[str, Tensor], upstream: Outputs
+) -> dict[str, Tensor]:
+    """Return each output, the same of a call without autograd, and the gradients of the case."""
+    results: dict[str, Tensor] = {}
+    for name, output, other in zip(Outputs._fields, outputs, alone, strict=True):
+        if output is not None and other is not None:
+            results |= {name: output, f"{name} (no grad)": other}
     wanted = case.wanted(leaves)
     if not wanted:
-        return {}
-    gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy)
+        return results
+    # With a frozen adapter the stream has no gradient.
+    pairs = [(y, d) for y, d in zip(outputs, upstream, strict=True) if y is not None]
+    pairs = [(y, d) for y, d in pairs if y.requires_grad]
+    ys, ds = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(ys, [leaves[name] for name in wanted], ds)
     names = ["dx" if name == "x" else f"d_{name}" for name in wanted]
-    return dict(zip(names, gradients, strict=True))
+    return results | dict(zip(names, gradients, strict=True))
 
 
 def _bits(tensor: Tensor) -> Tensor:

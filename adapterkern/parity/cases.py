@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern.spec import AdapterCall, make_call
+from adapterkern.results import Outputs
+from adapterkern.spec import AdapterCall, make_call, with_norm
 
 SHORT_NAMES = {
     torch.float32: "fp32",
@@ -54,6 +55,13 @@ class Case:
     needs: tuple[str, ...] | None = None  # names of `AdapterCall`; None: every gradient there is
     tf32: bool = False  # float32 products in TF32
     nonfinite: bool = False  # Inf, -Inf and NaN in a few tokens of x and others of dy
+    shift: float = 0.0  # added to skip: a mean that is far from zero
+    norm: str = "none"  # none | layer | rms; without one, the fields below have no meaning
+    norm_affine: str = "both"  # both | weight | none
+    eps: float = 1e-5
+    weight_offset: float = 0.0
+    cast_before_weight: bool = False
+    prenorm: bool = False
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.shape))
@@ -73,6 +81,13 @@ class Case:
             f"parameters_{self.parameter_layout}": self.parameter_layout != "contiguous",
             f"needs_{'+'.join(self.needs or ('nothing',))}": self.needs is not None,
             "nonfinite": self.nonfinite,
+            f"skip_shifted_{self.shift:g}": self.shift != 0,
+            f"{self.norm}_norm": self.norm != "none",
+            f"affine_{self.norm_affine}": self.norm_affine != "both",
+            f"eps_{self.eps:g}": self.eps != 1e-5,
+            f"offset_{self.weight_offset:g}": self.weight_offset != 0,
+            "cast": self.cast_before_weight,
+            "prenorm": self.prenorm,
         }
         present = [option for option, is_present in options.items() if is_present]
         dtype = "tf32" if self.tf32 else _short(self.dtype)
@@ -119,17 +134,31 @@ class Case:
             torch.set_float32_matmul_precision(before)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Return the arguments of `bottleneck_adapter`, all but the backend."""
+        """Return the arguments of `bottleneck_adapter`, or with a norm of
+        `bottleneck_adapter_norm`, all but the backend."""
+        of_norm = self._norm_arguments(tensors)
+        adapter = {name: tensor for name, tensor in tensors.items() if name not in of_norm}
         defaults: dict[str, Any] = dict.fromkeys(("down_bias", "up_bias", "residual", "skip"))
         if self.residual == "input":
             defaults["residual"] = "input"
         options = {"activation": self.activation, "scaling": self.scaling}
-        return {**defaults, **options, **tensors}
+        return {**defaults, **options, **adapter, **of_norm}
+
+    def _norm_arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if self.norm == "none":
+            return {}
+        parameters = {name: tensors.get(name) for name in ("norm_weight", "norm_bias")}
+        options = ("norm", "eps", "weight_offset", "cast_before_weight", "prenorm")
+        return {**parameters, **{name: getattr(self, name) for name in options}}
 
     def make_call(self, tensors: dict[str, Tensor]) -> AdapterCall:
-        """Return the call that `bottleneck_adapter` makes of these tensors."""
+        """Return the call that `bottleneck_adapter` or `bottleneck_adapter_norm` makes of these
+        tensors."""
+        of_norm = self._norm_arguments(tensors)
+        arguments = self.arguments(tensors)
         with self.precision(tensors["x"].device):
-            return make_call(**self.arguments(tensors), dropout=0.0)
+            call = make_call(**{n: a for n, a in arguments.items() if n not in of_norm})
+        return with_norm(call, **of_norm) if of_norm else call
 
     def draw(self, device: torch.device | str, seed: int) -> dict[str, Tensor]:
         """Draw the inputs, named as in `AdapterCall`; z, u and the residual are of order 1."""
@@ -160,21 +189,43 @@ class Case:
             dtype = self.residual_dtype or self.dtype
             tensors["residual"] = normal(wide, 1.0, dtype, self.layout, gap=16)
         if self.skip:
-            tensors["skip"] = normal(wide, 1.0, self.dtype, self.layout, gap=24)
+            tensors["skip"] = normal(wide, 1.0, self.dtype, self.layout, self.shift, gap=24)
         if isinstance(self.scaling, str):
             size = 1 if self.scaling == "learned" else hidden
             tensors["scaling"] = normal((size,), 0.5, *vectors, mean=1.0)
+        if self.norm != "none" and self.norm_affine != "none":
+            mean = 1 - self.weight_offset
+            tensors["norm_weight"] = normal((hidden,), 0.2, *vectors, mean=mean)
+            if self.norm_affine == "both":
+                tensors["norm_bias"] = normal((hidden,), 0.5, *vectors)
         return tensors
 
     def draw_grad_output(self, call: AdapterCall, seed: int) -> Tensor:
         """Draw a gradient of y, [..., H] in the dtype of y."""
-        generator = torch.Generator().manual_seed(2**20 + seed)
-        values = torch.randn(call.x.shape, generator=generator, dtype=torch.float64)
-        self._plant(values, _NONFINITE_IN_DY)
-        return place(values.to(call.output_dtype).to(call.x.device), self.grad_layout)
+        return self._draw_gradient(call.x, call.output_dtype, 2**20 + seed, _NONFINITE)
 
-    def _plant(self, values: Tensor, tokens: tuple[int, ...]) -> None:
-        """Plant Inf, -Inf and NaN, one element of a token each, where the case is nonfinite."""
+    def draw_upstream(self, call: AdapterCall, seed: int) -> Outputs:
+        """Draw the gradient of each output that the call returns, as `Outputs` has them."""
+        if self.norm == "none":
+            return Outputs(self.draw_grad_output(call, seed))
+        # NaN alone: an Inf meets Inf in the means over the token, and which of them becomes NaN
+        # depends on the order of the sums.
+        nan = (math.nan,) * len(_NONFINITE)
+        normed = self._draw_gradient(call.x, call.normed_dtype, 2**21 + seed, nan)
+        return Outputs(self.draw_grad_output(call, seed) if self.prenorm else None, normed)
+
+    def _draw_gradient(
+        self, x: Tensor, dtype: torch.dtype, seed: int, nonfinite: tuple[float, ...]
+    ) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        self._plant(values, _NONFINITE_IN_DY, nonfinite)
+        return place(values.to(dtype).to(x.device), self.grad_layout)
+
+    def _plant(
+        self, values: Tensor, tokens: tuple[int, ...], planted: tuple[float, ...] = _NONFINITE
+    ) -> None:
+        """Plant these values, one element of a token each, where the case is nonfinite."""
         if not self.nonfinite or not tokens:
             return
         rows = values.view(-1, self.hidden_size)
@@ -183,7 +234,7 @@ class Case:
                 f"a nonfinite case needs at least {max(_NONFINITE_IN_DY) + 2} tokens, so that some "
                 f"stay finite; got {rows.shape[0]}."
             )
-        for token, value in zip(tokens, _NONFINITE, strict=True):
+        for token, value in zip(tokens, planted, strict=True):
             rows[token, token * self.hidden_size // 12] = value
 
 

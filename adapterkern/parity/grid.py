@@ -1,7 +1,8 @@
 """The grids of cases: for a GPU sizes that reach every kernel form, for a CPU a few small ones."""
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import torch
@@ -89,6 +90,50 @@ _NONFINITE: tuple[dict, ...] = (
     {"nonfinite": True, "activation": "sigmoid", "bottleneck_size": 3},
     {"nonfinite": True, "activation": "relu"},
 )
+# Norms behind the adapter that suit any size, and take turns through those below.
+_NORMS: tuple[dict, ...] = (
+    {"norm": "layer"},
+    {"norm": "rms", "norm_affine": "weight"},
+    {"norm": "layer", "prenorm": True, "skip": True, "scaling": "channel"},
+    {"norm": "rms", "norm_affine": "weight", "weight_offset": 1.0, "residual": "tensor"},
+    {"norm": "layer", "norm_affine": "weight", "eps": 0.5, "scaling": 0.7},
+    {"norm": "rms", "norm_affine": "weight", "cast_before_weight": True, "prenorm": True},
+    {"norm": "layer", "norm_affine": "none", "residual": "tensor", "skip": True, "layout": "rows",
+     "grad_layout": "rows"},
+    {"norm": "rms", "norm_affine": "none", "eps": 0.5, "prenorm": True, "residual": "none",
+     "skip": True},
+    {"norm": "layer", "cast_before_weight": True, "weight_offset": 1.0, "layout": "spread",
+     "grad_layout": "spread"},
+    {"norm": "rms", "layout": "unaligned", "grad_layout": "unaligned", "prenorm": True,
+     "parameter_layout": "strided"},
+)  # fmt: skip
+# Frozen norms and adapters, a gradient that comes by way of the other output, few tokens, Inf and
+# NaN, which a norm spreads over their token and no further.
+_NORMS_APART: tuple[dict, ...] = (
+    {"norm": "layer", "prenorm": True,
+     "needs": ("x", "down_weight", "up_weight", "down_bias", "up_bias")},
+    {"norm": "layer", "needs": ("norm_weight", "norm_bias")},
+    {"norm": "rms", "needs": ("norm_weight",), "prenorm": True},
+    {"norm": "layer", "needs": ("norm_bias",)},
+    {"norm": "rms", "needs": ("skip",), "skip": True},
+    {"norm": "rms", "bias": "none", "scaling": "channel", "norm_affine": "none"},
+    {"norm": "layer", "shape": (0,), "prenorm": True},
+    {"norm": "layer", "shape": (1,)},
+    {"norm": "rms", "shape": (1,), "norm_affine": "weight", "prenorm": True},
+    {"norm": "layer", "nonfinite": True, "activation": "tanh"},
+    {"norm": "rms", "nonfinite": True, "activation": "tanh"},
+)  # fmt: skip
+_NORMS_MIXED: tuple[dict, ...] = (  # with a half-precision x
+    {"norm": "layer", "parameter_dtype": torch.float32},
+    {"norm": "rms", "norm_affine": "weight", "cast_before_weight": True, "residual": "tensor",
+     "residual_dtype": torch.float32, "prenorm": True},
+)  # fmt: skip
+_SMALL_NORM_SIZES = ((17, 70, 20), (13, 75, 150), (37, 70, 20), (5, 530, 20), (5, 33, 17))
+_LARGE_NORM_SIZES = (
+    (5, 64, 16), (37, 1030, 49), (300, 776, 20), (777, 768, 65), (4097, 65, 20), (1280, 512, 32),
+    (17, 2048, 64), (5, 4096, 129), (300, 4096, 64), (5, 8192, 64), (1037, 1024, 48),
+    (14100, 64, 32),
+)  # fmt: skip
 # (T, H, R) on a GPU, in row blocks and with fewer tokens.
 _APART_SIZE = (37, 1030, 49)
 _FULL_SIZES = ((1037, 776, 49), (14100, 65, 24))
@@ -100,6 +145,7 @@ def grid(
     activations: Iterable[str],
     level: str = "default",
     small: bool = False,
+    features: Collection[str] = (),
 ) -> list[Case]:
     """Return cases over dtypes, activations, sizes, and every option of the call.
 
@@ -110,8 +156,10 @@ def grid(
     Args:
         dtypes, activations: what a backend declares; with float32 comes TF32.
         level: quick (every activation in every dtype, once), default (also every size and every
-            option) or full (every activation at every size, every option in every dtype and form).
+            option, with norms) or full (every activation at every size, every option in every dtype
+            and form).
         small: few and small sizes, for the CPU and Triton's interpreter.
+        features: what a backend declares, for the cases with a norm behind the adapter.
 
     Raises:
         ValueError: an unknown level.
@@ -122,6 +170,9 @@ def grid(
     if not dtypes or not activations:
         return []
     cases = (_small if small else _large)(dtypes, activations, level)
+    if level != "quick":
+        norms = _norms(dtypes, activations, level, small)
+        cases += [case for case in norms if f"{case.norm}_norm" in features]
     return list(dict.fromkeys(cases))
 
 
@@ -161,6 +212,35 @@ def _large(dtypes: list[torch.dtype], activations: list[str], level: str) -> lis
     if level == "full":
         for size in _FULL_SIZES:
             cases += options(_sized(size, base), dtypes)
+    return cases
+
+
+def _norms(
+    dtypes: list[torch.dtype], activations: list[str], level: str, small: bool
+) -> list[Case]:
+    """Return cases with a norm: activations, sizes and dtypes take turns through the norms."""
+    one = "gelu" if "gelu" in activations else activations[0]
+    sizes = _SMALL_NORM_SIZES if small else _LARGE_NORM_SIZES
+    base = _sized(sizes[0] if small else _APART_SIZE, Case(activation=one))
+    count = math.lcm(len(sizes), len(_NORMS)) if level == "full" else max(len(sizes), len(_NORMS))
+    turns = [
+        replace(
+            _sized(sizes[index % len(sizes)], base),
+            dtype=dtypes[(index + index // len(sizes)) % len(dtypes)],
+            activation=activations[index % len(activations)],
+            **_NORMS[index % len(_NORMS)],
+        )
+        for index in range(count)
+    ]
+    cases = turns + _alternating(base, dtypes, _NORMS_APART, every_dtype=level == "full")
+    if torch.float32 in dtypes:
+        # Squares of a sum around 1000 have no digit of its variance.
+        shifted = replace(base, dtype=torch.float32, skip=True, shift=1000.0, norm="layer")
+        cases += [shifted, replace(shifted, shift=0.0, tf32=True, prenorm=True)]
+    for half in (dtype for dtype in dtypes if dtype.itemsize == 2):
+        mixed = [replace(base, dtype=half, **option) for option in _NORMS_MIXED]
+        in_float32 = replace(base, norm="layer", prenorm=True, autocast=half)
+        cases += [*mixed, in_float32]
     return cases
 
 

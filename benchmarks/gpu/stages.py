@@ -78,11 +78,11 @@ def steps(stage: str, wanted: Wanted | None = None, dry: bool = False) -> list[S
 def _verify() -> list[Step]:
     return [
         *_machine(40),
-        Commands("parity cuda", 45, _shards("cuda", PROCESSES)),
+        Commands("parity cuda", 48, _shards("cuda", PROCESSES)),
         # The PTX wrappers compile a little program meanwhile.
         Commands(
             "parity triton",
-            60,
+            67,
             {
                 **_shards("triton", PROCESSES),
                 "wrappers": _pytest("tests/emulator/test_wrappers.py"),
@@ -90,7 +90,7 @@ def _verify() -> list[Step]:
         ),
         Commands("gpu tests", 45, {"gpu tests": _gpu_tests()}),
         Measure("calibration", 25, (workload.CALIBRATE,)),
-        Measure("adapters", 106, workload.VERIFIED),
+        Measure("adapters", 117, workload.VERIFIED),
         Measure("compiled", 68, (*workload.VERIFIED_COMPILED, workload.CALIBRATE_AGAIN)),
         Measure("blocks", 38, workload.BLOCKS),
         Commands("memcheck", 62, _sanitized("memcheck", workload.MEMCHECKED), UNCACHED, gpu=True),
@@ -107,8 +107,8 @@ def _report() -> list[Step]:
         Commands("parity", 55, {**_shards("cuda", 3), **_shards("triton", PROCESSES - 3)}),
         Measure("calibration", 20, (workload.CALIBRATE,)),
         Measure("compiled", 118, workload.COMPARED),
-        Measure("adapters", 132, workload.REPORTED + workload.SPECIAL),
-        Measure("models", 91, (workload.CALIBRATE_AGAIN, *workload.MODELS)),
+        Measure("adapters", 138, workload.REPORTED + workload.SPECIAL + workload.NORMED),
+        Measure("models", 87, (workload.CALIBRATE_AGAIN, *workload.MODELS)),
         Measure("autotuned", 48, (workload.AUTOTUNED,)),
         Measure("host", 15, (Task("host", 12, {"do": "host"}),)),
     ]

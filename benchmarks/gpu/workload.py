@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from adapterkern.bench.cases import BenchCase
 from benchmarks.gpu.measuring import Task
 
 QUICK = ("plain", "adapterhub", "addmm", "cublaslt", "lora", "limit")
 COMPILED = (*QUICK, "compile")
+WITH_NORM = ("separate", "plain", "adapterhub", "no-adapter", "limit")
 FEW_TOKENS_SECONDS = 2.5
 
 
@@ -20,20 +22,22 @@ def adapter(
     *,
     seconds: float,
     baselines: Sequence[str] = QUICK,
+    norm: str = "none",
     **more: Any,
 ) -> Task:
     """Return the task of one adapter on every backend beside the baselines. With few tokens a graph
     holds hundreds of calls, whose capture takes time.
     """
-    case = {
+    case: dict[str, Any] = {
         "hidden_size": hidden,
         "bottleneck_size": bottleneck,
         "tokens": tokens,
         "dtype": dtype,
         "activation": activation,
         "mode": mode,
+        "norm": norm,
     }
-    name = f"{mode}-{dtype}-{activation}-T{tokens}-H{hidden}-R{bottleneck}"
+    name = str(BenchCase(**case))
     if more.get("tf32"):  # nvmath's products of float32 are never TF32
         baselines = [name for name in baselines if name != "cublaslt"]
     request = {"do": "adapter", "case": case, "baselines": list(baselines), **more}
@@ -43,6 +47,11 @@ def adapter(
 def compiled(*sizes: Any, seconds: float) -> Task:
     """Return an adapter's task with torch.compile among the baselines."""
     return adapter(*sizes, seconds=seconds, baselines=COMPILED)
+
+
+def normed(*sizes: Any, seconds: float, norm: str = "layer") -> Task:
+    """Return an adapter's task with the norm behind it in the same pass."""
+    return adapter(*sizes, seconds=seconds, baselines=WITH_NORM, norm=norm)
 
 
 def model(spec: str, mode: str, execution: str, seconds: float = 7.5) -> Task:
@@ -66,7 +75,7 @@ VERIFIED = tuple(
         *((8192, 128, 16384, mode) for mode in ("forward", "step")),
         (4096, 256, 16384, "forward"),
     )
-)
+) + tuple(normed(*_BASE, 16384, mode, seconds=6) for mode in ("forward", "step"))
 VERIFIED_COMPILED = tuple(
     compiled(*sizes, seconds=21)
     for sizes in (
@@ -86,7 +95,7 @@ COMPARED = tuple(
     )
 )
 REPORTED = tuple(
-    adapter(*sizes, seconds=3.2)
+    adapter(*sizes, seconds=2.9)
     for sizes in (
         *((*shape, 16384, "backward") for shape in (_BASE, _WIDE)),
         *((*_WIDE, tokens, "forward") for tokens in (16, 2048)),
@@ -115,6 +124,13 @@ SPECIAL = (
     # The input was written just before, as a layer finds it.
     adapter(*_BASE, 16384, "step", "bf16", "relu", seconds=4, hot=True),
 )
+# Post-norm blocks as they are, and one of RMSNorm.
+NORMED = (
+    *(normed(*_BASE, 16384, mode, seconds=2.3) for mode in ("forward", "step", "backward")),
+    *(normed(*_WIDE, 16384, mode, seconds=2.3) for mode in ("forward", "step")),
+    normed(*_BASE, 2048, "forward", seconds=2.3),
+    normed(*_WIDE, 16384, "forward", seconds=2.3, norm="rms"),
+)
 AUTOTUNED = adapter(
     *_BASE, 16384, "forward", "bf16", "gelu_tanh", seconds=45,
     baselines=("plain", "compile", "compile-max", "cublaslt", "limit"),
@@ -125,8 +141,8 @@ BLOCKS = (
     model("block-4096", "forward", "graph", 12),
 )
 MODELS = (
-    *(model("block-1024", mode, "graph", 6) for mode in ("forward", "step")),
-    model("block-4096", "forward", "graph", 6),
+    *(model("block-1024", mode, "graph", 5) for mode in ("forward", "step")),
+    model("block-4096", "forward", "graph", 5),
     model("bert-base-32x128", "forward", "graph", 7),
     *(model(f"gpt2-medium-{size}-H", "forward", "graph", 7) for size in ("32x512", "16x256")),
     model("gpt2-medium-1x128-H", "forward", "graph", 7),

@@ -114,10 +114,13 @@ def test_all_among_the_baselines_is_all_of_them():
     from adapterkern.bench.providers import BASELINES
     from adapterkern.cli import bench
 
-    def named(*words):
-        return bench._baseline_names(Namespace(baseline=list(words), quick=True), "cuda")
+    def named(*words, norm=None):
+        asked = Namespace(baseline=list(words), quick=True, norm=norm)
+        return bench._baseline_names(asked, "cuda")
 
-    assert named("all") == named("all", "plain") == [entry.name for entry in BASELINES]
+    assert named("all", norm="layer") == [entry.name for entry in BASELINES]
+    without_a_norm = [entry.name for entry in BASELINES if entry.name != "separate"]
+    assert named("all") == named("all", "plain") == without_a_norm
     assert named("plain", "lora") == ["plain", "lora"]
 
 

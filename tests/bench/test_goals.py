@@ -26,6 +26,7 @@ CALIBRATION = {
 # Each provider reaches this share of the floor; ours are in the order of "auto", the faster second.
 SHARE = {"triton": 0.8, "cuda": 0.9, "plain": 0.32, "adapterhub": 0.23, "addmm": 0.3}
 SHARE |= {"compile": 0.4, "cublaslt": 0.55, "lora": 0.25, "limit": 0.98}
+SHARE |= {"separate": 0.5, "no-adapter": 0.6}
 
 
 def timing(value):
@@ -141,8 +142,28 @@ def test_what_auto_runs_is_judged_though_another_backend_is_faster(run):
     assert (full.found, full.met) == ("0.25", True)
     assert "T16384-H3072-R64 on triton" in full.why
     assert {goal for goal, _ in found} == {
-        *("forward", "step", "everywhere", "block", "decode", "memory", "bits", "dtypes", "auto"),
+        *("forward", "step", "everywhere", "block", "norm", "decode", "memory", "bits", "dtypes"),
+        "auto",
     }
+
+
+def test_a_norm_in_the_same_pass_has_goals_of_its_own(run):
+    result = run()
+    found = found_in(result)
+    forward = found["norm", "forward, of 3 passes over memory >= 75% (later 90%)"]
+    assert (forward.met, forward.found, forward.others) == (True, "82%", ("cuda 92%",))
+    assert "-layer_norm" not in found[FORWARD].why  # whose rows are of the plain call
+    assert found["norm", "against a norm of its own >= 1.00x"].found == "1.60x"  # 0.8 / 0.5
+    # Of the stand-in's variants it is the fifth after the plain one, at five per cent each.
+    for name, bound in (("block-1024", 1.2), ("block-4096", 0.4)):
+        told = f"LayerNorm in the same pass, {name} forward with two adapters <= {bound} %"
+        assert found["norm", told].found == f"25.00 %, {25 - bound:.2f} over"
+    assert found["norm", "saved beside x and skip, of stream and z <= 1.01"].met is True
+    twice = [row for row in result.rows if row.case.norm != "none" and row.saved_bytes]
+    for row in twice:  # x, kept beside the stream
+        row.saved_bytes = 2 * row.case.tokens * row.case.hidden_size * row.case.element_size
+    saved = found_in(result)["norm", "saved beside x and skip, of stream and z <= 1.01"]
+    assert (saved.met, saved.found) == (False, "1.97, 0.96 over")
 
 
 @pytest.mark.parametrize(

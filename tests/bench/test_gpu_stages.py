@@ -8,6 +8,7 @@ import torch
 
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import NAMES
+from adapterkern.backends.base import NORM_FEATURES
 from adapterkern.backends.cuda import launch_config as cuda
 from adapterkern.bench.cases import MODES as CASE_MODES
 from adapterkern.bench.cases import BenchCase
@@ -158,7 +159,8 @@ KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 def matching(pattern):
     """Return the one case of the GPU's grid that a pattern means."""
-    (case,) = [c for c in grid(KERNEL_DTYPES, ACTIVATIONS) if fnmatch.fnmatch(str(c), pattern)]
+    cases = grid(KERNEL_DTYPES, ACTIVATIONS, features=NORM_FEATURES)
+    (case,) = [c for c in cases if fnmatch.fnmatch(str(c), pattern)]
     return case
 
 

@@ -73,9 +73,10 @@ def test_plain_and_full_are_the_same_model_frozen_and_not():
         assert torch.equal(a, b)
 
 
-def test_a_block_gives_the_same_with_the_residual_folded_in():
+@pytest.mark.parametrize("variant", models.FOLDED)
+def test_a_block_gives_the_same_with_the_residual_and_the_norm_folded_in(variant):
     plain = built("block-1024", "plain")
-    adapted, folded = built("block-1024", "adapterkern"), built("block-1024", "adapterkern-skip")
+    adapted, folded = built("block-1024", "adapterkern"), built("block-1024", variant)
     folded.load_state_dict(adapted.state_dict())
     x = models.embedder(BY_NAME["block-1024"].tiny(), plain, CPU, torch.float32)()
     torch.testing.assert_close(adapted(x), folded(x))

@@ -144,10 +144,10 @@ def _no_mask_on_the_features_of_x_and_dy(monkeypatch):
     """The last row's read runs over the end of the tensor, into the NaN that surrounds it; as the
     weights' masks are in place, nothing else would show. The kernels with 32 features a tile are
     those that only read along H."""
-    tiles = triton_launches._tiles
+    tiles = triton_launches.tiles_of
     monkeypatch.setattr(
         triton_launches,
-        "_tiles",
+        "tiles_of",
         lambda call, config, stages: (
             tiles(call, config, stages) | ({"EVEN_H": True} if config.block_h == 32 else {})
         ),

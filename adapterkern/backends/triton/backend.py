@@ -8,6 +8,7 @@ from torch import Tensor
 from adapterkern import _env
 from adapterkern.backends.base import (
     FIRST_FEATURES,
+    NORM_FEATURES,
     Backend,
     allow_tf32,
     empty_gradients,
@@ -19,11 +20,13 @@ from adapterkern.backends.base import (
     zero_gradients,
 )
 from adapterkern.backends.repeat import options_of
-from adapterkern.backends.triton import tuned
+from adapterkern.backends.triton import norm_plan, tuned
 from adapterkern.backends.triton.launch_config import (
     Device,
+    LaunchConfig,
     Problem,
     RowBlock,
+    Split,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
@@ -34,7 +37,7 @@ try:
 
     from adapterkern.backends.triton import launcher
     from adapterkern.backends.triton.activations import VALUES
-    from adapterkern.backends.triton.launches import CallLaunches
+    from adapterkern.backends.triton.norm_launches import NormLaunches
 
     if knobs.runtime.interpret:  # as the kernels that were just defined have found it
         from adapterkern.backends.triton.interpreter import make_bfloat16_exact
@@ -57,7 +60,7 @@ class TritonBackend(Backend):
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
-    features = FIRST_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES
 
     def unavailable_reason(self) -> str | None:
         if _IMPORT_ERROR is not None:
@@ -83,70 +86,120 @@ class TritonBackend(Backend):
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         if call.x.numel() == 0:
             return empty_outputs(call, save)
-        y, z = launcher.run(
+        y, normed, z, mean, rstd = launcher.run(
             tensor_values(call),
             (save, tuned.generation, *options_of(call)),
             lambda recording: self._forward(call, save, recording),
             call.scale,
         )
-        return Outputs(y), Saved(z)
+        return Outputs(y, normed), Saved(z, mean, rstd)
 
-    def _forward(self, call: AdapterCall, save: bool, recording) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, call: AdapterCall, save: bool, recording) -> tuple[Tensor | None, ...]:
         outputs, saved = empty_outputs(call, save)
-        y, z = recording.own(outputs.y), recording.own(saved.z)
+        results = *outputs, *saved[:3]
+        for result in results:
+            recording.own(result)
         x = rows(call.x)
         device = _device(x.device)
-        plan = token_plan(forward_problem(call, x, device), device)
-        launches = CallLaunches(call, recording, device)
+        problem = forward_problem(call, x, device)
+        plan = token_plan(problem, device)
+        launches = NormLaunches(call, recording, device)
+        fused = forward_norm_plan(call, plan, problem, device)
+        if fused is not None:
+            launches.forward_norm_row_block(x, outputs, saved, *fused)
+            return results
+        y = outputs.given if outputs.y is None else outputs.y
         if isinstance(plan, RowBlock):
-            launches.forward_row_block(x, y, z, plan.kernel)
+            launches.forward_row_block(x, y, saved.z, plan.kernel)
         else:
-            launches.forward_split(x, y, z, plan)
-        return y, z
+            launches.forward_split(x, y, saved.z, plan)
+        if call.norm != "none":
+            launches.norm_rows(outputs, saved)
+        return results
 
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        dy = upstream.given
-        if dy.numel() == 0:
+        if upstream.given.numel() == 0:
             return zero_gradients(call, saved, upstream, needs)
-        *computed, sums = launcher.run(
-            (*tensor_values(call), saved.z, dy),
+        *computed, sums, ds = launcher.run(
+            (*tensor_values(call), *saved, *upstream),
             (needs, tuned.generation, *options_of(call)),
-            lambda recording: self._backward(call, saved.z, dy, needs, recording),
+            lambda recording: self._backward(call, saved, upstream, needs, recording),
             call.scale,
         )
-        added = added_gradients(upstream.y, needs)
+        added = added_gradients(upstream.y if call.norm == "none" else ds, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, sums), **added)
 
     def _backward(
-        self, call: AdapterCall, z: Tensor | None, dy: Tensor, needs: Needs, recording
+        self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs, recording
     ) -> tuple[Tensor | None, ...]:
-        """The gradients but for the scaling's, of which the last result holds the sums."""
-        dy, sums = rows(dy), None
-        num_tokens = dy.shape[0]
+        """The gradients but for those of the scaling, for which the last but one result holds the
+        sums, and of what is added to the sum of a norm: that is the last."""
+        given, sums, ds = upstream.given, None, None
         out = empty_gradients(call, needs._replace(residual=False, skip=False, scaling=False))
         for gradient in out:
             recording.own(gradient)
+        num_tokens = given.numel() // call.hidden_size
         dz = a = None
         if needs.down_weight or needs.down_bias:
             dz = recording.own(empty_units(call, num_tokens))
         if needs.up_weight or needs.scaling:
             a = recording.own(empty_units(call, num_tokens))
-        device = _device(dy.device)
-        launches = CallLaunches(call, recording, device)
         if needs.z:
-            assert z is not None
-            z = unit_rows(call, z)  # hooks on saved tensors may have packed it
-            plan = token_plan(dx_problem(call, dy, device), device)
-            if isinstance(plan, RowBlock):
-                launches.dx_row_block(z, dy, out.x, dz, a, plan.kernel)
-            else:
-                launches.dx_split(z, dy, out.x, dz, a, plan)
+            assert saved.z is not None
+            # Hooks on saved tensors may have packed it.
+            saved = saved._replace(z=unit_rows(call, saved.z))
+        device = _device(given.device)
+        launches = NormLaunches(call, recording, device)
+        if call.norm == "none":
+            dy = rows(given)
+        elif needs.sum:
+            ds = recording.own(given.new_empty(given.shape, dtype=call.output_dtype))
+            dy = rows(ds)
+        problem = plan = fused = None
+        if needs.z:
+            problem = dx_problem(call, dy, device)
+            plan = token_plan(problem, device)
+            fused = dx_norm_plan(call, plan, problem, upstream, needs, device)
+        if fused is not None:
+            launches.dx_norm_row_block(saved, upstream, out, dy, dz, a, *fused)
+        else:
+            if call.norm != "none":
+                launches.norm_gradients(saved, upstream, out, None if ds is None else dy)
+            if plan is not None:
+                assert saved.z is not None
+                if isinstance(plan, RowBlock):
+                    launches.dx_row_block(saved.z, dy, out.x, dz, a, plan.kernel)
+                else:
+                    launches.dx_split(saved.z, dy, out.x, dz, a, plan)
         if needs.parameters:
             weights = weight_gradient_plan(weights_problem(call, call.x, dy, device), device)
             sums = launches.weight_gradients(dy, dz, a, out, needs, weights)
-        return *out, sums
+        return *out, sums, ds if needs.added else None
+
+
+def forward_norm_plan(
+    call: AdapterCall, plan: RowBlock | Split, problem: Problem, device: Device
+) -> tuple[LaunchConfig, int] | None:
+    """The row block that computes the sum and normalises it, if one does."""
+    if call.norm == "none" or not isinstance(plan, RowBlock):
+        return None
+    added = (call.x if call.add_input else call.residual, call.skip)
+    passing = sum(tensor.element_size() for tensor in added if tensor is not None)
+    return norm_plan.row_block(plan.kernel, problem, device, passing + call.output_dtype.itemsize)
+
+
+def dx_norm_plan(
+    call: AdapterCall, plan: RowBlock | Split, problem: Problem, upstream: Outputs, needs: Needs,
+    device: Device,
+) -> tuple[LaunchConfig, int] | None:  # fmt: skip
+    """The row block that computes ds and goes on to dz and dx, if one does."""
+    if call.norm == "none" or not needs.dz or not isinstance(plan, RowBlock):
+        return None
+    passing = sum(tensor.element_size() for tensor in upstream if tensor is not None)
+    sizes = passing + 2 * call.output_dtype.itemsize  # the stream and ds
+    return norm_plan.row_block(plan.kernel, problem, device, sizes)
 
 
 def forward_problem(call: AdapterCall, x: Tensor, device: Device) -> Problem:

@@ -78,6 +78,23 @@ def store_dx(
     store_rows(dx_ptr, dx, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
 
 
+@triton.jit
+def finished_units(
+    z, da, z_ptr, dz_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+    ACTIVATION: tl.constexpr, GRADIENT: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr,
+):  # fmt: skip
+    """dz of a row block from z and da, equation (9); dz and a are stored where asked for."""
+    dz = existing_units(GRADIENT(z.to(tl.float32), da), unit, bottleneck_size, EVEN_R).to(DTYPE)
+    if dz_ptr is not None:
+        store_units(dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+    if a_ptr is not None:
+        store_activation(
+            z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
+            ACTIVATION, EVEN_R,
+        )  # fmt: skip
+    return dz
+
+
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
 def bottleneck_bwd_dx_kernel(
     dy_ptr, z_ptr, down_weight_ptr, up_weight_ptr,  # in: [T, H], [T, R], [R, H], [H, R]
@@ -109,13 +126,11 @@ def bottleneck_bwd_dx_kernel(
             num_tokens, hidden_size, bottleneck_size, stride_dy_token,
             DTYPE, PRECISION, CHANNEL_SCALING, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
         )  # fmt: skip
-        dz = existing_units(GRADIENT(z.to(tl.float32), da), unit, bottleneck_size, EVEN_R)
-        dz = dz.to(DTYPE)
-        if dz_ptr is not None:
-            store_units(
-                dz_ptr, dz, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
-            )
-    if a_ptr is not None:
+        dz = finished_units(
+            z, da, z_ptr, dz_ptr, a_ptr, token, unit, stride_unit_token, num_tokens,
+            bottleneck_size, ACTIVATION, GRADIENT, DTYPE, EVEN_R,
+        )  # fmt: skip
+    elif a_ptr is not None:
         store_activation(
             z_ptr, a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size,
             ACTIVATION, EVEN_R,

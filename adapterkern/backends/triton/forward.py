@@ -74,20 +74,20 @@ def up_bias_product(
 
 @triton.constexpr_function
 def is_multiplied(bias_ptr, DTYPE):
-    """Whether `up_bias_product` takes this bias; another is added in `store_output`."""
+    """Whether `up_bias_product` takes this bias; another is added in `output_tile`."""
     return bias_ptr.dtype.element_ty == DTYPE and DTYPE.primitive_bitwidth == 16
 
 
 @triton.jit
-def store_output(
+def output_tile(
     u, token, feature,  # [BLOCK_T, BLOCK_H] float32, its indices
-    x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
+    x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale,
     num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
     DTYPE: tl.constexpr,
     ADD_INPUT: tl.constexpr, CHANNEL_SCALING: tl.constexpr, EVEN_H: tl.constexpr,
 ):  # fmt: skip
-    """y = scaling * (u + b_up) + residual + skip, equation (4), in float32 until the store; b_up is
-    in u already where it was multiplied."""
+    """y = scaling * (u + b_up) + residual + skip, equation (4), in float32; b_up is in u already
+    where it was multiplied."""
     if up_bias_ptr is not None and not is_multiplied(up_bias_ptr, DTYPE):
         u += load_vector(up_bias_ptr, feature, hidden_size)[None, :]
     y = scaled(u, scaling_ptr, scale, feature[None, :], hidden_size, CHANNEL_SCALING)
@@ -104,7 +104,31 @@ def store_output(
             skip_ptr, token, feature, stride_skip_token, num_tokens, hidden_size, EVEN_H
         )
         y += skip.to(tl.float32)
-    store_rows(y_ptr, y, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
+    return y
+
+
+@triton.jit
+def row_block_bottleneck(
+    x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit,
+    num_tokens, hidden_size, bottleneck_size, stride_x_token, stride_unit_token,
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """a = act(z) of a row block and all of R, [BLOCK_T, BLOCK_R]; z is stored where asked for."""
+    z = down_projection(
+        x_ptr, down_weight_ptr, token, unit, 0, hidden_size,
+        num_tokens, hidden_size, bottleneck_size, stride_x_token,
+        DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+    z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
+    z = existing_units(z, unit, bottleneck_size, EVEN_R)
+    # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
+    # and the second product runs on the tensor cores.
+    z = z.to(DTYPE)
+    if z_ptr is not None:
+        store_units(z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
+    return ACTIVATION(z.to(tl.float32)).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
@@ -134,20 +158,11 @@ def bottleneck_fwd_kernel(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     unit = tl.arange(0, BLOCK_R)
 
-    z = down_projection(
-        x_ptr, down_weight_ptr, token, unit, 0, hidden_size,
-        num_tokens, hidden_size, bottleneck_size, stride_x_token,
-        DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+    a = row_block_bottleneck(
+        x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit,
+        num_tokens, hidden_size, bottleneck_size, stride_x_token, stride_unit_token,
+        ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
     )  # fmt: skip
-    z += load_vector(down_bias_ptr, unit, bottleneck_size)[None, :]
-    z = existing_units(z, unit, bottleneck_size, EVEN_R)
-    # Round z and a to the compute dtype where eager does: backward recomputes a from the stored z,
-    # and the second product runs on the tensor cores.
-    z = z.to(DTYPE)
-    if z_ptr is not None:
-        store_units(z_ptr, z, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R)
-    a = ACTIVATION(z.to(tl.float32)).to(DTYPE)
-
     steps = tl.cdiv(hidden_size, BLOCK_H)
     for step in tl.range(0, steps, num_stages=OUT_STAGES):  # with it, x is pipelined too
         feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -156,12 +171,13 @@ def bottleneck_fwd_kernel(
         )
         u = up_bias_product(up_bias_ptr, feature, hidden_size, DTYPE, EVEN_H, BLOCK_T, BLOCK_H)
         u = tl.dot(a, tl.trans(w_up).to(DTYPE), u, input_precision=PRECISION)
-        store_output(
+        y = output_tile(
             u, token, feature,
-            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale,
             num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
             DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
         )  # fmt: skip
+        store_rows(y_ptr, y, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "bottleneck_size", "stride_unit_token"])
@@ -282,9 +298,10 @@ def bottleneck_fwd_up_kernel(
                     up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
                 )
                 u = plus_product(u, a, tl.trans(w_up).to(DTYPE), PRECISION)
-        store_output(
+        y = output_tile(
             u, token, feature,
-            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale, y_ptr,
+            x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, scale,
             num_tokens, hidden_size, stride_x_token, stride_residual_token, stride_skip_token,
             DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
         )  # fmt: skip
+        store_rows(y_ptr, y, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)

@@ -7,7 +7,7 @@ an H200 (docs/performance.md); the others have not been measured.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 # Both weights of row blocks under 64 tokens, in bytes: with more, reading them takes each block
@@ -22,6 +22,9 @@ class Device:
     num_sms: int
     shared_memory: int  # bytes one block may use (opt-in limit)
     major: int = 9  # of the compute capability
+    # In bytes; those of an H100 if nothing else is known. No tile depends on it, so tiles that were
+    # searched on a GPU serve one that differs in it alone.
+    l2: int = field(default=50 * 1024 * 1024, compare=False)
 
     @property
     def small(self) -> bool:

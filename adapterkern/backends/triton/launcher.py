@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from adapterkern import _env
-from adapterkern.backends.repeat import STREAM, Recording, Repeats, Results
+from adapterkern.backends.repeat import STREAM, Option, Recording, Repeats, Results
 
 try:
     from triton import knobs
@@ -80,6 +80,10 @@ class Launches(Recording):
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
         values = [given.get(parameter.name, parameter.default) for parameter in kernel.params]
         bound = [self.slot(v.data_ptr()) if isinstance(v, Tensor) else v for v in values]
+        bound = [
+            Option(value) if parameter.is_constexpr and isinstance(value, float) else value
+            for value, parameter in zip(bound, kernel.params, strict=True)
+        ]
         where = *(*grid, 1, 1)[:3], STREAM, compiled.function, compiled.packed_metadata
         self.step(compiled.run, (*where, None, None, None, *bound), compiled)  # None: no hooks
 

@@ -32,6 +32,8 @@ from adapterkern.backends.triton.launch_config import (
 from adapterkern.results import Gradients, Needs
 from adapterkern.spec import AdapterCall, shape_of
 
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
 
 class CallLaunches:
     """The launches of one call on one device, which `recording` runs and notes."""
@@ -49,14 +51,14 @@ class CallLaunches:
             fwd.bottleneck_fwd_kernel, (cdiv(x.shape[0], config.block_t),),
             x, packed(call.down_weight), packed(call.up_weight),
             packed(call.down_bias), packed(call.up_bias), residual, skip,
-            packed(call.scaling), _scale(call), y, z,
+            packed(call.scaling), scale_of(call), y, z,
             x.shape[0], call.hidden_size, call.bottleneck_size,
-            x.stride(0), _stride(residual), _stride(skip), unit_stride(call),
+            x.stride(0), stride_of(residual), stride_of(skip), unit_stride(call),
             ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
             OUT_STAGES=self._out_stages(
                 config, call.up_weight, y, x if call.add_input else residual, skip
             ),
-            **_dtypes(call), **_channel(call), **_units(call),
+            **dtypes_of(call), **channel_of(call), **units_of(call),
             **self._tiles(config, x, call.down_weight),
         )  # fmt: skip
 
@@ -79,24 +81,24 @@ class CallLaunches:
             x, packed(call.down_weight), down_bias, partial, z if partial is None else None, a,
             num_tokens, hidden, bottleneck, plan.features_per_split, x.stride(0), stride_unit,
             ACTIVATION=VALUES[call.activation],
-            **_dtypes(call), **_units(call), **self._tiles(config, x, call.down_weight),
+            **dtypes_of(call), **units_of(call), **self._tiles(config, x, call.down_weight),
         )  # fmt: skip
         config = plan.widen
         slices = cdiv(hidden, plan.features_per_program)
         self._launch(
             fwd.bottleneck_fwd_up_kernel, (cdiv(num_tokens, config.block_t), slices),
             partial, a, x, packed(call.up_weight), down_bias, packed(call.up_bias),
-            residual, skip, packed(call.scaling), _scale(call), y, None if partial is None else z,
+            residual, skip, packed(call.scaling), scale_of(call), y, None if partial is None else z,
             num_tokens, hidden, bottleneck, plan.num_splits, plan.features_per_program,
-            x.stride(0), _stride(residual), _stride(skip), stride_unit,
+            x.stride(0), stride_of(residual), stride_of(skip), stride_unit,
             ACTIVATION=VALUES[call.activation], ADD_INPUT=call.add_input,
             ONE_TILE=bottleneck <= config.block_r,
             OUT_STAGES=self._out_stages(
                 config, call.up_weight, y, x if call.add_input else residual, skip
             ),
             SUM_STAGES=sum_stages(config, self._device),
-            **_dtypes(call), **_channel(call), **_units(call),
-            **_tiles(call, config, config.num_stages),
+            **dtypes_of(call), **channel_of(call), **units_of(call),
+            **tiles_of(call, config, config.num_stages),
         )  # fmt: skip
 
     def dx_row_block(
@@ -107,13 +109,13 @@ class CallLaunches:
         self._launch(
             bwd.bottleneck_bwd_dx_kernel, (cdiv(dy.shape[0], config.block_t),),
             dy, z, packed(call.down_weight), packed(call.up_weight),
-            packed(call.scaling), _scale(call), dx, dz, a,
+            packed(call.scaling), scale_of(call), dx, dz, a,
             dy.shape[0], call.hidden_size, call.bottleneck_size, dy.stride(0), z.stride(0),
-            **_activations(call), ADD_INPUT=call.add_input,
+            **activations_of(call), ADD_INPUT=call.add_input,
             OUT_STAGES=self._out_stages(
                 config, call.down_weight, dx, dy if call.add_input else None
             ),
-            **_dtypes(call), **_channel(call), **_units(call),
+            **dtypes_of(call), **channel_of(call), **units_of(call),
             **self._tiles(config, dy, call.up_weight),
         )  # fmt: skip
 
@@ -136,10 +138,10 @@ class CallLaunches:
         first = partial is None  # the kernel that finishes dz and a, and stores them
         self._launch(
             bwd.bottleneck_bwd_split_dz_kernel, grid,
-            dy, z, packed(call.up_weight), packed(call.scaling), _scale(call),
+            dy, z, packed(call.up_weight), packed(call.scaling), scale_of(call),
             partial, dz if first else None, a if first else None,
             num_tokens, hidden, bottleneck, features, dy.stride(0), z.stride(0),
-            **_activations(call), **_dtypes(call), **_channel(call), **_units(call),
+            **activations_of(call), **dtypes_of(call), **channel_of(call), **units_of(call),
             **self._tiles(config, dy, call.up_weight),
         )  # fmt: skip
         if dx is None and partial is None:
@@ -152,12 +154,12 @@ class CallLaunches:
             bwd.bottleneck_bwd_split_dx_kernel, (cdiv(num_tokens, config.block_t), slices),
             partial, dz, None if first else a, dy, z, packed(call.down_weight), dx,
             num_tokens, hidden, bottleneck, splits, features, dy.stride(0), z.stride(0),
-            **_activations(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
+            **activations_of(call), ADD_INPUT=call.add_input, ONE_TILE=bottleneck <= config.block_r,
             OUT_STAGES=self._out_stages(
                 config, call.down_weight, dx, dy if call.add_input else None
             ),
             SUM_STAGES=sum_stages(config, self._device),
-            **_dtypes(call), **_units(call), **_tiles(call, config, config.num_stages),
+            **dtypes_of(call), **units_of(call), **tiles_of(call, config, config.num_stages),
         )  # fmt: skip
 
     def weight_gradients(
@@ -191,16 +193,16 @@ class CallLaunches:
         part_down, part_down_bias = room(down, call.down_weight), room(down_bias, call.down_bias)
         part_up = room(up, call.up_weight, needs.scaling)
         part_up_bias = room(up_bias, call.up_bias, needs.scaling)
-        scaling, scale, channel = packed(call.scaling), _scale(call), _channel(call)
+        scaling, scale, channel = packed(call.scaling), scale_of(call), channel_of(call)
         grid = cdiv(hidden, config.block_h), cdiv(bottleneck, config.block_r), plan.num_splits
         self._launch(
             weight_gradients.bottleneck_bwd_dw_kernel, grid,
             x, dy, dz, a, None if in_parts else scaling, None if in_parts else scale,
             part_down, part_up, part_down_bias, part_up_bias,
             num_tokens, hidden, bottleneck, plan.tokens_per_split,
-            _stride(x), dy.stride(0), unit_stride(call),
-            **_dtypes(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
-            **_units(call), **_tiles(call, config, self._gradient_stages(config, call.x, dy)),
+            stride_of(x), dy.stride(0), unit_stride(call),
+            **dtypes_of(call), CHANNEL_SCALING=channel["CHANNEL_SCALING"] and not in_parts,
+            **units_of(call), **tiles_of(call, config, self._gradient_stages(config, call.x, dy)),
         )  # fmt: skip
         if not in_parts:
             return None
@@ -217,7 +219,7 @@ class CallLaunches:
             packed(call.up_weight), packed(call.up_bias), scaling, scale,
             down, up, down_bias, up_bias, d_scaling,
             hidden, bottleneck, plan.num_splits,
-            **channel, **_units(call), BLOCK_S=config.block_t,
+            **channel, **units_of(call), BLOCK_S=config.block_t,
             BLOCK_H=config.block_h, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -226,7 +228,7 @@ class CallLaunches:
     def _tiles(self, config: LaunchConfig, loaded: Tensor, weight: Tensor) -> dict:
         """Of a kernel whose first loop reads `loaded` [T, H] and a weight."""
         sizes = loaded.element_size(), weight.element_size()
-        return _tiles(self._call, config, into_stages(config, self._device, *sizes))
+        return tiles_of(self._call, config, into_stages(config, self._device, *sizes))
 
     def _gradient_stages(self, config: LaunchConfig, x: Tensor, dy: Tensor) -> int:
         rows, units = x.element_size() + dy.element_size(), 2 * self._call.compute_dtype.itemsize
@@ -243,36 +245,40 @@ class CallLaunches:
         return out_stages(config, self._device, *sizes)
 
 
-def _stride(tensor: Tensor | None) -> int:
+def stride_of(tensor: Tensor | None) -> int:
+    """From one row to the next; 0, which nothing reads, where there is no tensor."""
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _scale(call: AdapterCall) -> float | None:
+def scale_of(call: AdapterCall) -> float | None:
     """The float that scales the sum; None, which costs the kernels nothing, where it is 1 or
     `scaling` takes its place."""
     return None if call.scaling is not None or call.scale == 1.0 else call.scale
 
 
-def _dtypes(call: AdapterCall) -> dict:
-    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+def dtypes_of(call: AdapterCall) -> dict:
+    """Of the products: their operands' dtype, and how exact those of float32 are."""
     tf32 = call.compute_dtype == torch.float32 and allow_tf32()
-    return {"DTYPE": types[call.compute_dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+    return {"DTYPE": TYPES[call.compute_dtype], "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def _channel(call: AdapterCall) -> dict:
+def channel_of(call: AdapterCall) -> dict:
+    """Whether each feature has a scaling of its own."""
     return {"CHANNEL_SCALING": call.scaling is not None and call.scaling.numel() > 1}
 
 
-def _activations(call: AdapterCall) -> dict:
+def activations_of(call: AdapterCall) -> dict:
+    """The activation and its gradient."""
     return {"ACTIVATION": VALUES[call.activation], "GRADIENT": GRADIENTS[call.activation]}
 
 
-def _units(call: AdapterCall) -> dict:
+def units_of(call: AdapterCall) -> dict:
     """Rows of W_up begin at multiples of this many elements: vectors of so many load it."""
     return {"R_MULTIPLE": math.gcd(call.bottleneck_size, 8)}
 
 
-def _tiles(call: AdapterCall, config: LaunchConfig, stages: int) -> dict:
+def tiles_of(call: AdapterCall, config: LaunchConfig, stages: int) -> dict:
+    """The tile of a kernel, and which sizes of the call it divides."""
     return {
         "EVEN_H": call.hidden_size % config.block_h == 0,
         "EVEN_R": call.bottleneck_size % config.block_r == 0,

@@ -20,17 +20,22 @@ def load_rows(ptr, token, column, stride_token, num_tokens, num_columns, EVEN: t
 
 
 @triton.jit
-def store_rows(ptr, tile, token, column, stride_token, num_tokens, num_columns, EVEN: tl.constexpr):
-    """The inverse of `load_rows` for y and dx; converts to the tensor's dtype.
+def store_rows(
+    ptr, tile, token, column, stride_token, num_tokens, num_columns,
+    EVEN: tl.constexpr, KEEP: tl.constexpr = False,
+):  # fmt: skip
+    """The inverse of `load_rows`; converts to the tensor's dtype.
 
-    The lines are marked as the first to leave L2 (.cs): nothing reads them soon, and the second
-    loop of a row block does read what they would push out.
+    The lines of y and dx are marked as the first to leave L2 (.cs): nothing reads them soon, and
+    the second loop of a row block does read what they would push out. KEEP: the same program reads
+    these again.
     """
     offsets = token[:, None].to(tl.int64) * stride_token + column[None, :]
     mask = token[:, None] < num_tokens
     if not EVEN:
         mask = mask & (column[None, :] < num_columns)
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+    POLICY: tl.constexpr = "" if KEEP else ".cs"
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask, cache_modifier=POLICY)
 
 
 @triton.jit

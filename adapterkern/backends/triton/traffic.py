@@ -123,7 +123,7 @@ def _row_block(
         memory=(2 + again) * rows + weights + read + kept,
         loads=2 * rows + blocks * weights + 2 * read,
         stores=rows + kept,
-        in_flight=min(_into_flight(config, device, element), _out_flight(config, device, element)),
+        in_flight=min(into_flight(config, device, element), _out_flight(config, device, element)),
         flops=4.0 * tokens * hidden * bottleneck,
     )
 
@@ -155,7 +155,7 @@ def _split(
         memory=rows + weight + (0 if summed else read + kept),
         loads=into - sums + (0 if summed else 2 * read),
         stores=sums if summed else max(sums, kept + (0 if read else sums)),
-        in_flight=_into_flight(narrow, device, element),
+        in_flight=into_flight(narrow, device, element),
         flops=flops,
     )
     second = Traffic(
@@ -171,7 +171,7 @@ def _split(
     return [first, second]
 
 
-def _into_flight(config: LaunchConfig, device: Device, element: int) -> int:
+def into_flight(config: LaunchConfig, device: Device, element: int) -> int:
     """Bytes that the loop into the bottleneck has under way: all stages but the one in use."""
     tile = (config.block_t + config.block_r) * config.block_h
     return (into_stages(config, device, element, element) - 1) * tile * element

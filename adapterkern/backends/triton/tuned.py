@@ -219,7 +219,9 @@ def device_of(device: int | torch.device) -> Device:
     """Return the launch properties of a GPU."""
     properties: Any = torch.cuda.get_device_properties(device)
     memory = properties.shared_memory_per_block_optin
-    return Device(properties.multi_processor_count, memory, properties.major)
+    sizes = properties.multi_processor_count, memory, properties.major
+    l2 = getattr(properties, "L2_cache_size", 0)  # 0 where the driver does not tell it
+    return Device(*sizes, l2) if l2 else Device(*sizes)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from adapterkern.cli.check.worker import (
 )
 
 DESCRIPTION = """\
-Compares y and the gradients of x, residual, skip, both weights, both biases and the scaling with a
-computation in float64, for every backend that can run on this machine, over dtypes (TF32 among
-them), activations, sizes and all options of a call, also with Inf and NaN in x and the gradient of
-y. On a GPU the sizes reach every form of the kernels. Without one the Triton kernels run in
-Triton's CPU interpreter, at small sizes.
+Compares y, the norm of it, and the gradients of x, residual, skip, both weights, both biases, the
+scaling and the norm's parameters with a computation in float64, for every backend that can run on
+this machine, over dtypes (TF32 among them), activations, sizes and all options of a call, also with
+Inf and NaN in x and the gradient of y. On a GPU the sizes reach every form of the kernels. Without
+one the Triton kernels run in Triton's CPU interpreter, at small sizes.
 
 Prints a line as each case ends: the verdict, the case, the most that a tensor used up of its
 tolerance, the seconds. A backend stops where it loses the device or dies, and the others still run.

@@ -9,7 +9,7 @@ from adapterkern.cli.check.worker import Event
 from adapterkern.parity import share
 from adapterkern.spec import TENSOR_NAMES
 
-_ORDER = ("y", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # the table's rows
+_ORDER = ("y", "normed", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # the table's rows
 _MOST_MISSES = 20  # listed one by one
 _VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
 

@@ -39,7 +39,7 @@ def cases_of(name: str, device: torch.device, arguments: argparse.Namespace) -> 
     if arguments.dtype:
         dtypes &= {DTYPES[spelling] for spelling in arguments.dtype}
     small = device.type == "cpu"
-    cases = parity.grid(dtypes, backend.activations, arguments.level, small)
+    cases = parity.grid(dtypes, backend.activations, arguments.level, small, backend.features)
     if arguments.case is None:
         return cases
     return [
