@@ -283,3 +283,11 @@ def test_only_what_is_asked_for_needs_gradients():
     loss_of(fused, inputs("bert")).backward()
     assert {p.grad is not None for p in trainable(fused)} == {True}
     assert {p.grad is None for p in fused.parameters() if not p.requires_grad} == {True}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_explain_of_the_package_names_the_adapters_of_fused_blocks(name):
+    _, fused = pair(name)
+    rows = ak.explain(fused, **inputs(name)).rows
+    adapters = [n for n, m in fused.named_modules() if isinstance(m, ak.BottleneckAdapter)]
+    assert [(row.adapter, row.calls) for row in rows] == [(adapter, 1) for adapter in adapters]
