@@ -302,7 +302,7 @@ def test_unknown_blocks_are_refused_with_their_hashes():
 
 
 def test_a_model_without_adapters_is_refused():
-    with pytest.raises(ValueError, match="no linear layer of it has an adapter"):
+    with pytest.raises(ValueError, match="none of its layers has an adapter"):
         fuse_norms(base("bert"))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         fuse_norms("bert")
