@@ -58,6 +58,7 @@ _open: dict[object, str] = {}  # the blocks of all threads, the latest last
 _latest: str | None = None
 _lock = threading.Lock()  # of `_open` and `_latest`
 _decisions: dict[tuple, Decision] = {}
+_KERNELS = tuple(name for name in NAMES if name != "reference")
 _MOST_DECISIONS = 4096  # kept; a process that sees more kinds of calls decides some of them again
 _logged: dict[str, object] = {}  # each reason, with a mark of the call that was first
 
@@ -101,6 +102,19 @@ def wanted_backend(requested: str) -> str:
     if requested != "auto":
         return requested
     return _thread.forced or (_thread.is_foreign and _latest) or _env.BACKEND
+
+
+def is_declared(feature: str, device_type: str) -> bool:
+    """Whether the backend that is named declares a feature, or under "auto" some kernel does: a
+    quick no for callers that have another way. A yes is not yet the choice, which reads the call.
+    """
+    wanted = wanted_backend("auto")
+    for name in _KERNELS if wanted == "auto" else (wanted,):
+        backend = get(name)
+        runs_there = backend.devices is None or device_type in backend.devices
+        if runs_there and feature in backend.features:
+            return True
+    return False
 
 
 def check_environment() -> None:

@@ -12,6 +12,7 @@
 //   kReadsZ                            whether finish reads z, saved by the forward
 //   kHasFeatures                       whether the output has a bias and a factor for each feature
 //   kMostAdded                         the most tensors that are added to the output
+//   kHasNorm                           whether a norm of the output follows; see norm.cuh
 //   rows, into, out, z, added, bias, factor, output   tensors; rows and into end where a slice ends
 //   transform()                        changes vectors of the rows on their way into a tile
 //   of_units(unit), finish(...)        turns a sum into an element of the bottleneck
@@ -197,6 +198,17 @@ cudaError_t launch_row_block(typename Policy::Params params, cudaStream_t stream
   return run(bottleneck_split_second_kernel<Policy, Shape>, params.output_splits);
 }
 
+// Launches the cluster kernel of one shape, under PolicyOf<element type>.
+template <template <typename> class PolicyOf, int kBlockR, typename Scalar, typename Params>
+cudaError_t launch_clusters(const Params& params, cudaStream_t stream) {
+  return switch_cluster_shape<Scalar, kBlockR>(params.cluster_tokens, [&](auto shape) {
+    using Shape = typename decltype(shape)::type;
+    using Policy = PolicyOf<Scalar>;
+    return launch_cluster<Shape, Policy::kHasNorm>(bottleneck_cluster_kernel<Policy, Shape>, params,
+                                                   stream);
+  });
+}
+
 // Launches the kernels of the form that `params` ask for, under PolicyOf<element type>.
 template <template <typename> class PolicyOf, typename Params>
 cudaError_t launch_adapter(const Params& params, cudaStream_t stream) {
@@ -206,16 +218,16 @@ cudaError_t launch_adapter(const Params& params, cudaStream_t stream) {
       using Scalar = typename decltype(type)::type;
       constexpr int kBlockR = decltype(width)::value;
       if (params.num_clusters > 0) {
-        return switch_cluster_shape<Scalar, kBlockR>(params.cluster_tokens, [&](auto shape) {
+        return launch_clusters<PolicyOf, kBlockR, Scalar>(params, stream);
+      }
+      if constexpr (PolicyOf<Scalar>::kHasNorm) {
+        return cudaErrorInvalidValue;
+      } else {
+        return switch_row_block_shape<Scalar, kBlockR>(params.large_tiles != 0, [&](auto shape) {
           using Shape = typename decltype(shape)::type;
-          return launch_cluster<Shape>(bottleneck_cluster_kernel<PolicyOf<Scalar>, Shape>, params,
-                                       stream);
+          return launch_row_block<PolicyOf<Scalar>, Shape>(params, stream);
         });
       }
-      return switch_row_block_shape<Scalar, kBlockR>(params.large_tiles != 0, [&](auto shape) {
-        using Shape = typename decltype(shape)::type;
-        return launch_row_block<PolicyOf<Scalar>, Shape>(params, stream);
-      });
     });
   });
 }

@@ -1,8 +1,9 @@
 // The backward of dz and dx as a policy of the kernels, equations (5), (9) and (12) of
-// docs/math.md; then the launcher of the whole backward.
+// docs/math.md; then the launcher of the whole backward. With a norm dy is computed first.
 #include "backward.h"
 
 #include "adapter_kernels.cuh"
+#include "norm_gradients.h"
 #include "weight_gradients.h"
 
 namespace adapterkern {
@@ -40,6 +41,7 @@ template <typename ScalarT>
 struct Backward : PolicyBase<BackwardParams> {
   using Scalar = ScalarT;
   static constexpr bool kTransposed = true, kReadsZ = true, kHasFeatures = false;
+  static constexpr bool kHasNorm = false;
   static constexpr int kMostAdded = 1;
   struct OfUnits {
     float factor;  // of all features; 1 if each has its own
@@ -112,6 +114,10 @@ struct Backward : PolicyBase<BackwardParams> {
 
 cudaError_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   if (!has_formula(params.activation)) return cudaErrorInvalidValue;
+  if (params.norm != kNone) {
+    const cudaError_t error = launch_norm_gradients(params, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (params.dx.data != nullptr || params.dz.data != nullptr || params.a.data != nullptr) {
     const cudaError_t error = launch_adapter<Backward>(params, stream);
     if (error != cudaSuccess) return error;

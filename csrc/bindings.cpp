@@ -96,7 +96,8 @@ py::tuple facts() {
                                      f.beside_bytes));
   }
   for (const ClusterFacts& f : all.clusters) {
-    clusters.append(py::make_tuple(f.width, f.tokens, f.threads, f.panel_bytes, f.beside_bytes));
+    clusters.append(py::make_tuple(f.width, f.tokens, f.threads, f.panel_bytes, f.beside_bytes,
+                                   f.norm_panel_bytes, f.norm_beside_bytes));
   }
   for (const GradientFacts& f : all.gradients) {
     gradients.append(py::make_tuple(f.half, f.units, f.features, f.stage_bytes));

@@ -8,6 +8,7 @@
 
 #include "cluster_tiles.cuh"
 #include "launch.cuh"
+#include "norm.cuh"
 #include "policy.cuh"
 
 namespace adapterkern {
@@ -91,7 +92,9 @@ __device__ __forceinline__ void add_raw(float (&v)[kVector], const Words<4> (&wo
 
 // Writes the output over the block's slice: the bottleneck times the block's part of the weight
 // out, and what is added to it. The rows themselves come from their tile, if it holds them
-// unchanged; loads of what else is added start before the product, all of a lane's together.
+// unchanged; loads of what else is added start before the product, all of a lane's together. Where
+// a norm follows, the sum replaces the rows in the tile, and the warp's moments its product in the
+// room.
 template <bool kDirect, typename Shape, typename Policy>
 __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kTransposed>& tiles,
                                             const Policy& policy, int slot, int64_t first_token,
@@ -106,6 +109,7 @@ __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kT
   const Rows lane(room);
   const Added added = policy.added();
   const int64_t num_tokens = policy.params.num_tokens, hidden_size = policy.params.hidden_size;
+  [[maybe_unused]] LaneMoments<Rows::kCount> moments;
   for (int step = warp / Shape::kWarpsT; step < tiles.panels * kSteps; step += Shape::kWarpsOut) {
     const int panel = step / kSteps, in_panel = step % kSteps * kFeatures;
     const int feature = panel * kPanel + in_panel;  // of the slice
@@ -133,7 +137,7 @@ __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kT
       multiply<Shape::kBlockR, false, true>(
           acc, a, Shape::kStrideR, tiles.out(panel) + in_panel * Shape::kStrideR, Shape::kStrideR);
     }
-    const auto* in = tiles.rows(slot, panel) + first_row * Shape::kStridePanel + in_panel;
+    auto* const in = tiles.rows(slot, panel) + first_row * Shape::kStridePanel + in_panel;
     hand_out(room, acc, [&](auto rows, int column) {
       if constexpr (!kDirect) {
         rows.for_each([&](int row, const float* from) {
@@ -157,6 +161,13 @@ __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kT
               [&](int i, int, const float*) { add_raw<Type>(u[i], fetched[index][i]); });
         });
       }
+      if constexpr (Policy::kHasNorm) {
+        if (exists) moments.add([&](int i) { return moments_of(u[i], policy.has_mean()); });
+        rows.for_each_unrolled([&](int i, int row, const float*) {
+          store_whole(in + row * Shape::kStridePanel + column, u[i]);
+        });
+        return;
+      }
       const Matrix output = policy.output();
       with_type_of<Scalar>(output.view, [&](auto* type) {
         using Type = std::remove_pointer_t<decltype(type)>;
@@ -167,6 +178,15 @@ __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kT
         });
       });
     });
+  }
+  if constexpr (Policy::kHasNorm) {
+    moments.gather(Rows::kAcross);
+    if (lane.column > 0) return;
+#pragma unroll
+    for (int i = 0; i < Rows::kCount; ++i) {
+      const float of_row[4] = {moments.rows[i].mean, moments.rows[i].squares, moments.count};
+      store_whole(room + (lane.first + i * Rows::kRowsApart) * 4, of_row);
+    }
   }
 }
 
@@ -187,10 +207,11 @@ __device__ __forceinline__ void load_features(const ClusterTiles<Shape, Policy::
   }
 }
 
-// Walks over the tokens. A cluster barrier stands before and after the exchange, the only time when
-// blocks access each other's shared memory: after it a block may overwrite its sums, or exit. The
-// barrier also waits for a thread's global memory accesses, so those of the bottleneck stand
-// outside it: z is copied with the weight out, and later with the output of the tokens before.
+// Walks over the tokens. A cluster barrier stands before and after the exchange, and after that of
+// a norm's moments, the only times when blocks access each other's shared memory: after it a block
+// may overwrite its sums, or exit. The barrier also waits for a thread's global memory accesses, so
+// those of the bottleneck stand outside it: z is copied with the weight out, and later with the
+// output of the tokens before. So do the outputs of a norm, which follow the last barrier.
 template <typename Shape, typename Policy>
 __device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy& policy) {
   using Scalar = typename Shape::Scalar;
@@ -255,6 +276,8 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy&
   load_z(block);
   copy_async_commit();
   load_features<Shape>(tiles, policy, first_feature);
+  [[maybe_unused]] const NormTiles<Shape, kTransposed> norm{tiles};
+  if constexpr (Policy::kHasNorm) load_norm(norm, policy, first_feature);
   for (int slot = 0; block < token_blocks; block += clusters, slot ^= 1) {
     copy_async_wait<1>();  // for these rows
     __syncthreads();       // and the sums and the other slot are no longer read
@@ -276,7 +299,11 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy&
         [&](int i, int row) { policy.keep(kept[i], block * kBlockT + row, share.unit); });
     load_z(block + clusters);
     copy_async_commit();  // even an empty group keeps the count of pending groups
-    if (writes && direct) {
+    if constexpr (Policy::kHasNorm) {
+      write_slice<true, Shape>(tiles, policy, slot, block * kBlockT, first_feature, rows_in_tile);
+      exchange_moments(norm);
+      write_normed(norm, policy, slot, block * kBlockT, first_feature);
+    } else if (writes && direct) {
       write_slice<true, Shape>(tiles, policy, slot, block * kBlockT, first_feature, rows_in_tile);
     } else if (writes) {
       write_slice<false, Shape>(tiles, policy, slot, block * kBlockT, first_feature, false);
@@ -285,11 +312,11 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy&
 }
 
 // Launches `kernel` of this shape, forward or backward.
-template <typename Shape, typename Params>
+template <typename Shape, bool kHasNorm, typename Params>
 cudaError_t launch_cluster(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const auto size = static_cast<unsigned>(params.num_splits);
   return launch(kernel, dim3(static_cast<unsigned>(params.num_clusters) * size), Shape::kThreads,
-                Shape::shared_bytes(params.features_per_split), params, stream, size);
+                Shape::shared_bytes(params.features_per_split, kHasNorm), params, stream, size);
 }
 
 }  // namespace adapterkern

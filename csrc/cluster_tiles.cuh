@@ -44,8 +44,13 @@ struct ClusterShape {
   static constexpr int kPanelBytes =
       2 * kRowsPanelBytes + kWidePanelBytes + kTallPanelBytes + 2 * kPanel * 4;
   static constexpr int kBesideBytes = kBottleneckBytes + kSumBytes + kZBytes;
-  __host__ __device__ static constexpr int shared_bytes(int64_t features) {
-    return static_cast<int>(features / kPanel) * kPanelBytes + kBesideBytes;
+  // With a norm also a float weight and bias, and two floats of every row from each block.
+  static constexpr int kNormPanelBytes = 2 * kPanel * 4;
+  static constexpr int kNormBesideBytes = kMaxClusterSize * kBlockT * 2 * 4;
+  __host__ __device__ static constexpr int shared_bytes(int64_t features, bool has_norm) {
+    const auto panels = static_cast<int>(features / kPanel);
+    return panels * kPanelBytes + kBesideBytes +
+           (has_norm ? panels * kNormPanelBytes + kNormBesideBytes : 0);
   }
 };
 

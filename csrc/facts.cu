@@ -17,8 +17,8 @@ void add_row_block(Facts& facts) {
 
 template <typename Shape>
 void add_cluster(Facts& facts) {
-  facts.clusters.push_back(
-      {Shape::kBlockR, Shape::kBlockT, Shape::kThreads, Shape::kPanelBytes, Shape::kBesideBytes});
+  facts.clusters.push_back({Shape::kBlockR, Shape::kBlockT, Shape::kThreads, Shape::kPanelBytes,
+                            Shape::kBesideBytes, Shape::kNormPanelBytes, Shape::kNormBesideBytes});
 }
 
 template <typename Shape>

@@ -25,8 +25,10 @@ struct RowBlockFacts {
 // One shape of the cluster form.
 struct ClusterFacts {
   int64_t width, tokens, threads;
-  int64_t panel_bytes;   // of shared memory for each panel of features
-  int64_t beside_bytes;  // and beside them
+  int64_t panel_bytes;       // of shared memory for each panel of features
+  int64_t beside_bytes;      // and beside them
+  int64_t norm_panel_bytes;  // both with a norm, in addition
+  int64_t norm_beside_bytes;
 };
 
 // One shape of the weight gradients: its tile, and the shared memory of one stage.

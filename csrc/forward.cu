@@ -1,5 +1,6 @@
 // The forward as a policy of the kernels, equations (1) to (4) of docs/math.md:
-// y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up).
+// y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up);
+// and another one with a norm of y, equations (16) to (18).
 #include "forward.h"
 
 #include "adapter_kernels.cuh"
@@ -28,6 +29,7 @@ template <typename ScalarT>
 struct Forward : PolicyBase<ForwardParams> {
   using Scalar = ScalarT;
   static constexpr bool kTransposed = false, kReadsZ = false, kHasFeatures = true;
+  static constexpr bool kHasNorm = false;
   static constexpr int kMostAdded = 2;
   struct OfUnits {
     float bias[kVector];
@@ -136,9 +138,28 @@ struct Forward : PolicyBase<ForwardParams> {
   }
 };
 
+// Where a norm follows, y has the dtype of the products and all rows that are added to it are
+// direct.
+template <typename ScalarT>
+struct NormForward : Forward<ScalarT> {
+  static constexpr bool kHasNorm = true;
+  using Forward<ScalarT>::Forward;
+  using Forward<ScalarT>::params;
+
+  __device__ __forceinline__ Matrix normed() const {
+    return this->of_tokens(params.normed, params.hidden_size);
+  }
+  __device__ __forceinline__ bool has_mean() const { return params.norm == kLayer; }
+  __device__ __forceinline__ float eps() const { return float_of_bits(params.eps); }
+  __device__ __forceinline__ float weight_offset() const {
+    return float_of_bits(params.weight_offset);
+  }
+};
+
 }  // namespace
 
 cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  if (params.norm != kNone) return launch_adapter<NormForward>(params, stream);
   return launch_adapter<Forward>(params, stream);
 }
 

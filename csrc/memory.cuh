@@ -76,6 +76,11 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
+// The float32 whose bits a field of the parameters holds.
+__device__ __forceinline__ float float_of_bits(int64_t bits) {
+  return bits_as<float>(static_cast<uint32_t>(bits));
+}
+
 // Unpacks the elements of one word.
 __device__ __forceinline__ void unpack(float* v, uint32_t word, float) {
   v[0] = bits_as<float>(word);

@@ -1,5 +1,6 @@
 """The structs that cross into the CUDA extension are the same on both sides."""
 
+import math
 import re
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends.cuda import extension, launch_config, params
 from adapterkern.backends.cuda.launch_config import Device, Problem, read_facts
+from adapterkern.spec import NORMS
 
 FACTS = launch_config.facts  # before conftest.py puts those of the sources in its place
 HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "params.h").read_text()
@@ -65,6 +67,17 @@ def test_codes_are_those_of_the_header():
     assert list(params.ACTIVATIONS.values()) == list(range(len(words)))
 
 
+def test_norms_are_those_of_the_header_and_of_a_call():
+    assert [name.lower() for name in enumerators_of("Norm")] == list(params.NORMS) == list(NORMS)
+    assert list(params.NORMS.values()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("value", "stored"), [(1e-5, 9.999999747378752e-06), (-1.0, -1.0)])
+def test_floats_cross_as_the_bits_of_a_float32(value, stored):
+    assert struct.unpack("f4x", struct.pack("q", params.float_bits(value))) == (stored,)
+    assert struct.unpack("f4x", struct.pack("q", params.float_bits(1e300))) == (math.inf,)
+
+
 def test_every_code_is_of_an_activation_of_the_table():
     assert set(params.ACTIVATIONS) <= set(ACTIVATIONS)
 
@@ -81,7 +94,7 @@ def test_extension_refuses_bytes_of_another_struct():
     module, problem = extension.load()
     if module is None:
         pytest.skip(f"needs the extension: {problem}")
-    for function, size in ((module.forward, 49 * 8), (module.backward, 79 * 8)):
+    for function, size in ((module.forward, 68 * 8), (module.backward, 113 * 8)):
         with pytest.raises(ValueError, match=rf"expected the {size} bytes .* got 3"):
             function(b"abc", 0, 0)
 

@@ -16,8 +16,11 @@ from adapterkern.backends.cuda import extension
 # work space and z have the type of the products.
 IN = "x:dts down_weight:dts"
 FORWARD_OUT = "up_weight:dts up_bias:dt residual:dts skip:dts scaling:dt y:dts z:ds"
+NORM_OUT = "norm_weight:dt norm_bias:dt normed:dts mean:d rstd:d"
 BACK_IN = "dy:dts up_weight:dts scaling:dt"
 BACK_OUT = "dy:dts z:dts down_weight:dts scaling:dt dx:dts dz:ds a:ds"
+NORM_IN = "d_normed:ds d_stream:ds stream:ds mean:d rstd:d norm_weight:dt"
+NORM_SUMS = "sum_norm_weight:ds sum_norm_bias:ds"
 SUMS = "sum_down:ds sum_up:ds sum_down_bias:ds sum_up_bias:ds"
 SUMS_OUT = "d_down_weight:dts d_up_weight:dts d_down_bias:dt d_up_bias:dt d_scaling:dt"
 READS = {
@@ -25,6 +28,8 @@ READS = {
     "fwd split_first": f"{IN} partial:d",
     "fwd split_second": f"x:dts down_bias:dt {FORWARD_OUT} partial:d",
     "fwd cluster": f"{IN} down_bias:dt {FORWARD_OUT}",
+    # A norm's sum has the dtype of the products.
+    "fwd cluster norm": f"{IN} down_bias:dt {FORWARD_OUT.replace('y:dts', 'y:ds')} {NORM_OUT}",
     "bwd row_block": f"{BACK_IN} {BACK_OUT}",
     "bwd split_first": f"{BACK_IN} partial:d",
     "bwd split_second": f"{BACK_OUT} partial:d",
@@ -32,6 +37,8 @@ READS = {
     "bwd bwd_dw direct": f"x:ds dy:ds dz:ds a:ds {SUMS}",
     "bwd bwd_dw": f"x:dts dy:dts dz:ds a:ds {SUMS}",
     "bwd bwd_dw_sum": f"{SUMS} up_weight:dts up_bias:dt scaling:dt {SUMS_OUT}",
+    "bwd bwd_norm": f"{NORM_IN} dy:ds {NORM_SUMS}",
+    "bwd bwd_norm_sum": f"{NORM_SUMS} d_norm_weight:dt d_norm_bias:dt",
 }
 ARCHS = ["sm_80", "sm_90a", "compute_90"]
 
@@ -47,6 +54,7 @@ def reads(arch: str) -> dict[str, cuda_reads.Reads]:
 def kind_of(mangled: str) -> str:
     direction = "fwd" if "ForwardI" in mangled else "bwd"
     name = cuda_sass.kernel_name(mangled).removeprefix("bottleneck_").removesuffix("_kernel")
+    name += " norm" * ("NormForwardI" in mangled)
     return f"{direction} {name}" + " direct" * ("Gradient" in mangled and "ELb1EEEv" in mangled)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.deferral import is_deferred
 from adapterkern.validation import FLOAT_DTYPES
 
 
@@ -69,6 +70,8 @@ def insert(
 # At module level, and finding the adapter by name, so that copies of a model call their own.
 def _adapt_output(name: str, module: nn.Module, _: Any, output: Any) -> Any:
     adapter = getattr(module, name)
+    if is_deferred(adapter):
+        return output
     if isinstance(output, Tensor):
         return adapter(output)
     if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
@@ -78,6 +81,16 @@ def _adapt_output(name: str, module: nn.Module, _: Any, output: Any) -> Any:
         f"that begins with one, got {type(output).__name__}.\n"
         "  hint: put the adapter behind a layer within it"
     )
+
+
+def inserted_adapters(module: nn.Module) -> list[BottleneckAdapter]:
+    """The adapters that `insert` has put behind a module, in the order of their calls."""
+    hooks = [
+        hook
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, partial) and hook.func is _adapt_output
+    ]
+    return [getattr(module, hook.args[0]) for hook in hooks]
 
 
 def _targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adapterkern import _env, dispatch
 from adapterkern.integrations import adapterhub
+from adapterkern.integrations.adapterhub import fast_path
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -120,6 +121,13 @@ def backends_chosen() -> Iterator[set[str]]:
     with pytest.MonkeyPatch.context() as patcher:
         patcher.setattr(dispatch, "select", recording)
         yield chosen
+
+
+def change_calls(patcher: pytest.MonkeyPatch, change: Callable) -> None:
+    """Let `change(call)` run in the place of every fused call."""
+    for name in ("run_call", "run_norm_call"):
+        run = getattr(fast_path, name)
+        patcher.setattr(fast_path, name, lambda call, run=run: run(change(call)))
 
 
 def compare(model: nn.Module, calls: list[Call], **options: Any) -> set[str]:

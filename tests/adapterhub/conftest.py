@@ -32,13 +32,13 @@ def clean_slate():
 @pytest.fixture
 def counted(monkeypatch):
     """Every adapter call that ran on this package's operation."""
-    from adapterkern.integrations.adapterhub import fast_path
+    from adapterhub_oracle import change_calls
 
-    calls, run_call = [], fast_path.run_call
+    calls = []
 
-    def counting(call):
+    def count(call):
         calls.append(call)
-        return run_call(call)
+        return call
 
-    monkeypatch.setattr(fast_path, "run_call", counting)
+    change_calls(monkeypatch, count)
     return calls

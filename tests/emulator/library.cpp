@@ -3,6 +3,7 @@
 #include "backward.cu"
 #include "facts.cpp"
 #include "forward.cu"
+#include "norm_gradients.cu"
 #include "weight_gradients.cu"
 
 namespace {

@@ -12,18 +12,23 @@ from adapterkern.backends import get
 from adapterkern.backends.triton import backend as triton_backend
 from adapterkern.backends.triton import norm_launches
 from adapterkern.parity import judge, metric
-from adapterkern.results import Needs, Outputs
+from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.spec import TENSOR_NAMES, make_call, with_norm
-from adapterkern.validation import name_of
 
 pytestmark = pytest.mark.interpreter
 triton = get("triton")
-DTYPES = sorted(triton.dtypes, key=name_of)
 HALF, SINGLE = torch.bfloat16, torch.float32
 ALL = Needs(*[True] * len(Needs._fields))
-# Beside the forms of the sum: one SM's program takes several row blocks, two take turns, and a
-# kernel of its own normalises what L2 would not keep.
-NORM_FORMS = (*FORMS, "two_programs", "rows")
+# One program takes two row blocks, two take three; a kernel of its own normalises what L2 would not
+# keep, and the sums of the split forms.
+SIZES = {
+    "row_block": (70, 70, 20),
+    "two_programs": (137, 70, 20),
+    "rows": (70, 70, 20),
+    "split": (37, 70, 20),
+    "split_features": (5, 530, 20),
+    "split_wide": (9, 75, 150),
+}
 
 
 @pytest.fixture
@@ -39,15 +44,13 @@ def run_norm_as(run_as, monkeypatch):
         )
 
     def choose(name):
-        form = FORMS.get(name, FORMS["row_block"])
         if name == "two_programs":
-            form = replace(form, num_sms=2)
-            monkeypatch.setitem(FORMS, "row_block", form)
-        run_as(name if name in FORMS else "row_block")
+            monkeypatch.setitem(FORMS, name, replace(FORMS["row_block"], num_sms=2))
+        run_as("row_block" if name == "rows" else name)
         if name == "rows":
             device = replace(triton_backend.cpu_device, l2=1)
             monkeypatch.setattr(triton_backend, "cpu_device", device)
-        return form.tokens, form.hidden_size, form.bottleneck_size
+        return SIZES[name]
 
     yield choose
     in_one = triton_backend.cpu_device.num_sms <= 2 and triton_backend.cpu_device.l2 > 1
@@ -121,8 +124,7 @@ def by_triton(call, upstream, needs=ALL):
     assert (alone.y is None) == (not call.prenorm)
     outputs, saved = triton.forward(call, save=True)
     needs = Needs(*[n and t is not None for n, t in zip(needs, call, strict=False)])
-    kept = saved._replace(stream=outputs.y if needs.stream else None)
-    gradients = triton.backward(call.for_backward(needs), kept, upstream, needs)
+    gradients = gradients_of(call, outputs, saved, upstream, needs)
     found = {
         "y": outputs.y,
         "y normed": outputs.normed,
@@ -132,6 +134,15 @@ def by_triton(call, upstream, needs=ALL):
     if call.prenorm:
         found["y of the stream alone"] = alone.y
     return found, saved
+
+
+def gradients_of(call, outputs, saved, upstream, needs):
+    """Of no more than they need, as autograd keeps it."""
+    saved = Saved(
+        saved.z if needs.z else None,
+        *((saved.mean, saved.rstd, outputs.y) if needs.stream else ()),
+    )
+    return triton.backward(call.for_backward(needs), saved, upstream, needs)
 
 
 def missed(call, upstream):
@@ -153,14 +164,16 @@ def missed(call, upstream):
     return missed
 
 
-KINDS = {
-    f"{form}-{norm}-{name_of(dtype)}": (form, norm, dtype)
-    for form, norm, dtype in itertools.product(NORM_FORMS, ("layer", "rms"), DTYPES)
-    if form in ("row_block", "split", "rows") or (norm, dtype) == ("layer", HALF)
-}
+KINDS = [
+    *((form, "layer", HALF) for form in SIZES),
+    ("row_block", "rms", torch.float16),
+    ("row_block", "layer", SINGLE),
+    ("rows", "rms", SINGLE),
+    ("split", "layer", torch.float16),
+]
 
 
-@pytest.mark.parametrize(("form", "norm", "dtype"), KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(("form", "norm", "dtype"), KINDS, ids=lambda kind: str(kind))
 def test_triton_norm_matches_float64_in_every_form(run_norm_as, form, norm, dtype):
     sizes = run_norm_as(form)
     prenorm = norm == "layer"
@@ -168,38 +181,27 @@ def test_triton_norm_matches_float64_in_every_form(run_norm_as, form, norm, dtyp
 
 
 OPTIONS = {
-    "offset": {"weight_offset": 1.0, "norm": "rms"},
-    "cast": {"cast_before_weight": True},
+    "offset": {"weight_offset": 1.0, "norm": "rms", "absent": ("norm_bias",)},
+    "cast": {"cast_before_weight": True, "of_norm": SINGLE},
     "cast-and-offset": {"cast_before_weight": True, "weight_offset": 1.0, "norm": "rms"},
-    "large-eps": {"eps": 0.5},
-    "no-weight": {"absent": ("norm_weight",)},
-    "no-bias": {"absent": ("norm_bias",)},
-    "no-parameters": {"absent": ("norm_weight", "norm_bias"), "prenorm": False},
-    "no-biases": {"absent": ("down_bias", "up_bias")},
-    "no-skip": {"absent": ("skip",), "prenorm": False},
-    "no-residual": {"residual": None},
-    "residual-tensor": {"residual": "tensor"},
-    "nothing-added": {"residual": None, "absent": ("skip",)},
-    "one-scaling": {"scaling": "single"},
-    "float-scaling": {"scaling": 0.5},
-    "strided": {"strided": True, "residual": "tensor"},
-    "float32-norm": {"of_norm": SINGLE, "prenorm": False},
-    "float32-norm-cast": {"of_norm": SINGLE, "cast_before_weight": True},
-    "float32-stream": {"added": SINGLE},
-    "relu": {"activation": "relu"},
+    "no-parameters": {"absent": ("norm_weight", "norm_bias"), "eps": 0.5},
+    "no-weight": {"absent": ("norm_weight", "down_bias", "up_bias"), "prenorm": False},
+    "no-skip": {"absent": ("skip",), "of_norm": SINGLE, "prenorm": False},
+    "nothing-added": {"residual": None, "absent": ("skip",), "activation": "relu"},
+    "strided": {"strided": True, "residual": "tensor", "scaling": "single"},
+    "float32-stream": {"added": SINGLE, "scaling": 0.5},
 }
 
 
-@pytest.mark.parametrize("form", ["row_block", "rows", "split_features"])
+@pytest.mark.parametrize("form", ["row_block", "rows"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_triton_norm_matches_float64_with_every_option(run_norm_as, form, options):
     assert not missed(*drawn(run_norm_as(form), **options))
 
 
-@pytest.mark.parametrize("form", ["row_block", "split"])
-def test_triton_norm_matches_float64_in_tf32(run_norm_as, form):
+def test_triton_norm_matches_float64_in_tf32(run_norm_as):
     before = torch.get_float32_matmul_precision()
-    sizes = run_norm_as(form)
+    sizes = run_norm_as("row_block")
     torch.set_float32_matmul_precision("high")  # the interpreter's products are exact all the same
     try:
         assert not missed(*drawn(sizes, SINGLE))
@@ -209,9 +211,9 @@ def test_triton_norm_matches_float64_in_tf32(run_norm_as, form):
 
 @pytest.mark.parametrize(
     ("tokens", "hidden", "bottleneck"),
-    [(1, 70, 20), (37, 64, 16), (37, 1, 1), (1, 257, 5), (130, 130, 33)],
+    [(1, 70, 20), (37, 64, 16), (37, 1, 1), (2, 257, 5), (66, 130, 33)],
 )
-@pytest.mark.parametrize("num_sms", [1, 10**6])
+@pytest.mark.parametrize("num_sms", [1, 10**3])
 def test_triton_norm_matches_float64_at_ragged_sizes(
     monkeypatch, num_sms, tokens, hidden, bottleneck
 ):
@@ -232,7 +234,7 @@ def test_triton_norm_of_no_tokens_is_empty(needs):
         assert not found[name].any()
 
 
-@pytest.mark.parametrize("form", ["row_block", "rows", "split"])
+@pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     """A mean of a thousand standard deviations: the mean of the squares, less the square of the
     mean, would be wrong by a tenth."""
@@ -245,14 +247,14 @@ def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     assert metric(saved.rstd, 1 / (y.var(-1, correction=0) + call.eps).sqrt()) < 3e-5
 
 
-@pytest.mark.parametrize("form", NORM_FORMS)
+@pytest.mark.parametrize("form", ["two_programs", "rows"])
 def test_triton_norm_repeats_bit_for_bit(run_norm_as, form):
     call, upstream = drawn(run_norm_as(form))
     first, second = (by_triton(call, upstream)[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("form", ["row_block", "rows", "split"])
+@pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_nan_stays_in_its_row(run_norm_as, form):
     call, upstream = drawn(run_norm_as(form))
     call.x[3, 5] = torch.nan
@@ -263,24 +265,29 @@ def test_triton_norm_nan_stays_in_its_row(run_norm_as, form):
 
 
 def subsets():
-    """Every tensor alone, everything but each, and pairs of one of the norm with one beside it."""
+    """Every tensor alone, everything but each of some, and one of the norm with one beside it."""
     alone = [(name,) for name in TENSOR_NAMES]
-    others = [tuple(n for n in TENSOR_NAMES if n != name) for name in TENSOR_NAMES]
-    pairs = itertools.product(("norm_weight", "norm_bias"), ("x", "up_weight", "up_bias", "skip"))
+    few = ("x", "norm_weight", "norm_bias")
+    others = [tuple(n for n in TENSOR_NAMES if n != name) for name in few]
+    pairs = itertools.product(("norm_weight", "norm_bias"), ("up_weight", "up_bias", "skip"))
     return [*alone, *others, *pairs]
 
 
-@pytest.mark.parametrize("form", ["row_block", "rows", "split_features"])
+@pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_computes_only_the_gradients_asked_for(run_norm_as, form):
-    """Those asked for equal the full set's, the others are absent; what nobody needs is no value."""
-    call, upstream = drawn(run_norm_as(form), SINGLE, residual="tensor")
-    full, _ = by_triton(call, upstream)
+    """Those asked for equal the full set's, the others are absent; the call has no value that they
+    do not need."""
+    run_norm_as(form)
+    call, upstream = drawn((37, 40, 12), SINGLE, residual="tensor")
+    outputs, saved = triton.forward(call, save=True)
+    full = gradients_of(call, outputs, saved, upstream, ALL)
     for names in subsets():
         needs = Needs(**dict.fromkeys(names, True))
-        found, _ = by_triton(call, upstream, needs)
-        assert {name for name in found if name.startswith("d_")} == {f"d_{name}" for name in names}
+        found = gradients_of(call, outputs, saved, upstream, needs)
+        assert {name for name, g in found._asdict().items() if g is not None} == {*names}
         for name in names:
-            assert metric(found[f"d_{name}"], full[f"d_{name}"]) < 3e-7, (names, name)
+            error = metric(getattr(found, name), getattr(full, name))
+            assert error < 3e-7, (names, name)
 
 
 def test_triton_norm_gradients_of_residual_and_skip_are_one_tensor(run_norm_as):

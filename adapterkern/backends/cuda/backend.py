@@ -12,6 +12,7 @@ from torch import Tensor
 from adapterkern import _torch
 from adapterkern.backends.base import (
     FIRST_FEATURES,
+    NORM_FEATURES,
     Backend,
     BackendUnsupportedError,
     allow_tf32,
@@ -24,7 +25,7 @@ from adapterkern.backends.base import (
     scaling_gradient,
     zero_gradients,
 )
-from adapterkern.backends.cuda import extension, launch_config
+from adapterkern.backends.cuda import extension, launch_config, norm
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     MAX_BOTTLENECK_SIZE,
@@ -42,11 +43,13 @@ from adapterkern.backends.cuda.params import (
     BACKWARD,
     DTYPES,
     FORWARD,
+    NORMS,
     NOTHING,
     TFLOAT32,
     BackwardParams,
     ForwardParams,
     flat,
+    float_bits,
     view,
 )
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
@@ -88,7 +91,7 @@ class CudaBackend(Backend):
     devices = frozenset({"cuda"})
     dtypes = frozenset(DTYPES)
     activations = frozenset(ACTIVATIONS)
-    features = FIRST_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES
 
     def __init__(self, kernels: Any = None, device: Device | None = None) -> None:
         """Run the extension, or CPU tensors on `kernels` in its place, planned for `device`."""
@@ -116,7 +119,8 @@ class CudaBackend(Backend):
                 f"bottleneck_size {spec.bottleneck_size} exceeds {MAX_BOTTLENECK_SIZE}, "
                 "the widest that stays on chip"
             )
-        if spec.device.type == "cuda" and torch.cuda.is_available():
+        on_gpu = spec.device.type == "cuda" and torch.cuda.is_available()
+        if on_gpu:
             major, minor = torch.cuda.get_device_capability(spec.device)
             if major < 8:
                 reasons.append(
@@ -124,26 +128,33 @@ class CudaBackend(Backend):
                 )
             elif problem := extension.code_problem(major, minor):
                 reasons.append(problem)
+        if not reasons and spec.features & NORM_FEATURES:
+            known = on_gpu or self._planned_device is not None
+            reasons = norm.declined(spec, self._device(spec.device) if known else None)
         return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         self._check_loaded()
         if call.x.numel() == 0:
             return empty_outputs(call, save)
-        y, z = self._run(
+        y, normed, z, mean, rstd = self._run(
             tensor_values(call),
             (save, *options_of(call)),
             lambda recording: self._forward(call, save, recording),
             call.scale,
         )
-        return Outputs(y), Saved(z)
+        return Outputs(y, normed), Saved(z, mean, rstd)
 
     def _forward(
         self, call: AdapterCall, save: bool, recording: Launches
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         outputs, saved = empty_outputs(call, save)
-        y, z = recording.own(outputs.y), recording.own(saved.z)
+        results = {"y": outputs.y, "normed": outputs.normed, "z": saved.z}
+        results |= {"mean": saved.mean, "rstd": saved.rstd}
         num_tokens = call.num_tokens
+        added_rows, choose = optional_rows, token_plan
+        if call.norm != "none":
+            added_rows, choose = norm.whole_rows, norm.norm_plan
         # Copies made here stay bound to a name until the launch: addresses keep nothing alive.
         inputs = {
             "x": rows(call.x),
@@ -151,54 +162,68 @@ class CudaBackend(Backend):
             "up_weight": rows(call.up_weight),
             "down_bias": packed(call.down_bias),
             "up_bias": packed(call.up_bias),
-            "residual": optional_rows(call.residual),
-            "skip": optional_rows(call.skip),
+            "residual": added_rows(call.residual),
+            "skip": added_rows(call.skip),
             "scaling": packed(call.scaling),
+            "norm_weight": packed(call.norm_weight),
+            "norm_bias": packed(call.norm_bias),
         }
         added = call.x if call.add_input else call.residual, call.skip
-        plan = token_plan(_problem(call, num_tokens, *added), self._device(call.x.device))
-        partial = recording.own(_partial(plan, call, num_tokens))
-        room = {"y": y, "z": z, "partial": partial}
-        params = ForwardParams(**_views(inputs | room), **_form(plan), **_options(call, num_tokens))
+        plan = choose(_problem(call, num_tokens, *added), self._device(call.x.device))
+        room = results | {"partial": _partial(plan, call, num_tokens)}
+        for tensor in room.values():
+            recording.own(tensor)
+        params = ForwardParams(
+            **_views(inputs | room),
+            **_form(plan),
+            **_options(call, num_tokens),
+            eps=float_bits(call.eps),
+        )
         recording.launch(self._kernels.forward, FORWARD, params, call.x.device)
-        return y, z
+        return tuple(results.values())
 
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         self._check_loaded()
-        dy = upstream.given
-        if dy.numel() == 0:
+        if upstream.given.numel() == 0:
             return zero_gradients(call, saved, upstream, needs)
-        *computed, d_scaling = self._run(
-            (*tensor_values(call), saved.z, dy),
+        *computed, d_sum, d_scaling = self._run(
+            (*tensor_values(call), *saved, *upstream),
             (needs, *options_of(call)),
-            lambda recording: self._backward(call, saved.z, dy, needs, recording),
+            lambda recording: self._backward(call, saved, upstream, needs, recording),
             call.scale,
         )
-        added = added_gradients(upstream.y, needs)
+        added = added_gradients(upstream.y if call.norm == "none" else d_sum, needs)
         return Gradients(*computed)._replace(scaling=scaling_gradient(call, d_scaling), **added)
 
     def _backward(
         self,
         call: AdapterCall,
-        z: Tensor | None,
-        dy: Tensor,
+        saved: Saved,
+        upstream: Outputs,
         needs: Needs,
         recording: Launches,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients but for the scaling's, of which the last result holds the sums."""
-        assert z is not None or not needs.z
-        device, num_tokens = call.x.device, call.num_tokens
+        """The gradients but for the scaling's, of which the last result holds the sums; before it
+        that of the sum, where a norm follows it."""
+        assert saved.z is not None or not needs.z
+        device, num_tokens = self._device(call.x.device), call.num_tokens
+        dy, d_sum = upstream.y, None
+        if call.norm != "none":  # then dy is not given, but made of what is
+            shape, dtype = upstream.given.shape, call.output_dtype
+            dy = d_sum = call.x.new_empty(shape, dtype=dtype) if needs.sum else None
         inputs = {
             "x": optional_rows(call.x),
-            "dy": rows(dy),
-            "z": z,
+            "dy": optional_rows(dy),
+            "z": saved.z,
             "down_weight": optional_rows(call.down_weight),
             "up_weight": optional_rows(call.up_weight),
             "up_bias": packed(call.up_bias),
             "scaling": packed(call.scaling),
         }
+        inputs |= norm.backward_inputs(call, saved, upstream)
+        row_blocks = norm.row_blocks(num_tokens, call.hidden_size, device)
         kept = needs._replace(residual=False, skip=False, scaling=False)
         out, d_scaling = empty_gradients(call, kept), None
         if needs.scaling:
@@ -210,23 +235,24 @@ class CudaBackend(Backend):
             "d_down_bias": out.down_bias,
             "d_up_bias": out.up_bias,
             "d_scaling": d_scaling,
+            "d_norm_weight": out.norm_weight,
+            "d_norm_bias": out.norm_bias,
         }
         problem = _problem(call, num_tokens, dy if call.add_input else None)
-        tokens = NO_SLICES
+        tokens = token_slices(problem, device) if needs.parameters else NO_SLICES
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
+            "sum_norm_weight": _column_sums(call, row_blocks) if needs.norm_weight else None,
+            "sum_norm_bias": _column_sums(call, row_blocks) if needs.norm_bias else None,
             "dz": empty_units(call, num_tokens) if needs.down_weight or needs.down_bias else None,
             "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
             "partial": None,
         }
-        choose = token_plan if needs.dz else row_block_plan
-        plan = choose(problem, self._device(device))
+        plan = (token_plan if needs.dz else row_block_plan)(problem, device)
         room["partial"] = _partial(plan, call, num_tokens)
-        if needs.parameters:
-            tokens = token_slices(problem, self._device(device))
         sums, sum_views = _sums(call, needs, tokens.number)
-        for tensor in (*out, d_scaling, *room.values(), sums):
+        for tensor in (*out, d_sum, d_scaling, *room.values(), sums):
             recording.own(tensor)
         params = BackwardParams(
             **_views(inputs | written | room),
@@ -234,11 +260,12 @@ class CudaBackend(Backend):
             **_form(plan),
             token_splits=tokens.number,
             tokens_per_split=tokens.length,
-            token_stages=token_stages(problem, self._device(device)),
+            token_stages=token_stages(problem, device),
+            norm_blocks=row_blocks,
             **_options(call, num_tokens),
         )
-        recording.launch(self._kernels.backward, BACKWARD, params, device)
-        return *out, d_scaling
+        recording.launch(self._kernels.backward, BACKWARD, params, call.x.device)
+        return *out, d_sum if needs.added else None, d_scaling
 
     def _device(self, device: torch.device) -> Device:
         return self._planned_device or _gpu(device)
@@ -274,6 +301,9 @@ def _options(call: AdapterCall, num_tokens: int) -> dict[str, Any]:
         "compute_dtype": TFLOAT32 if tf32 else DTYPES[call.compute_dtype],
         "add_input": call.add_input,
         "channel_scaling": call.scaling is not None and call.scaling.numel() > 1,
+        "norm": NORMS[call.norm],
+        "cast_before_weight": call.cast_before_weight,
+        "weight_offset": float_bits(call.weight_offset),
         "scale": call.scale,
     }
 
@@ -302,6 +332,11 @@ def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | No
         return None
     shape = plan.slices.number, num_tokens, plan.width
     return torch.empty(shape, dtype=torch.float32, device=call.x.device)
+
+
+def _column_sums(call: AdapterCall, count: int) -> Tensor:
+    """Work space [count, H] of a parameter of the norm."""
+    return call.x.new_empty(count, call.hidden_size, dtype=torch.float32)
 
 
 def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:

@@ -25,6 +25,7 @@ SYSTEM_MEMORY = 1024  # what the system takes of an SM's shared memory for each 
 MEMORY_UNIT = 128  # bytes: an SM gives a block whole units of shared memory
 PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
+CLUSTER_TOKENS = (64, 16)  # that a cluster works on at a time
 CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
 # A cluster lies within one GPC, which leaves some SMs idle: 12 of 132 at 8 blocks, as reported
 # for H100 (github.com/NVIDIA/cutlass/issues/1921). The launch asks the device itself.
@@ -98,10 +99,14 @@ class ClusterFacts(NamedTuple):
     threads: int
     panel_bytes: int
     beside_bytes: int
+    norm_panel_bytes: int
+    norm_beside_bytes: int
 
-    def bytes_for(self, features: int) -> int:
-        """The shared memory of a block that has so many features."""
-        return features // PANEL * self.panel_bytes + self.beside_bytes
+    def bytes_for(self, features: int, norm: bool = False) -> int:
+        """The shared memory of a block that has so many features, and their norm."""
+        panels = features // PANEL
+        of_norm = panels * self.norm_panel_bytes + self.norm_beside_bytes if norm else 0
+        return panels * self.panel_bytes + self.beside_bytes + of_norm
 
 
 class GradientFacts(NamedTuple):
@@ -209,8 +214,8 @@ def token_plan(problem: Problem, device: Device) -> TokenPlan:
     tokens, hidden, bottleneck, *_ = problem
     row_block = facts().row_block(problem, device)
     blocks = cdiv(tokens, row_block.tokens)
-    clusters = [_clusters(problem, device, s, 64) for s in _cluster_sizes(problem, device, 64)]
-    filling = [c for c in clusters if 2 * c.slices.number * cdiv(tokens, 64) >= device.num_sms]
+    wide = [clusters(problem, device, s, 64) for s in cluster_sizes(problem, device, 64)]
+    filling = [c for c in wide if 2 * c.slices.number * cdiv(tokens, 64) >= device.num_sms]
     exchanged = CLUSTER_EXCHANGE * hidden
     cheap = [c for c in filling if 1.5 * bottleneck * (c.slices.number - 1) <= exchanged]
     busiest_row_block = cdiv(blocks, device.num_sms) * row_block.tokens * hidden
@@ -218,23 +223,23 @@ def token_plan(problem: Problem, device: Device) -> TokenPlan:
         return cheap[0]
     if 4 * blocks >= 3 * device.num_sms:
         return row_block_plan(problem, device)
-    sizes = _cluster_sizes(problem, device, 16)
+    sizes = cluster_sizes(problem, device, 16)
     single = [size for size in sizes if size * cdiv(tokens, 16) <= CLUSTER_SMS * device.num_sms]
     if single:
-        return _clusters(problem, device, single[-1], 16)
+        return clusters(problem, device, single[-1], 16)
     # SPLIT_TRAFFIC may leave most SMs idle: then clusters win even if each of them takes as long
     # again to exchange more than CLUSTER_EXCHANGE.
     split = _split(problem, device)
-    fastest = min(clusters, key=lambda c: _busiest(problem, c), default=None)
+    fastest = min(wide, key=lambda c: _busiest(problem, c), default=None)
     if fastest and 2 * _busiest(problem, fastest) < row_block.tokens * split.slices.length:
         return fastest
     return split
 
 
-def _busiest(problem: Problem, clusters: TokenPlan) -> float:
+def _busiest(problem: Problem, plan: TokenPlan) -> float:
     """The work of the busiest block, tokens times features, in that of a row block."""
-    turns = cdiv(cdiv(problem.num_tokens, clusters.cluster_tokens), clusters.num_clusters)
-    return CLUSTER_COST * turns * clusters.cluster_tokens * clusters.slices.length
+    turns = cdiv(cdiv(problem.num_tokens, plan.cluster_tokens), plan.num_clusters)
+    return CLUSTER_COST * turns * plan.cluster_tokens * plan.slices.length
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,8 +308,10 @@ def _most_passes(problem: Problem, fact: RowBlockFacts) -> float:
     return max(SPLIT_TRAFFIC, 1.5 * split_passes(problem, fact, 0, 0))
 
 
-def _cluster_sizes(problem: Problem, device: Device, tokens: int) -> list[int]:
-    """The sizes of clusters whose tiles fit the shared memory, and that the device can place."""
+def cluster_sizes(problem: Problem, device: Device, tokens: int, norm: bool = False) -> list[int]:
+    """The sizes of clusters whose tiles fit the shared memory, and that the device can place. For a
+    norm, which has no other form, clusters may be small.
+    """
     fact = facts().cluster(problem, tokens)
     if fact is None:
         return []
@@ -312,17 +319,19 @@ def _cluster_sizes(problem: Problem, device: Device, tokens: int) -> list[int]:
     return [
         size
         for size in placed
-        if size * CLUSTER_FEATURES <= problem.hidden_size
-        and fact.bytes_for(_length(problem.hidden_size, size)) <= device.cluster_memory
+        if (size * CLUSTER_FEATURES <= problem.hidden_size or (norm and size == min(placed)))
+        and fact.bytes_for(slice_length(problem.hidden_size, size), norm) <= device.cluster_memory
     ]
 
 
-def _clusters(problem: Problem, device: Device, size: int, tokens: int) -> TokenPlan:
+def clusters(problem: Problem, device: Device, size: int, tokens: int) -> TokenPlan:
+    """Clusters of so many blocks, as many as fill the GPU or as there is work for."""
     number = min(cdiv(problem.num_tokens, tokens), max(1, device.num_sms // size))
-    return TokenPlan(Slices(size, _length(problem.hidden_size, size)), number, tokens)
+    return TokenPlan(Slices(size, slice_length(problem.hidden_size, size)), number, tokens)
 
 
-def _length(size: int, number: int, multiple: int = PANEL) -> int:
+def slice_length(size: int, number: int, multiple: int = PANEL) -> int:
+    """The length of `number` slices of `size`, in whole multiples."""
     return cdiv(cdiv(size, number), multiple) * multiple
 
 
@@ -346,5 +355,5 @@ def token_slices(problem: Problem, device: Device) -> Slices:
 
 def _slices(size: int, wanted: int, shortest: int, multiple: int) -> Slices:
     number = max(1, min(wanted, size // shortest))
-    length = _length(size, number, multiple)
+    length = slice_length(size, number, multiple)
     return Slices(cdiv(size, length), length)

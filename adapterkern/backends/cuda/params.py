@@ -1,6 +1,8 @@
 """The structs of csrc/params.h, which a launch receives as bytes; every field is 8 bytes wide."""
 
+import ctypes
 import struct
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ ACTIVATIONS = {
     "leaky_relu": 6,
     "identity": 7,
 }
+NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 
 def view(tensor: Tensor | None) -> View:
@@ -33,6 +36,13 @@ def view(tensor: Tensor | None) -> View:
         return NOTHING
     stride = tensor.stride(-2) if tensor.dim() > 1 else 0
     return tensor.data_ptr(), DTYPES[tensor.dtype], stride
+
+
+def float_bits(value: float) -> int:
+    """The bits of `value` as a float32, which cross as an integer: of the floats of a launch only
+    the scale may differ from call to call. Beyond float32 it is infinite, as in eager.
+    """
+    return int.from_bytes(ctypes.c_float(value), sys.byteorder)
 
 
 def flat(params: Iterable[Any]) -> list[Any]:
@@ -59,6 +69,11 @@ class ForwardParams(NamedTuple):
     scaling: View
     y: View
     z: View
+    norm_weight: View
+    norm_bias: View
+    normed: View
+    mean: View
+    rstd: View
     partial: View
     num_splits: int
     features_per_split: int
@@ -72,6 +87,10 @@ class ForwardParams(NamedTuple):
     compute_dtype: int
     add_input: int
     channel_scaling: int
+    norm: int
+    cast_before_weight: int
+    eps: int
+    weight_offset: int
     scale: float
 
     def pack(self) -> bytes:
@@ -105,6 +124,16 @@ class BackwardParams(NamedTuple):
     d_down_bias: View
     d_up_bias: View
     d_scaling: View
+    d_normed: View
+    d_stream: View
+    stream: View
+    mean: View
+    rstd: View
+    norm_weight: View
+    sum_norm_weight: View
+    sum_norm_bias: View
+    d_norm_weight: View
+    d_norm_bias: View
     num_splits: int
     features_per_split: int
     output_splits: int
@@ -116,10 +145,14 @@ class BackwardParams(NamedTuple):
     token_splits: int
     tokens_per_split: int
     token_stages: int
+    norm_blocks: int
     activation: int
     compute_dtype: int
     add_input: int
     channel_scaling: int
+    norm: int
+    cast_before_weight: int
+    weight_offset: int
     scale: float
 
     def pack(self) -> bytes:

@@ -5,6 +5,7 @@ are too small to count. Beside the bytes through HBM and L2 this counts the cycl
 which bound these kernels before HBM does: mma.sync reads its operands there, fragment by fragment.
 """
 
+from adapterkern.backends.cuda import norm
 from adapterkern.backends.cuda.launch_config import (
     PANEL,
     SYSTEM_MEMORY,
@@ -38,6 +39,59 @@ def forward(problem: Problem, plan: TokenPlan, device: Device, save: bool = True
     """The kernels of y; with `save` z is stored for the backward."""
     kept = problem.num_tokens * problem.bottleneck_size * ELEMENT if save else 0
     return _tokens(problem, plan, device, read=0, kept=kept)
+
+
+def norm_forward(
+    problem: Problem, plan: TokenPlan, device: Device, save: bool = True
+) -> list[Traffic]:
+    """The kernel of y and its norm. y itself is written where it is saved; what is added beside x
+    is read.
+    """
+    (plain,) = forward(problem, plan, device, save)
+    rows = problem.num_tokens * problem.hidden_size * ELEMENT
+    more = problem.added - 1
+    tile = 2 * plan.cluster_tokens * plan.slices.length  # elements: the sum, stored and read again
+    turns = cdiv(cdiv(problem.num_tokens, plan.cluster_tokens), plan.num_clusters)
+    of_norm = plain._replace(
+        memory=plain.memory + (more + save) * rows,
+        loads=plain.loads + more * rows,
+        stores=plain.stores + save * rows,
+        shared_cycles=plain.shared_cycles + plain.blocks * turns * tile * ELEMENT / CYCLE_BYTES,
+        waits=1.5 * plain.waits,  # three for two
+    )
+    return [of_norm]
+
+
+def norm_gradients(
+    problem: Problem, device: Device, stream: bool = False, parameters: bool = True
+) -> list[Traffic]:
+    """The gradient of y from those of its norm and, with `stream`, of y; the sums for those of the
+    norm's parameters.
+    """
+    tokens, hidden, *_ = problem
+    rows, blocks = tokens * hidden * ELEMENT, norm.row_blocks(tokens, hidden, device)
+    sums = 2 * blocks * hidden * FLOAT if parameters else 0
+    of_rows = Traffic(
+        "bottleneck_bwd_norm_kernel",
+        blocks,
+        norm.ROW_BLOCKS_PER_SM,
+        memory=(3 + stream) * rows,
+        loads=(2 + stream) * rows,
+        stores=rows + sums,
+        in_flight=2 * norm.ROW_THREADS * norm.VECTOR * ELEMENT,
+    )
+    if not parameters:
+        return [of_rows]
+    total = Traffic(
+        "bottleneck_bwd_norm_sum_kernel",
+        2 * cdiv(hidden, SUM_SIDE),
+        SUM_BLOCKS,
+        memory=0,
+        loads=sums,
+        stores=2 * hidden * ELEMENT,
+        in_flight=SUM_SIDE * SUM_AHEAD * FLOAT,
+    )
+    return [of_rows, total]
 
 
 def input_gradient(problem: Problem, plan: TokenPlan, device: Device) -> list[Traffic]:

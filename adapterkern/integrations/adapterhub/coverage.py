@@ -5,18 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from adapterkern.integrations.adapterhub.reasons import REASONS
+from adapterkern.integrations.adapterhub.reasons import NORM_REASONS, REASONS
 from adapterkern.integrations.foreign.activations import activation_name
 from adapterkern.modules.explain import table
 
-COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "runs on", "reason")
+COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "runs on", "reason", "norm")
 LIBRARY = "library"  # the code of AdapterHub itself
 
 
 @dataclass(frozen=True)
 class Row:
     """One adapter in one layer; `runs_on` is the backend of adapterkern that runs it, or LIBRARY,
-    and `reason` then the code of why.
+    and `reason` then the code of why. `norm` says of a norm behind a fused adapter that it runs in
+    the same pass (`SAME_PASS`), or is the code of why it does not; "" where there is none.
     """
 
     layer: str  # the name of the library's BottleneckLayer in the model
@@ -27,6 +28,7 @@ class Row:
     activation: str
     runs_on: str
     reason: str
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Report:
         head = f"{count} {verb} in adapterkern ({state})"
         cells = [[("?" if c is None else str(c)) for c in astuple(row)] for row in self.rows]
         why = [f"  {reason}: {REASONS[reason]}" for reason in self.by_reason()]
+        codes = dict.fromkeys(row.norm for row in self.rows if row.norm in NORM_REASONS)
+        why += [f"  {code}: {NORM_REASONS[code]}" for code in codes]
         return "\n".join([head, *table(COLUMNS, cells), *why])
 
 

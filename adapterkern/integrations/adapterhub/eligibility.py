@@ -7,10 +7,14 @@ from torch import Tensor, nn
 from adapterkern import _torch
 from adapterkern.integrations.adapterhub.stock import ActivationFunction, Adapter, ParallelAdapter
 from adapterkern.integrations.foreign.activations import activation_name
+from adapterkern.modules.adapter_norm import dtype_reason
+from adapterkern.spec import AdapterCall, with_norm
 
 # down_weight, up_weight, down_bias, up_bias, activation, scaling. A plain tuple, as the cheapest
 # there is.
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, float | Tensor]
+# normalized_shape, weight, bias, eps: as torch.layer_norm takes them.
+NormParts = tuple[tuple[int, ...], Tensor | None, Tensor | None, float]
 
 _PLAIN = (nn.Parameter, Tensor)
 _NUMBERS = (type(None), float, int)
@@ -75,6 +79,38 @@ def parts_of(adapter: Any) -> Parts | str:
     if not (down_weight.is_cpu or down_weight.is_cuda):
         return "sharded" if down_weight.is_meta else "device"
     return down_weight, up_weight, down_bias, up_bias, activation, scaling
+
+
+def norm_parts_of(norm: Any) -> NormParts | str:
+    """The parts of a block's norm that need no call of the module, or the code in `NORM_REASONS`
+    of why it must be called."""
+    if type(norm) is not nn.LayerNorm:
+        return "norm_class"
+    if _torch.beyond_its_class(norm) is not None:
+        return "norm_hooks"
+    state = norm.__dict__
+    parameters = state["_parameters"]
+    if "weight" not in parameters:  # in a replica of nn.DataParallel
+        return "norm_parameters"
+    return state["normalized_shape"], parameters["weight"], parameters["bias"], state["eps"]
+
+
+def with_norm_of(call: AdapterCall, parts: NormParts) -> AdapterCall | str:
+    """The call with the norm behind it, or the code in `NORM_REASONS` of what would not be as it is
+    where the norm follows in a pass of its own."""
+    shape, weight, bias, eps = parts
+    if shape != (call.hidden_size,) or type(eps) is not float or eps <= 0:
+        return "norm_numbers"
+    for parameter in (weight, bias):
+        if parameter is not None and type(parameter) not in _PLAIN:
+            return "norm_parameters"
+    normed = with_norm(call, weight, bias, "layer", eps, 0.0, False, False)
+    dtype = call.x.dtype if weight is None else weight.dtype
+    if dtype == call.x.dtype and not _torch.may_autocast():
+        return normed
+    # torch refuses a stream that is wider than the norm's parameters, which is left to it.
+    is_same = dtype_reason(normed) is None and dtype == normed.normed_dtype
+    return normed if is_same else "norm_dtype"
 
 
 def _is_sharding(kind: type) -> bool:

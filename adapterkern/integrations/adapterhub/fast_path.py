@@ -11,6 +11,7 @@ block's LayerNorm in post-LN models (pre-LN models have none here):
     residual LN(t)                    x + A(x) with x = LN(t); with original_ln_after LN(. + inp)
     parallel                          LN(inp + A(inp) + h)   pre-LN: inp + A(inp) + h
 
+An LN that comes last, and that is an nn.LayerNorm and no more, runs in the adapter's pass as well.
 What these do not cover runs the library's code. The methods are class-level and keep nothing on
 modules, so copies, pickles, threads and DataParallel replicas need no care, and torch.compile
 traces them without a graph break.
@@ -21,12 +22,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkern import _torch
+from adapterkern.backends.base import BackendUnsupportedError
+from adapterkern.dispatch import is_declared
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.functional import run_call
-from adapterkern.integrations.adapterhub.eligibility import parts_of
+from adapterkern.functional import run_call, run_norm_call
+from adapterkern.integrations.adapterhub.eligibility import norm_parts_of, parts_of, with_norm_of
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.adapterhub.stock import (
     AdapterSetup,
@@ -131,12 +133,12 @@ def _layer(adapter: Any, h: Tensor, inp: Tensor | None, layer_norm: Any) -> Tens
         return None
     state = adapter.__dict__
     ln_after, residual = state["original_ln_after"], state["residual_before_ln"]
+    norm = (layer_norm, norm_parts_of(layer_norm)) if layer_norm else None
+    after = norm if ln_after else None
     if type(adapter) is ParallelAdapter:
         if inp is None:
             return None
-        if not ln_after:
-            return _adapt(parts, inp, h, None)
-        return _normalised(layer_norm, _adapt(parts, inp, inp, h))
+        return _adapt(parts, inp, inp if ln_after else h, h if ln_after else None, after)
     if inp is None and (ln_after or layer_norm):
         return None
     if residual is not True and residual is not False:
@@ -144,24 +146,18 @@ def _layer(adapter: Any, h: Tensor, inp: Tensor | None, layer_norm: Any) -> Tens
     x, skip = h, inp if ln_after else None
     if state["original_ln_before"] and inp is not None:
         t = h + inp
-        x = _normalised(layer_norm, t)
+        x = _normalised(norm, t)
         if residual and ln_after:
             h, skip = t, None  # the residuals h and inp add up to t, which is at hand
-    output = _adapt(parts, x, h if residual else x, skip)
-    return _normalised(layer_norm, output) if ln_after else output
+    return _adapt(parts, x, h if residual else x, skip, after)
 
 
-def _normalised(layer_norm: Any, x: Any) -> Any:
-    """LN(x); x where the block has no LN, None for None."""
-    if x is None or not layer_norm:
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """LN(x) for a norm and its parts; x where the block has no LN."""
+    if norm is None:
         return x
-    if type(layer_norm) is nn.LayerNorm and _torch.beyond_its_class(layer_norm) is None:
-        state = layer_norm.__dict__
-        parameters = state["_parameters"]
-        if "weight" in parameters:  # not so in a replica of nn.DataParallel
-            weight, bias = parameters["weight"], parameters["bias"]
-            return torch.layer_norm(x, state["normalized_shape"], weight, bias, state["eps"])
-    return layer_norm(x)
+    module, parts = norm
+    return module(x) if isinstance(parts, str) else torch.layer_norm(x, *parts)
 
 
 def _is_traced() -> bool:
@@ -169,13 +165,29 @@ def _is_traced() -> bool:
     return torch.jit.is_tracing()
 
 
-def _adapt(parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None) -> Tensor | None:
-    """The fused adapter; None where x and the parameters meet only under autocast, which is off."""
+def _adapt(
+    parts: Any, x: Tensor, residual: Tensor | None, skip: Tensor | None = None, norm: Any = None
+) -> Tensor | None:
+    """The fused adapter, and the norm behind it where there is one; None where x and the parameters
+    meet only under autocast, which is off.
+    """
     down_weight, up_weight, down_bias, up_bias, activation, scaling = parts
     if x.dtype != down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     tensors = (x, down_weight, up_weight, down_bias, up_bias, residual, skip)
-    return run_call(make_call(*tensors, activation, scaling))
+    call = make_call(*tensors, activation, scaling)
+    if norm is None:
+        return run_call(call)
+    norm_parts = norm[1]
+    if not isinstance(norm_parts, str) and is_declared("layer_norm", x.device.type):
+        normed = with_norm_of(call, norm_parts)
+        if not isinstance(normed, str):
+            # What was named, or ADAPTERKERN_STRICT, is about the adapter: it need not take norms.
+            try:
+                return run_norm_call(normed).normed
+            except BackendUnsupportedError:
+                pass
+    return _normalised(norm, run_call(call))
 
 
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
@@ -196,7 +208,7 @@ def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> A
         return _stock_single(self, adapter_setup, state, lvl)._replace(bottleneck_up=None)
     if type(adapter) is ParallelAdapter:
         residual = None  # the library adds it in post_forward
-    output = _adapt(parts, x, residual, None)
+    output = _adapt(parts, x, residual)
     if output is None:
         return _on_other_dtype(self, adapter_setup, state, lvl)
     return state._replace(hidden_states=output, last=adapter_setup)

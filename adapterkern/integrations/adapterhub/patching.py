@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from adapterkern import _torch
+from adapterkern.backends import NAMES
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.integrations.adapterhub import fast_path
+from adapterkern.integrations.adapterhub.block_norms import norm_behind
 from adapterkern.integrations.adapterhub.coverage import (
     LIBRARY,
     Report,
@@ -23,15 +25,16 @@ from adapterkern.integrations.adapterhub.coverage import (
     shown_activation,
     sizes_of,
 )
-from adapterkern.integrations.adapterhub.eligibility import parts_of
+from adapterkern.integrations.adapterhub.eligibility import norm_parts_of, parts_of, with_norm_of
 from adapterkern.integrations.adapterhub.fast_path import ADAPTER, FLAG, LAYER, OFF
-from adapterkern.integrations.adapterhub.reasons import REASONS
+from adapterkern.integrations.adapterhub.reasons import REASONS, SAME_PASS
 from adapterkern.integrations.adapterhub.stock import (
     AdapterCompositionBlock,
     AdapterSetup,
     BottleneckLayer,
     Fuse,
     ModelAdaptersConfig,
+    Stack,
     require_known_version,
 )
 from adapterkern.modules import explain as explaining
@@ -84,7 +87,8 @@ def _patch(model: nn.Module | None, strict: bool, layer_level: bool, stacklevel:
         is_first = not is_installed()
         if is_first:
             require_known_version()
-        report = Report(() if model is None else tuple(_rows(model)), patched=True)
+        rows = () if model is None else tuple(_rows(model, level=level))
+        report = Report(rows, patched=True)
         if strict and report.fallbacks:
             raise UnsupportedAdapterError(_refusal(report))
         _install()
@@ -224,13 +228,15 @@ def _is_any_patched() -> bool:
     return any(type(thing) in kinds and fast_path.level_of(thing) for thing in gc.get_objects())
 
 
-def _rows(model: nn.Module, in_part: bool = False) -> Iterator[Row]:
+def _rows(model: nn.Module, in_part: bool = False, level: int | None = None) -> Iterator[Row]:
+    """The rows of a report. level: that which the model will have, if not its present one."""
     for name, layer in model.named_modules():
         if not isinstance(layer, BottleneckLayer) or not hasattr(layer, "adapters_config"):
             continue
         context = AdapterSetup.get_context()
         setup = layer.adapters_config.active_setup if context is None else context.adapter_setup
         mixed, base_dtype = _under_fuse(setup), _base_dtype(model, name)
+        of_layer = fast_path.level_of(layer.adapters_config) if level is None else level
         for adapter_name, adapter in layer.adapters.items():
             parts = parts_of(adapter)
             if isinstance(parts, str):
@@ -241,19 +247,49 @@ def _rows(model: nn.Module, in_part: bool = False) -> Iterator[Row]:
                     reason = "fuse"
                 elif not _meets(base_dtype, parts[0]):
                     reason = "dtype"
-            if in_part and fast_path.level_of(layer.adapters_config) == OFF:
+            if in_part and of_layer == OFF:
                 reason = "unpatched"
-            runs_on = LIBRARY if reason else _backend(parts, base_dtype)
+            runs_on, norm = LIBRARY, ""
+            if not reason:
+                behind = norm_behind(model, name, layer) if adapter.original_ln_after else None
+                if behind is not None and not _runs_as_layer(
+                    adapter_name, adapter, setup, of_layer
+                ):
+                    behind = "layer_level"
+                runs_on, norm = _what_runs(parts, base_dtype, behind)
             place = name, layer.location_key, adapter_name
-            yield Row(*place, *sizes_of(adapter), activation, runs_on, reason)
+            yield Row(*place, *sizes_of(adapter), activation, runs_on, reason, norm)
 
 
-def _backend(parts: Any, dtype: torch.dtype | None) -> str:
-    """The backend that runs an adapter with these parts, for hidden states of this dtype."""
+def _runs_as_layer(name: str, adapter: Any, setup: Any, level: int) -> bool:
+    """Whether the layer runs as a whole with this adapter, when it is active as the setup has it,
+    or alone where the setup does not name it.
+    """
+    if level == ADAPTER or adapter.residual_before_ln not in (True, False):
+        return False
+    is_in = isinstance(setup, AdapterCompositionBlock) and name in setup.flatten()
+    return not is_in or (type(setup) is Stack and len(setup.children) == 1)
+
+
+def _what_runs(parts: Any, dtype: torch.dtype | None, behind: Any) -> tuple[str, str]:
+    """The backend that runs an adapter with these parts, for hidden states of this dtype, and what
+    becomes of the norm `behind` it: `Row.norm`, which `behind` may be itself.
+    """
     down, up, down_bias, up_bias, activation, scaling = parts
     x = down.new_empty((1, down.shape[1]), dtype=dtype)
     call = make_call(x, down, up, down_bias, up_bias, activation=activation, scaling=scaling)
-    return explaining.explain(call).backend
+    plain = explaining.explain(call).backend
+    if behind is None or isinstance(behind, str):
+        return plain, behind or ""
+    norm_parts = norm_parts_of(behind)
+    if isinstance(norm_parts, str):
+        return plain, norm_parts
+    normed = with_norm_of(call, norm_parts)
+    if isinstance(normed, str):
+        return plain, normed
+    together = explaining.explain(normed).backend
+    is_one = together.removesuffix(" (named)") in NAMES  # not "none: ..." or "..., then torch's"
+    return (together, SAME_PASS) if is_one else (plain, "no_kernel")
 
 
 def _meets(base_dtype: torch.dtype | None, weight: torch.Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""The reasons why an adapter stays on the library's own path, each a code and a sentence."""
+"""The reasons why an adapter stays on the library's own path, and why a block's norm is a pass of
+its own, each a code and a sentence."""
 
 REASONS = {
     "phm": "its projections are Kronecker products (Compacter), not linear layers",
@@ -23,4 +24,19 @@ REASONS = {
     ),
     "unpatched": "the model that it belongs to is not patched, unlike others here",
     "export": "the model is being traced or exported, where plain operations are wanted",
+}
+
+SAME_PASS = "LayerNorm in the same pass"
+NORM_REASONS = {
+    "norm_class": "its class is not nn.LayerNorm itself, so its forward may differ",
+    "norm_hooks": "hooks or an overridden forward run only where the norm itself is called",
+    "norm_parameters": "its parameters are a tensor subclass, or those of a DataParallel replica",
+    "norm_numbers": "it normalises another width, or its eps is no float above 0",
+    "norm_dtype": "in the adapter's pass its result would have another dtype",
+    "norm_unknown": "the block's source does not tell which norm the adapter is given",
+    "layer_level": (
+        "the library's own code adds up and norms the block: several adapters are active together, "
+        'residual_before_ln="post_add", or patch(..., layer_level=False)'
+    ),
+    "no_kernel": "no kernel takes the norm with the adapter here, so PyTorch's own follows",
 }

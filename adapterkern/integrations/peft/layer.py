@@ -11,6 +11,7 @@ from adapterkern.integrations.peft.blocks import output_size
 from adapterkern.integrations.peft.checkpoint import CONTAINER
 from adapterkern.integrations.peft.config import BottleneckConfig
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.modules.deferral import is_deferred
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 CANNOT_MERGE = (
@@ -112,10 +113,21 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
                 y = self._adapt(y, block_input, name)
         return y
 
+    def adapters_to_run(self) -> list[BottleneckAdapter]:
+        """The active adapters, in the order of their calls."""
+        if self.disable_adapters:
+            return []
+        adapters: Any = self.bottleneck_adapter
+        return [adapters[name] for name in self.active_adapters if name in adapters]
+
+    def runs_beside(self, adapter: nn.Module) -> bool:
+        """Whether an adapter reads the FFN's input."""
+        return any(self.bottleneck_adapter[name] is adapter for name in self.parallel)
+
     def _adapt(self, y: Tensor, block_input: Tensor | None, name: str) -> Tensor:
         adapter = self.bottleneck_adapter[name]
         if name not in self.parallel:
-            adapted = adapter(y)
+            adapted = y if is_deferred(adapter) else adapter(y)
         elif block_input is None or block_input.shape != y.shape:
             shape = "nothing" if block_input is None else list(block_input.shape)
             raise RuntimeError(
