@@ -247,6 +247,21 @@ def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     assert metric(saved.rstd, 1 / (y.var(-1, correction=0) + call.eps).sqrt()) < 3e-5
 
 
+@pytest.mark.parametrize("form", ["row_block", "rows"])
+def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
+    """Of float32 parameters the outcome shows it, which the rounding of the results would hide."""
+    for cast in (False, True):
+        call, upstream = drawn(run_norm_as(form), of_norm=SINGLE, cast_before_weight=cast)
+        found, saved = by_triton(call, upstream)
+        xhat = (found["y"].float() - saved.mean[:, None]) * saved.rstd[:, None]
+        for rounds in (False, True):
+            factor = xhat.bfloat16().float() if rounds else xhat
+            normed = factor * call.norm_weight + call.norm_bias
+            d_weight = (upstream.normed * factor).sum(0)
+            errors = metric(found["y normed"], normed), metric(found["d_norm_weight"], d_weight)
+            assert max(errors) < 1e-6 if rounds == cast else min(errors) > 1e-4
+
+
 @pytest.mark.parametrize("form", ["two_programs", "rows"])
 def test_triton_norm_repeats_bit_for_bit(run_norm_as, form):
     call, upstream = drawn(run_norm_as(form))

@@ -61,7 +61,8 @@ def fuse_norms(model: nn.Module) -> Report:
     The forward of each block that is known is replaced, on the instance: modules, parameters, the
     keys of state dicts and hooks stay where they are, and so do saving, copies, PEFT's switching of
     adapters, gradient checkpointing and torch.compile. Adapters are those of
-    `adapterkern.integrations.peft` and of `adapterkern.insert` behind linear layers.
+    `adapterkern.integrations.peft`, and of `adapterkern.insert` behind linear layers, attentions
+    and FFNs.
 
     - post-LN, both sites (BERT, RoBERTa, ELECTRA, DeBERTa, MPNet, DistilBERT and their copies):
       norm(adapter(h) + residual) is one pass.
@@ -89,7 +90,7 @@ def fuse_norms(model: nn.Module) -> Report:
         raise ValueError(_refusal(found))
     for one in able.values():
         block: Any = one.block
-        placed = tuple(_place(block, site) for site in BLOCKS[one.kind].sites)
+        placed = tuple(_place(block, site) for site in _sites(block, one.kind))
         usable = tuple(place if isinstance(place, Placed) else None for place in placed)
         parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
         named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -101,11 +102,11 @@ def fuse_norms(model: nn.Module) -> Report:
 
 def _refusal(found: list["_Found"]) -> str:
     why = table(("adapter behind", "reason"), [(one.name, one.reason) for one in found])
-    listing = "\n  ".join(why if found else ["no linear layer of it has an adapter"])
+    listing = "\n  ".join(why if found else ["none of its layers has an adapter"])
     return (
         f"nothing of this model can run in one pass with its adapters:\n  {listing}\n"
-        "  hint: the table of blocks that can is in the docstring of fuse_norms; adapters come "
-        "from adapterkern.integrations.peft or adapterkern.insert"
+        "  hint: the docstring of fuse_norms lists the blocks that can; adapters come from "
+        "adapterkern.integrations.peft or adapterkern.insert"
     )
 
 
@@ -160,9 +161,9 @@ def _survey(model: nn.Module) -> list[_Found]:
     modules = dict(model.named_modules())
     owners: dict[int, tuple[Any, str, Site]] = {}
     for module in modules.values():
-        kind = recognised(type(module))
-        for site in BLOCKS[kind].sites if kind in BLOCKS else ():
-            owners[id(reach(module, site.layer))] = module, str(kind), site
+        kind = recognised(type(module)) or ""
+        for site in _sites(module, kind) if kind in BLOCKS else ():
+            owners[id(reach(module, site.layer))] = module, kind, site
     found = []
     for name, layer in modules.items():
         if not (hasattr(layer, "adapters_to_run") or inserted_adapters(layer)):
@@ -177,6 +178,15 @@ def _survey(model: nn.Module) -> list[_Found]:
         reason = placed if isinstance(placed, str) else _beside(layer)
         found.append(_Found(name, layer, follows, reason, block, kind, site))
     return found
+
+
+def _sites(block: Any, kind: str) -> list[Site]:
+    """The sites of a block of this kind, with a part in place of the layer where `insert` has put
+    an adapter behind the part, as in after="self_attn"."""
+    return [
+        site.behind_part() if site.part and inserted_adapters(getattr(block, site.part)) else site
+        for site in BLOCKS[kind].sites
+    ]
 
 
 def _place(block: Any, site: Site) -> Placed | str:

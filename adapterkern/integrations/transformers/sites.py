@@ -32,6 +32,11 @@ class Site(NamedTuple):
         """The part of the block that calls the layer, where the block itself does not."""
         return self.layer[0] if len(self.layer) > 1 else None
 
+    def behind_part(self) -> "Site":
+        """The same with the part in place of the layer: dropout within it comes before then."""
+        inside = self.dropout is not None and self.dropout[:1] == self.layer[:1]
+        return self._replace(layer=self.layer[:1], dropout=None if inside else self.dropout)
+
 
 class Placed(NamedTuple):
     """A site of one block, with what was recognised there."""
@@ -92,6 +97,7 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
     norm = None if site.norm is None else getattr(block, site.norm)
     if placed is None:
         return Pass(None, norm)
+    site = placed.site
     layer = reach(block, site.layer)
     adapter = adapter_behind(layer)
     if adapter == NONE_ACTIVE:
