@@ -1,5 +1,6 @@
 """fuse_norms: the same results, from one pass where there were three, and the rest unchanged."""
 
+import contextlib
 import copy
 import io
 
@@ -310,3 +311,43 @@ def test_explain_of_the_package_names_the_adapters_of_fused_blocks(name):
     rows = ak.explain(fused, **inputs(name)).rows
     adapters = [n for n, m in fused.named_modules() if isinstance(m, ak.BottleneckAdapter)]
     assert [(row.adapter, row.calls) for row in rows] == [(adapter, 1) for adapter in adapters]
+
+
+def double_what_it_returns(layer):
+    forward = layer.dense.forward
+    layer.dense.forward = lambda *given: 2 * forward(*given)
+
+
+def take_the_eps(layer):
+    layer.LayerNorm.eps = 0.0
+
+
+def keep_the_norm_wide(layer):
+    layer.bfloat16().LayerNorm.float()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (double_what_it_returns, "the adapted layer has a forward of its own"),
+        (take_the_eps, "the eps of its norm is 0.0"),
+        (keep_the_norm_wide, "its norm has float32 parameters behind an adapter in bfloat16"),
+    ],
+)
+def test_what_the_pass_would_do_in_another_way_runs_as_it_stands(change, reason):
+    sites._warned.clear()
+    model, fused = pair("bert")
+    layers = [one.base_model.model.encoder.layer[0].output for one in (model, fused)]
+    for layer in layers:
+        change(layer)
+    weight = layers[0].dense.base_layer.weight
+    given = [torch.randn(2, 3, size).to(weight.dtype) for size in (weight.shape[1], 32)]
+    results = []
+    for layer in layers:
+        expectation = pytest.warns(ak.FallbackWarning, match=reason)
+        with expectation if layer is layers[1] else contextlib.nullcontext():
+            results.append(layer(*given))
+    assert torch.equal(*results)
+    told = [row.reason for row in explain(fused).rows]
+    assert told[1].startswith(reason)
+    assert not any(told[:1] + told[2:])

@@ -6,11 +6,26 @@ import warnings
 
 import pytest
 import torch
-from fused_models import assert_same, first, inputs, loss_of, pair, trainable, without_dropout
+from fused_models import (
+    assert_same,
+    base,
+    first,
+    inputs,
+    loss_of,
+    pair,
+    trainable,
+    uneven,
+    without_dropout,
+)
+from random_adapters import randomised
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 
 import adapterkern as ak
 from adapterkern.integrations.peft import BottleneckConfig
-from adapterkern.integrations.transformers import explain, fuse_norms, sites
+from adapterkern.integrations.transformers import explain, fuse_norms, sites, unfuse_norms
 from adapterkern.modules.deferral import deferred, is_deferred
 
 
@@ -196,3 +211,65 @@ def test_adapters_that_come_later_are_fused_by_another_call():
     assert all(row.fused for row in fuse_norms(twin).rows)
     for one in (fused, twin):
         assert_same(first(one, **inputs("bert")), first(model, **inputs("bert")))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:adapterkern:adapterkern.FallbackWarning")
+def test_a_checkpoint_around_the_layer_alone_gets_the_gradients_of_the_model(when):
+    """Computed again in the backward, the layer runs where nothing defers its adapter."""
+    gradients = []
+    for is_fused in (False, True):
+        model = randomised(uneven(without_dropout(base("llama")))).train()
+        model.enable_input_require_grads()
+        if is_fused and when == "after":
+            fuse_norms(model)
+        for block in model.base_model.model.model.layers:
+            part = block.self_attn
+            part.o_proj = checkpoint_wrapper(part.o_proj, checkpoint_impl=CheckpointImpl.REENTRANT)
+        if is_fused and when == "before":
+            fuse_norms(model)
+        loss_of(model, inputs("llama")).backward()
+        gradients.append([parameter.grad for parameter in trainable(model)])
+    for expected, found in zip(*gradients, strict=True):
+        assert_same(found, expected, least=1e-4)
+    wrapped = [row.reason for row in explain(model).rows if "o_proj" in row.layer]
+    assert len(wrapped) == 2
+    assert all("CheckpointWrapper" in reason for reason in wrapped)
+
+
+def test_dropout_of_the_adapter_itself_is_told_and_draws_the_same_numbers():
+    model, fused = pair("bert", without_dropout)
+    for one in (model, fused):
+        for module in one.train().modules():
+            if isinstance(module, ak.BottleneckAdapter):
+                module.dropout = 0.3
+    rows = explain(fused).rows
+    assert all(row.reason.endswith("own dropout of p = 0.3 is active") for row in rows)
+    torch.manual_seed(0)
+    expected = first(model, **inputs("bert"))
+    torch.manual_seed(0)
+    with pytest.warns(ak.FallbackWarning, match="the adapter's own dropout"):
+        assert torch.equal(first(fused, **inputs("bert")), expected)
+    assert all(row.fused for row in explain(fused.eval()).rows)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_replicas_of_data_parallel_run_their_own_parameters(name):
+    """The test does what nn.parallel.replicate does to modules, without the devices it needs."""
+
+    def replicate(module):
+        replica = module._replicate_for_data_parallel()
+        for path, child in module._modules.items():
+            setattr(replica, path, replicate(child))
+        for path, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[path] = None
+            else:
+                setattr(replica, path, 1.5 * parameter)
+        return replica
+
+    model, fused = pair(name)
+    expected = first(replicate(model), **inputs(name))
+    assert_same(first(replicate(fused), **inputs(name)), expected)
+    unfuse_norms(fused)
+    assert not any("replicate" in key for module in fused.modules() for key in vars(module))

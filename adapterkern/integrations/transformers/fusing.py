@@ -15,6 +15,8 @@ from adapterkern.integrations.transformers.sites import (
     Site,
     active_dropout,
     adapter_behind,
+    has_own_forward,
+    is_wrapped,
     obstacle_at,
     reach,
 )
@@ -97,7 +99,15 @@ def fuse_norms(model: nn.Module) -> Report:
         defaults = {p.name: p.default for p in named if p.default is not p.empty}
         record = Record(one.kind, tuple(p.name for p in named), defaults, usable)
         block.forward = functools.partial(run, block, record)
+        block._replicate_for_data_parallel = functools.partial(_replicate, block, record)
     return explain(model)
+
+
+def _replicate(block: Any, record: Record) -> Any:
+    """A replica of nn.DataParallel, whose copied forward would run the block itself."""
+    replica = type(block)._replicate_for_data_parallel(block)
+    replica.forward = functools.partial(run, replica, record)
+    return replica
 
 
 def _refusal(found: list["_Found"]) -> str:
@@ -124,7 +134,7 @@ def unfuse_norms(model: nn.Module) -> None:
             "  hint: take that back first, as accelerate's remove_hook_from_submodules does"
         )
     for module in fused:
-        del module.__dict__["forward"]
+        del module.__dict__["forward"], module.__dict__["_replicate_for_data_parallel"]
 
 
 def explain(model: nn.Module) -> Report:
@@ -166,10 +176,13 @@ def _survey(model: nn.Module) -> list[_Found]:
             owners[id(reach(module, site.layer))] = module, kind, site
     found = []
     for name, layer in modules.items():
-        if not (hasattr(layer, "adapters_to_run") or inserted_adapters(layer)):
+        if is_wrapped(layer) or not (hasattr(layer, "adapters_to_run") or inserted_adapters(layer)):
             continue
         if id(layer) not in owners:
-            found.append(_Found(name, layer, "?", _unknown(name, modules)))
+            around = modules[name.rpartition(".")[0]]
+            is_held = id(around) in owners
+            reason = f"a {_named(around)} wraps it" if is_held else _unknown(name, modules)
+            found.append(_Found(name, layer, "?", reason))
             continue
         block, kind, site = owners[id(layer)]
         norm = None if site.norm is None else type(getattr(block, site.norm)).__name__
@@ -194,6 +207,8 @@ def _place(block: Any, site: Site) -> Placed | str:
     layer = reach(block, site.layer)
     if layer is None:
         return f"{type(block).__name__} has no {'.'.join(site.layer)}"
+    if is_wrapped(layer):
+        return f"a {type(layer).__name__} wraps its layer"
     part = None if site.part is None else getattr(block, site.part)
     norm = None if site.norm is None else getattr(block, site.norm)
     needs = BLOCKS[str(recognised(type(block)))].needs
@@ -210,7 +225,7 @@ def _place(block: Any, site: Site) -> Placed | str:
             describe(norm, kind)
     except (TypeError, ValueError) as error:
         return str(error)
-    if _has_another_forward(block):
+    if has_own_forward(block) and not _is_fused(block):
         return f"{type(block).__name__} has a forward of its own already"
     placed = Placed(site, kind, (_type_of(part), _type_of(norm)))
     adapter = adapter_behind(layer)
@@ -238,7 +253,7 @@ def _present_obstacle(one: _Found) -> str:
     if isinstance(adapter, str):
         return adapter
     obstacle = obstacle_at(one.block, placed, one.layer, adapter)
-    return obstacle or active_dropout(one.block, placed.site) or ""
+    return obstacle or active_dropout(one.block, placed.site, adapter) or ""
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> str:
@@ -281,10 +296,3 @@ def _is_fused(module: Any) -> bool:
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether a fused forward was put elsewhere, as accelerate does to call it itself."""
     return any(name != "forward" for name in _fused_forwards(module)) and not _is_fused(module)
-
-
-def _has_another_forward(module: Any) -> bool:
-    """Whether someone else has replaced the forward; that of the class, bound, is left by many."""
-    forward = module.__dict__.get("forward")
-    stock = getattr(forward, "__func__", None) is type(module).forward
-    return forward is not None and not stock and not _is_fused(module)

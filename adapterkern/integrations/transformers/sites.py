@@ -13,6 +13,7 @@ from adapterkern.modules.adapter_norm import Norm, adapter_norm, unfused_reason
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.deferral import deferred
 from adapterkern.modules.insert import inserted_adapters
+from adapterkern.validation import name_of
 
 NONE_ACTIVE = "no adapter is active behind this layer"
 # transformers 5 keeps hooks of this module on attentions, to note the weights beside their output.
@@ -105,7 +106,8 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
     if isinstance(adapter, str):
         report(adapter)
         return Pass(None, norm)
-    obstacle = obstacle_at(block, placed, layer, adapter) or active_dropout(block, site)
+    obstacle = obstacle_at(block, placed, layer, adapter)
+    obstacle = obstacle or active_dropout(block, site, adapter)
     if obstacle is not None:
         report(obstacle)
         return Pass(None, norm)
@@ -115,6 +117,8 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
 
 def adapter_behind(layer: Any) -> BottleneckAdapter | str:
     """The one adapter that runs behind this layer just now, or why there is none such."""
+    if is_wrapped(layer):
+        return f"a {type(layer).__name__} wraps the adapted layer, and may run it again elsewhere"
     peft = hasattr(layer, "adapters_to_run")  # by its method: plain models need no peft
     adapters = layer.adapters_to_run() if peft else inserted_adapters(layer)
     if not adapters:
@@ -124,6 +128,12 @@ def adapter_behind(layer: Any) -> BottleneckAdapter | str:
     if peft and layer.runs_beside(adapters[0]):
         return "its adapter is parallel: it reads the input of the FFN"
     return adapters[0]
+
+
+def is_wrapped(layer: Any) -> bool:
+    """Whether a module around an adapted layer passes its attributes on, as wrappers for
+    checkpointing do: such a layer is computed again where nothing defers its adapter."""
+    return hasattr(layer, "adapters_to_run") and not hasattr(type(layer), "adapters_to_run")
 
 
 def obstacle_at(
@@ -144,12 +154,14 @@ def obstacle_at(
     if norm is None:
         reason = adapter.unfused_reason() or _torch.beyond_its_class(adapter)
     else:
-        reason = unfused_reason(adapter, norm) or _sharding(norm)
+        reason = unfused_reason(adapter, norm) or _strange_norm(norm, placed.kind, adapter)
     return reason or _strange_dropout(block, site)
 
 
 def _hooks_on_layer(layer: Any) -> str | None:
     """Of what sees or changes the output of the layer; one hook is that of `insert`."""
+    if has_own_forward(layer):
+        return "the adapted layer has a forward of its own, which may do more with its output"
     peft = hasattr(layer, "adapters_to_run")
     hooks = layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks
     if sum(map(len, hooks)) > (0 if peft else 1):
@@ -157,6 +169,12 @@ def _hooks_on_layer(layer: Any) -> str | None:
     if peft and layer._forward_pre_hooks:
         return "the adapted layer has hooks, as each has in a batch with adapter_names"
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether someone has replaced the forward; that of the class, bound, is left by many."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _is_watched(part: nn.Module) -> bool:
@@ -167,10 +185,18 @@ def _is_watched(part: nn.Module) -> bool:
     return "forward" in part.__dict__ or any(others) or not captures or not part._forward_hooks
 
 
-def _sharding(norm: Any) -> str | None:
-    for parameter in (norm.weight, getattr(norm, "bias", None)):
+def _strange_norm(norm: Any, kind: Kind | None, adapter: BottleneckAdapter) -> str | None:
+    weight, eps = norm.weight, describe(norm, kind).eps
+    for parameter in (weight, getattr(norm, "bias", None)):
         if parameter is not None and (_torch.is_subclass(parameter) or hasattr(parameter, "ds_id")):
             return "the parameters of its norm are sharded, or a class of tensors of their own"
+    if not eps > 0:
+        return f"the eps of its norm is {eps}"
+    dtype = adapter.down_proj.weight.dtype
+    widens = kind is not None and kind.cast_before_weight
+    if weight is not None and torch.promote_types(weight.dtype, dtype) != dtype and not widens:
+        found = f"{name_of(weight.dtype)} parameters behind an adapter in {name_of(dtype)}"
+        return f"its norm has {found}, and returns the latter where the pass would widen it"
     return None
 
 
@@ -185,8 +211,12 @@ def _strange_dropout(block: nn.Module, site: Site) -> str | None:
     return None
 
 
-def active_dropout(block: nn.Module, site: Site) -> str | None:
-    """Why a call runs a site as it stands in training: the order of dropout and adapter."""
+def active_dropout(block: nn.Module, site: Site, adapter: BottleneckAdapter) -> str | None:
+    """Why a call runs a site as it stands in training: the order of dropout and adapter, or a
+    dropout within the adapter, which takes plain operations.
+    """
+    if adapter.training and adapter.dropout > 0:
+        return f"while training, the adapter's own dropout of p = {adapter.dropout} is active"
     dropout: Any = 0 if site.dropout is None else reach(block, site.dropout)
     is_module = isinstance(dropout, nn.Module)
     p = getattr(dropout, "p", 0) if is_module else dropout
