@@ -128,9 +128,9 @@ def _overhead(
 
 
 def _norm(judge: Judge, models: Iterable[ModelRow]) -> list[Verdict]:
-    """Judge the adapter whose residual and norm are in its pass: 3 passes over memory forward, 4 in
-    training, as many as the add and the norm take without an adapter; what it keeps for its
-    backward, the stream and z; and what two of them add to a block.
+    """Judge the adapter whose residual and norm are in its pass: its forward by the 3 passes over
+    memory that an add and a norm take without an adapter; what it keeps for its backward, the
+    stream and z; and what two of them add to a block.
     """
     models = list(models)
 
@@ -146,7 +146,6 @@ def _norm(judge: Judge, models: Iterable[ModelRow]) -> list[Verdict]:
     in_pass = "LayerNorm in the same pass"
     return [
         forward.least("norm", "forward, of 3 passes over memory", _of_copy, 0.75, _share, "90%"),
-        step.least("norm", "step, of 4 and 5 passes", _of_copy, 0.6, _share, "80%"),
         judge.least("norm", "against a norm of its own", _against("separate"), 1.0, _times),
         step.most("norm", "saved beside x and skip, of stream and z", saved, 1.01, ""),
         *(

@@ -1,7 +1,8 @@
 """Times an active AdapterHub layer on the host, stock and patched, for one token of 32 features.
 
 `bare` runs the same PyTorch operations with no module, check or choice around them; `free kernel`
-is the patched layer over a backend that has its results ready, which leaves what a GPU waits for.
+is the patched layer over a backend that has its results ready, which leaves what a GPU waits for,
+and `free norm` the same with a post-LN model's last LayerNorm among them.
 The tables of docs/adapterhub.md are the medians, in ranges over the presets. It asserts no time:
 
     pytest benchmarks/test_adapterhub_host_time.py --benchmark-columns=median
@@ -22,6 +23,7 @@ import adapters
 import transformers
 from adapters.methods.bottleneck import BottleneckLayer
 
+import adapterkern as ak
 from adapterkern.backends import get
 from adapterkern.integrations import adapterhub
 from adapterkern.results import Outputs, Saved
@@ -85,7 +87,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("way", ["stock", "patched", "bare", "free kernel"])
+@pytest.mark.parametrize("way", ["stock", "patched", "bare", "free kernel", "free norm"])
 @pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", MODES)
@@ -106,13 +108,17 @@ def test_layer(benchmark, monkeypatch, mode, name, preset, way):
 
     with MODES[mode](), contextlib.ExitStack() as stack:
         expected = call()
-        if way in ("patched", "free kernel"):
+        if way not in ("stock", "bare"):
             stack.enter_context(adapterhub.patched(model))
-        if way == "free kernel":
-            results = Outputs(torch.empty_like(h)), Saved(torch.empty(1, 2))
+        if way.startswith("free"):
+            y, normed = torch.empty(2, *h.shape)
+            results = Outputs(y), Saved(torch.empty(1, 2))
+            if way == "free norm" and norm:
+                stack.enter_context(ak.use_backend("reference"))
+                results = Outputs(y, normed), Saved(torch.empty(1, 2), *torch.empty(2, 1))
             monkeypatch.setattr(get("reference"), "forward", lambda call, save: results)
         y = benchmark(bare if way == "bare" else call)
-    if way != "free kernel":
+    if not way.startswith("free"):
         tolerance = 0.02 if mode == "autocast" else 1e-5
         torch.testing.assert_close(
             y, expected, rtol=tolerance, atol=tolerance, check_dtype=way != "bare"

@@ -61,7 +61,7 @@ def test_op(benchmark, x, adapter):
     biases = down.bias, up.bias
     call = make_call(x, down.weight, up.weight, *biases, "input", None, "gelu", 1.0, 0.0)
     backend = "reference" if DEVICE == "cpu" else ak.explain(adapter, x).backend
-    y = benchmark(run_op, call, backend)
+    y = benchmark(run_op, call, backend).given
     assert y.shape == x.shape
 
 

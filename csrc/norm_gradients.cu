@@ -48,19 +48,16 @@ struct NormRow {
   RawVector<Scalar> stream;
   float mean = 0.0f, rstd = 0.0f;
 
+  // Loads the vector at `offset`, of `token`, or zeros past the last token.
   __device__ __forceinline__ void fetch(const BackwardParams& params, int64_t token,
-                                        int64_t feature) {
+                                        int64_t offset) {
     *this = {};
-    if (token >= params.num_tokens || feature >= params.hidden_size) return;
-    d_normed.fetch(matrix_of(params, params.d_normed).template at<Normed>(token, feature));
+    if (token >= params.num_tokens) return;
+    d_normed.fetch(static_cast<const Normed*>(params.d_normed.data) + offset);
     if (params.stream.data == nullptr) return;
-    stream.fetch(matrix_of(params, params.stream).template at<Scalar>(token, feature));
+    stream.fetch(static_cast<const Scalar*>(params.stream.data) + offset);
     rstd = static_cast<const float*>(params.rstd.data)[token];
     if (params.norm == kLayer) mean = static_cast<const float*>(params.mean.data)[token];
-  }
-  static __device__ __forceinline__ Matrix matrix_of(const BackwardParams& params,
-                                                     const View& view) {
-    return {view, params.num_tokens, params.hidden_size};
   }
 };
 
@@ -77,6 +74,7 @@ __device__ __forceinline__ void sum_row(float (&v)[2], float* places, int warps)
   __syncthreads();  // the sums of every warp are there
   const float* from = places + 2 * (warp / warps * warps);
   v[0] = v[1] = 0.0f;
+#pragma unroll 4
   for (int i = 0; i < warps; ++i) add_whole(v, from + 2 * i);
 }
 
@@ -93,6 +91,7 @@ __device__ __forceinline__ void store_column_sums(const View& sum, float* room,
   if (first < across && feature < hidden_size) {
     float total[kVector];
     copy(total, v);
+#pragma unroll 1
     for (int row = 1; row < rows; ++row) {
       add_whole(total, room + row * across + first);
     }
@@ -113,7 +112,8 @@ __device__ __forceinline__ void store_weight(float* to, const BackwardParams& pa
 }
 
 // Walks over the tokens, a row or more at a time; the next ones are fetched meanwhile. Grid: blocks
-// that share the tokens. Global memory per token: d_normed, stream and d_stream, and dy.
+// that share the tokens. Global memory per token: d_normed, stream and d_stream, and dy; rows of
+// all four follow one another without gaps.
 template <typename Scalar, typename Normed>
 __global__ void __launch_bounds__(kMostNormThreads, 1)
     bottleneck_bwd_norm_kernel(const __grid_constant__ BackwardParams params) {
@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(kMostNormThreads, 1)
   const int threads = threads_of_row(hidden_size), rows = rows_of_block(hidden_size);
   const int64_t feature = static_cast<int64_t>(threadIdx.x % threads) * kVector;
   const int64_t apart = static_cast<int64_t>(gridDim.x) * rows;
-  const float features = static_cast<float>(hidden_size);
-  const Matrix dy = NormRow<Scalar, Normed>::matrix_of(params, params.dy);
-  const Matrix d_stream = NormRow<Scalar, Normed>::matrix_of(params, params.d_stream);
-  const bool exists = feature < hidden_size, rounds = params.cast_before_weight != 0;
+  const float of_each = 1.0f / static_cast<float>(hidden_size);
+  const float of_mean = params.norm == kLayer ? of_each : 0.0f;
+  auto* const dy = static_cast<Scalar*>(params.dy.data);
+  const auto* const d_stream = static_cast<const Scalar*>(params.d_stream.data);
   float* places = reinterpret_cast<float*>(shared);
   float* const room = places + 4 * (blockDim.x / kWarpSize);
   // The thread's part of the weight lies in its part of the room, which saves registers.
@@ -134,10 +134,12 @@ __global__ void __launch_bounds__(kMostNormThreads, 1)
 
   float d_weight[kVector] = {}, d_bias[kVector] = {};
   int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
-  int64_t token = first + static_cast<int64_t>(threadIdx.x / threads);
+  // A thread without features has no tokens.
+  int64_t token = feature < hidden_size ? first + threadIdx.x / threads : num_tokens;
+  int64_t offset = token * hidden_size + feature;
   NormRow<Scalar, Normed> row;
-  row.fetch(params, token, feature);
-  for (bool odd = false; first < num_tokens; first += apart, token += apart, odd = !odd) {
+  row.fetch(params, token, offset);
+  for (bool odd = false; first < num_tokens; first += apart, odd = !odd) {
     float g[kVector], xhat[kVector], factor[kVector];
     load_whole(factor, weight);
     row.d_normed.unpack_to(g);
@@ -146,15 +148,24 @@ __global__ void __launch_bounds__(kMostNormThreads, 1)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       xhat[i] = (xhat[i] - row.mean) * rstd;
-      d_weight[i] += g[i] * (rounds ? to_float(from_float<Scalar>(xhat[i])) : xhat[i]);
       d_bias[i] += g[i];
+    }
+    float rounded[kVector];
+    copy(rounded, xhat);
+    if (params.cast_before_weight) round_to<Scalar>(rounded);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      d_weight[i] += g[i] * rounded[i];
       g[i] *= factor[i];
     }
-    row.fetch(params, token + apart, feature);
-    if (dy.view.data == nullptr) continue;
-    const bool stores = exists && token < num_tokens;
+    const bool stores = token < num_tokens;
+    const int64_t to = offset;
+    token += apart;
+    offset += apart * hidden_size;
+    row.fetch(params, token, offset);
+    if (dy == nullptr) continue;
     RawVector<Scalar> added;
-    if (stores && d_stream.view.data != nullptr) added.fetch(d_stream.at<Scalar>(token, feature));
+    if (stores && d_stream != nullptr) added.fetch(d_stream + to);
     float means[2] = {};  // of g, and of g xhat
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -163,13 +174,13 @@ __global__ void __launch_bounds__(kMostNormThreads, 1)
     }
     sum_row(means, places + (odd ? 2 * (blockDim.x / kWarpSize) : 0), threads / kWarpSize);
     if (!stores) continue;
-    means[0] = params.norm == kLayer ? means[0] / features : 0.0f;
-    means[1] /= features;
+    means[0] *= of_mean;
+    means[1] *= of_each;
     float ds[kVector];
     added.unpack_to(ds);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) ds[i] += rstd * (g[i] - means[0] - xhat[i] * means[1]);
-    store_whole_global(dy.at<Scalar>(token, feature), ds);
+    store_whole_global(dy + to, ds);
   }
   store_column_sums(params.sum_norm_weight, room, d_weight, rows, feature, hidden_size);
   store_column_sums(params.sum_norm_bias, room, d_bias, rows, feature, hidden_size);

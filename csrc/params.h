@@ -75,7 +75,7 @@ struct BackwardParams {
   View d_down_weight, d_up_weight;       // out or none: [R, H], [H, R]
   View d_down_bias, d_up_bias;           // out or none: [R], [H]
   View d_scaling;                        // out or none: [H] float32
-  View d_normed, d_stream, stream;       // in or none, with a norm: [T, H]
+  View d_normed, d_stream, stream;       // in or none, with a norm: [T, H] without gaps
   View mean, rstd;                       // in or none: [T] float32
   View norm_weight;                      // in or none: [H]
   View sum_norm_weight, sum_norm_bias;   // work space or none, float32: [norm_blocks, H]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import adapterkern as ak
+from adapterkern.modules import adapter_norm
 from adapterkern.modules.adapter_norm import describe
 
 H, R = 10, 4
@@ -123,6 +124,16 @@ def test_a_norm_of_another_dtype_keeps_what_it_returns(caplog):
     assert torch.equal(normed, norm(adapter(x)))
     assert normed.dtype == torch.bfloat16
     assert "would return float32 where the norm itself returns bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_under_autocast_a_norm_without_parameters_is_asked_too(monkeypatch, caplog, enabled):
+    """On a GPU autocast runs it in float32, which the kernels would not return."""
+    monkeypatch.setattr(adapter_norm, "dtype_reason", lambda call: "as on a GPU")
+    layer = ak.AdapterNorm(parts()[0], nn.LayerNorm(H, elementwise_affine=False))
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        layer(torch.randn(5, H))
+    assert ("as on a GPU" in caplog.text) == enabled
 
 
 def test_explain_names_the_feature_and_the_backend():

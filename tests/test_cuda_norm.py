@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkern.backends.cuda import norm, traffic
+from adapterkern.backends.cuda import launch_config, norm, traffic
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, Device, Problem, cdiv, facts
+from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, Device, Problem, cdiv
 from adapterkern.backends.cuda.params import BACKWARD, FORWARD, ForwardParams
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import make_call, tensor_values, with_norm
@@ -31,7 +31,7 @@ def test_norm_plans_are_clusters_that_hold_every_row_and_fit(device):
     sizes = itertools.product((1, 17, 130, 4096, 1 << 20), (8, 64, 136, 768, 1024), (1, 32, 64))
     for problem in itertools.starmap(lambda *s: Problem(*s, half=True), sizes):
         plan = norm.norm_plan(problem, device)
-        fact = facts().cluster(problem, plan.cluster_tokens)
+        fact = launch_config.facts().cluster(problem, plan.cluster_tokens)
         number, length = plan.slices
         assert number in (device.cluster_sizes or CLUSTER_SIZES)
         assert number * length >= problem.hidden_size
@@ -96,6 +96,9 @@ def test_whole_rows_copies_only_what_cannot_be_copied_in_sixteen_bytes():
         assert torch.equal(copy, other)
         assert copy.data_ptr() != other.data_ptr()
         assert copy.data_ptr() % 16 == copy.stride(0) * 2 % 16 == 0
+    for gapped in (rows[:, 8:], rows[::2], rows[:1].expand(4, 16)):
+        assert norm.whole_rows(gapped, gaps=False).is_contiguous()
+    assert norm.whole_rows(rows, gaps=False).data_ptr() == rows.data_ptr()
     assert norm.whole_rows(None) is None
 
 

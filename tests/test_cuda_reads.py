@@ -19,7 +19,7 @@ FORWARD_OUT = "up_weight:dts up_bias:dt residual:dts skip:dts scaling:dt y:dts z
 NORM_OUT = "norm_weight:dt norm_bias:dt normed:dts mean:d rstd:d"
 BACK_IN = "dy:dts up_weight:dts scaling:dt"
 BACK_OUT = "dy:dts z:dts down_weight:dts scaling:dt dx:dts dz:ds a:ds"
-NORM_IN = "d_normed:ds d_stream:ds stream:ds mean:d rstd:d norm_weight:dt"
+NORM_IN = "d_normed:d d_stream:d stream:d mean:d rstd:d norm_weight:dt"
 NORM_SUMS = "sum_norm_weight:ds sum_norm_bias:ds"
 SUMS = "sum_down:ds sum_up:ds sum_down_bias:ds sum_up_bias:ds"
 SUMS_OUT = "d_down_weight:dts d_up_weight:dts d_down_bias:dt d_up_bias:dt d_scaling:dt"
@@ -37,7 +37,7 @@ READS = {
     "bwd bwd_dw direct": f"x:ds dy:ds dz:ds a:ds {SUMS}",
     "bwd bwd_dw": f"x:dts dy:dts dz:ds a:ds {SUMS}",
     "bwd bwd_dw_sum": f"{SUMS} up_weight:dts up_bias:dt scaling:dt {SUMS_OUT}",
-    "bwd bwd_norm": f"{NORM_IN} dy:ds {NORM_SUMS}",
+    "bwd bwd_norm": f"{NORM_IN} dy:d {NORM_SUMS}",
     "bwd bwd_norm_sum": f"{NORM_SUMS} d_norm_weight:dt d_norm_bias:dt",
 }
 ARCHS = ["sm_80", "sm_90a", "compute_90"]

@@ -112,6 +112,19 @@ def test_auto_takes_the_first_backend_that_can(spy):
     assert len(spy.forwards) == 2
 
 
+def test_a_feature_is_declared_by_what_is_named_or_by_a_kernel_of_that_device(spy):
+    assert dispatch.is_declared("layer_norm", "cpu")
+    assert not dispatch.is_declared("layer_norm", "xpu")
+    assert not dispatch.is_declared("dropout", "cpu")  # of the reference alone
+    with ak.use_backend("reference"):
+        assert dispatch.is_declared("dropout", "xpu")
+    spy.features = spy.features - {"layer_norm"}
+    assert not dispatch.is_declared("layer_norm", "cpu")
+    with ak.use_backend("triton"):
+        assert dispatch.is_declared("rms_norm", "cpu")
+        assert not dispatch.is_declared("layer_norm", "cpu")
+
+
 def test_named_reference_comes_before_kernels(spy):
     call(backend="reference")
     assert not spy.forwards

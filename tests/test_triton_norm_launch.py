@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fake_gpu import FakeGpu, fake_gpu, pointers
+from host_work import work_of
 from triton.runtime.jit import JITFunction
 from triton_calls import ROW_BLOCK, SPLIT, parts, tensor
 
@@ -23,6 +24,7 @@ from adapterkern.backends.triton.launch_config import (
 )
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import make_call, with_norm
+from benchmarks.free_launches import free_launches
 
 MB = 1024 * 1024
 SMALL = FakeGpu(device=Device(num_sms=1, shared_memory=227 * 1024))
@@ -203,3 +205,20 @@ def test_a_norm_costs_no_pass_over_memory_at_the_headline_shape():
         assert total(kernels, "memory") == passes * unit + small
     # The weight gradients read x and ds.
     assert 2 * unit < total(of_weights, "memory") < 2.2 * unit
+
+
+def test_a_repeated_call_with_a_norm_asks_no_more_of_the_host():
+    """In Python frames, as in tests/test_host_overhead.py: three outputs more are three frames, and
+    the host neither plans nor searches for a kernel."""
+    call = norm_call(2, 16, 4)
+    with torch.no_grad(), free_launches("triton") as kernels:
+        outputs, saved = kernels.forward(call, True)
+        saved, upstream = saved._replace(stream=outputs.y), Outputs(None, outputs.normed)
+        works = [
+            work_of(lambda: kernels.forward(call, True)),
+            work_of(lambda: kernels.forward(call, False)),
+            work_of(lambda: kernels.backward(call, saved, upstream, ALL)),
+        ]
+    for work, frames, own_calls in zip(works, (35, 31, 44), (73, 60, 96), strict=True):
+        assert work.frames <= frames
+        assert work.own_calls.total() <= own_calls, work.own_calls

@@ -56,9 +56,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="MODE",
         help="forward, backward, step (default: forward step)",
     )
-    parser.add_argument(
-        "--norm", choices=("layer", "rms"), help="a norm behind, in one pass and apart"
-    )
+    norms = ("layer", "rms")
+    parser.add_argument("--norm", choices=norms, help="norm(x + skip + adapter), in one pass")
     parser.add_argument(
         "--backend", nargs="+", metavar="NAME", help="of this package (default: all that can run)"
     )

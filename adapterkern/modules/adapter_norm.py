@@ -163,7 +163,7 @@ def adapter_norm(
         or _torch.beyond_its_class(adapter, norm, down, up)
     ):
         reason = unfused_reason(adapter, norm)
-    elif weight is not None and (_torch.may_autocast() or _is_other_dtype(weight, x)):
+    elif _torch.may_autocast() or (weight is not None and _is_other_dtype(weight, x)):
         call = with_norm(adapter.as_call(x, residual, skip), *description, prenorm=prenorm)
         reason = dtype_reason(call)
     if reason is not None:

@@ -116,18 +116,46 @@ def test_explain_tells_why_the_library_norms():
     assert "\n  no_kernel: no kernel takes the norm" in str(report)
 
 
-class OwnBlock(BottleneckLayer):
+class OfAChoice(BottleneckLayer):
     def forward(self, h, inp):
         norm = self.first if h is None else self.second
         return self.bottleneck_layer_forward(h, inp, norm)
 
 
+class OfTwo(BottleneckLayer):
+    def forward(self, h, inp):
+        if h is None:
+            return self.bottleneck_layer_forward(h, inp, self.first)
+        return self.bottleneck_layer_forward(h, inp, layer_norm=self.second)
+
+
+class OfNone(BottleneckLayer):
+    def forward(self, h, inp):
+        return self.bottleneck_layer_forward(h, inp, layer_norm=None)
+
+
+class OfNoSource(BottleneckLayer):
+    forward = eval("lambda self, h, inp: self.bottleneck_layer_forward(h, inp, self.first)")
+
+
 @pytest.mark.usefixtures("named_reference")
-def test_explain_says_so_where_the_source_does_not_tell_the_norm():
+@pytest.mark.parametrize("block", [OfAChoice, OfTwo, OfNoSource, OfNone])
+def test_explain_says_so_where_the_source_does_not_tell_the_norm(block):
     model = bert()
-    model.get_submodule("encoder.layer.0.output").__class__ = OwnBlock
+    model.get_submodule("encoder.layer.0.output").__class__ = block
     norms = [row.norm for row in adapterhub.explain(model).rows]
-    assert norms == ["norm_unknown", SAME_PASS]
+    assert norms == ["" if block is OfNone else "norm_unknown", SAME_PASS]
+
+
+@pytest.mark.usefixtures("named_reference")
+@pytest.mark.parametrize("active", ["a", None])
+def test_explain_sees_an_adapter_that_is_not_active_as_alone(active):
+    model = bert("seq_bn", "par_bn")
+    model.set_active_adapters(active)
+    assert {(row.adapter, row.norm) for row in adapterhub.explain(model).rows} == {
+        ("a", SAME_PASS),
+        ("b", SAME_PASS),
+    }
 
 
 @pytest.mark.usefixtures("named_reference")

@@ -21,6 +21,7 @@ from test_adapterhub_oracle import OTHER_CONFIGS, PRESETS, calls_of, placed
 import adapterkern as ak
 from adapterkern.backends.base import FIRST_FEATURES
 from adapterkern.integrations import adapterhub
+from adapterkern.integrations.adapterhub import eligibility
 
 POST_LN = ("bert", "distilbert", "bart")
 KINDS = {
@@ -29,10 +30,11 @@ KINDS = {
     "after_both": "double_seq_bn[reduction_factor=4,original_ln_before=True]",
     "of_the_input": "seq_bn[reduction_factor=4,residual_before_ln=False,original_ln_after=True]",
     "channel_parallel": "par_bn[scaling='channel']",
+    "parallel_alone": "par_bn[original_ln_after=False]",
 }
 TWO = ("p_seq_bn", "p_double_seq_bn")
 # Where the block has no norm behind the adapter, or the library's code must add up.
-WITHOUT_A_NORM = {"p_adapter_plus", "no_original_ln", "post_add"}
+WITHOUT_A_NORM = {"p_adapter_plus", "no_original_ln", "post_add", "parallel_alone"}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -206,7 +208,18 @@ def override_it(norm):
 
 
 def give_it_no_eps(norm):
-    norm.eps = 0
+    norm.eps = 0.0
+
+
+def give_it_an_eps_that_is_no_float(norm):
+    norm.eps = 1
+
+
+def let_it_normalise_sequences(norm):
+    shape = (models.TOKENS, models.HIDDEN)
+    norm.normalized_shape = shape
+    for name, parameter in norm.named_parameters():
+        setattr(norm, name, nn.Parameter(parameter.expand(shape).clone()))
 
 
 def take_its_parameters(norm):
@@ -230,6 +243,8 @@ def subclass_its_weight(norm):
         (hook_its_gradient, "norm_hooks"),
         (override_it, "norm_hooks"),
         (give_it_no_eps, "norm_numbers"),
+        (give_it_an_eps_that_is_no_float, "norm_numbers"),
+        (let_it_normalise_sequences, "norm_numbers"),
         (take_its_parameters, "norm_parameters"),
         (subclass_its_weight, "norm_parameters"),
     ],
@@ -305,6 +320,16 @@ def test_a_norm_of_another_dtype_gives_what_it_gives(counted, dtype):
         assert found.dtype == expected.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
     assert [call.norm for call in counted] == ["none"]
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_under_autocast_it_is_asked_what_dtype_a_norm_gives(counted, monkeypatch, enabled):
+    """On a GPU float32, whatever the stream is; on the CPU no answer differs from that outside."""
+    model = randomise_norms(bert())
+    monkeypatch.setattr(eligibility, "dtype_reason", lambda call: "as on a GPU")
+    with adapterhub.patched(model), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        run(model)
+    assert {call.norm for call in counted} == {"none" if enabled else "layer"}
 
 
 # Together with the rest

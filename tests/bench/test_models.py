@@ -296,6 +296,7 @@ def test_a_missing_package_costs_its_variant_alone(monkeypatch):
         "lora": ("unavailable", False),
         "adapterkern": ("ok", True),
         "adapterkern-skip": ("ok", True),
+        "adapterkern-norm": ("ok", True),
     }
 
 

@@ -65,13 +65,14 @@ class NormCase:
         x = (normal(*rows, dtype=torch.float32) + self.mean).to(x_dtype)
         added = gapped if self.gaps else lambda tensor: tensor
         residual = added(normal(*rows)) if self.residual == "tensor" else self.residual
+        residual = None if self.residual == "none" else residual
         call = make_call(
             added(x),
             normal(bottleneck, hidden, spread=hidden**-0.5),
             normal(hidden, bottleneck, spread=bottleneck**-0.5),
             normal(bottleneck, spread=0.1),
             normal(hidden, spread=0.1),
-            None if residual == "none" else residual,
+            residual,
             added(normal(*rows)) if self.skip else None,
             scaling=normal(hidden) if self.scaling == "channel" else 0.7,
         )._replace(compute_dtype=self.dtype)

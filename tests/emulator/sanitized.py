@@ -10,6 +10,8 @@ import cuda_facts
 import torch
 from conftest import emulated
 from cuda_emulator import Emulator
+from cuda_norms import CLUSTERS, NormCase
+from cuda_norms import missed as wrong_norms
 
 from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import Device
@@ -25,6 +27,10 @@ SIZES = (
     (Device(1, 227 * 1024), 150, 300, 20),
     (Device(14, 227 * 1024), 37, 530, 20),
     (Device(14, 227 * 1024), 37, 528, 24),
+)
+NORMS = (
+    NormCase(tokens=70, parameters=torch.float32),
+    NormCase(tokens=5, hidden=528, norm="rms", gaps=True, residual="tensor"),
 )
 OPTIONS = ({"scaling": "channel", "skip": True}, {"layout": "rows", "bias": "none"})
 
@@ -43,6 +49,10 @@ def main() -> int:
                 kernels.seed = index % 3
                 with emulated(kernels, device):
                     missed += [row for row in check_case(case, "cuda") if not row.passed]
+    for index, case in enumerate(NORMS):
+        kernels.seed = index % 3
+        with emulated(kernels, CLUSTERS):
+            missed += wrong_norms(case)
     print(*missed, sep="\n")
     return bool(missed)
 

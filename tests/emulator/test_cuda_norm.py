@@ -1,6 +1,7 @@
 """The norm behind the output in the CUDA kernels, forward and backward."""
 
 import contextlib
+import itertools
 from dataclasses import replace
 
 import cuda_emulator
@@ -11,8 +12,10 @@ from cuda_norms import CLUSTERS, NormCase, all_needs, missed, plan, results_of
 
 from adapterkern import bottleneck_adapter_norm
 from adapterkern.backends import get
+from adapterkern.backends.base import NORM_FEATURES
 from adapterkern.backends.cuda import norm as cuda_norm
 from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.parity import Case, check_case, grid, refusals
 from adapterkern.results import Needs, Saved
 
 HALF = torch.float16
@@ -56,12 +59,46 @@ def run_as(kernels, monkeypatch):
         yield choose
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", OPTIONS)
+PAIRS = [
+    (shape, option)
+    for (i, shape), (j, option) in itertools.product(enumerate(SHAPES), enumerate(OPTIONS))
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), PAIRS)
 def test_cuda_norm_matches_float64(run_as, shape, options):
-    index = list(OPTIONS).index(options) + list(SHAPES).index(shape)
-    schedule = list(cuda_emulator.SCHEDULES)[index % 3]
+    schedule = list(cuda_emulator.SCHEDULES)[PAIRS.index((shape, options)) % 3]
     assert missed(run_as(shape, OPTIONS[options], schedule)) == []
+
+
+def _grid() -> list[Case]:
+    """Every option that `adapterkern check` tries with a norm, at widths that clusters take."""
+    cases = grid([torch.bfloat16, HALF], ["gelu"], small=True, features=NORM_FEATURES)
+    width = {33: 40, 70: 264, 75: 136, 530: 520}
+    return [
+        replace(
+            case,
+            hidden_size=width[case.hidden_size],
+            bottleneck_size=min(case.bottleneck_size, 128),
+        )
+        for case in cases
+        if case.norm != "none"
+    ]
+
+
+GRID = _grid()
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_cuda_norm_matches_float64_with_every_option(kernels, monkeypatch, case):
+    """A sum in float32, of a residual or an input in it, is declined."""
+    monkeypatch.setattr(kernels, "seed", GRID.index(case) % 3)
+    wide = torch.float32 in (case.dtype, case.residual_dtype)
+    with emulated(kernels, CLUSTERS):
+        reasons = refusals(case, "cuda")
+        assert len(reasons) == wide
+        assert wide or [str(row) for row in check_case(case, "cuda") if not row.passed] == []
 
 
 @pytest.mark.parametrize("prenorm", [False, True])

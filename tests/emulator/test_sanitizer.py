@@ -48,6 +48,11 @@ def test_kernels_stay_within_their_tensors(tmp_path):
             "if (!exists || token >= num_tokens) return;\n          load_raw",
             "if (!exists || token > num_tokens) return;\n          load_raw",
         ),
+        (
+            "norm.cuh",
+            "if (token >= params.num_tokens) continue;\n      const auto words",
+            "if (token > params.num_tokens) continue;\n      const auto words",
+        ),
     ],
     ids=[
         "elements",
@@ -56,6 +61,7 @@ def test_kernels_stay_within_their_tensors(tmp_path):
         "gradient tiles",
         "y in vectors",
         "what a cluster adds",
+        "normed",
     ],
 )
 def test_mask_off_by_one_is_reported(tmp_path, file, mask, off_by_one):

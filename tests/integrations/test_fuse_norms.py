@@ -148,6 +148,25 @@ def test_inserted_adapters_are_fused_as_those_of_peft(name, calls):
     assert calls == (["norm"] * 4 if name in POST_NORM else ["prenorm", "add"] * 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("llama", ["self_attn", "mlp"]), ("distilbert", ["attention", "ffn"]), ("gpt2", ["attn"])],
+)
+def test_adapters_behind_whole_parts_are_fused_too(name, parts, calls):
+    model = uneven(base(name)).train()  # DistilBERT's and GPT-2's dropout is within the parts
+    ak.insert(model, after=parts, hidden_size=32, bottleneck_size=4, init="bert")
+    torch.manual_seed(9)
+    expected = first(model, **inputs(name))
+    report = fuse_norms(model)
+    assert all(row.fused for row in report.rows)
+    assert len(report.rows) == 2 * len(parts)
+    calls.clear()
+    torch.manual_seed(9)
+    assert_same(first(model, **inputs(name)), expected)
+    per_block = {"llama": ["prenorm", "add"], "distilbert": ["norm"] * 2, "gpt2": ["prenorm"]}
+    assert calls == 2 * per_block[name]
+
+
 @pytest.mark.parametrize("name", [POST_NORM[0], "distilbert", *PRE_NORM[:1], "gpt2", "opt"])
 def test_attentions_and_hidden_states_are_returned_as_before(name, recwarn):
     options = {"output_attentions": True, "output_hidden_states": True, "return_dict": True}
@@ -284,6 +303,14 @@ def test_only_what_is_asked_for_needs_gradients():
     loss_of(fused, inputs("bert")).backward()
     assert {p.grad is not None for p in trainable(fused)} == {True}
     assert {p.grad is None for p in fused.parameters() if not p.requires_grad} == {True}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_explain_of_the_package_names_the_adapters_of_fused_blocks(name):
+    _, fused = pair(name)
+    rows = ak.explain(fused, **inputs(name)).rows
+    adapters = [n for n, m in fused.named_modules() if isinstance(m, ak.BottleneckAdapter)]
+    assert [(row.adapter, row.calls) for row in rows] == [(adapter, 1) for adapter in adapters]
 
 
 def double_what_it_returns(layer):

@@ -5,6 +5,9 @@ import copy
 import functools
 import importlib
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from adapterkern.integrations.transformers.blocks import BLOCKS
 from adapterkern.integrations.transformers.norms import KINDS, describe, kind_of
 from adapterkern.integrations.transformers.sources import SOURCES, recognised, source_hash
 
+ROOT = Path(__file__).parents[2]
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 VERSION = 5 if FIVE else 4
 CLASSES = {  # of every family that is promised, with what each is known as
@@ -298,7 +302,7 @@ def test_unknown_blocks_are_refused_with_their_hashes():
 
 
 def test_a_model_without_adapters_is_refused():
-    with pytest.raises(ValueError, match="no linear layer of it has an adapter"):
+    with pytest.raises(ValueError, match="none of its layers has an adapter"):
         fuse_norms(base("bert"))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         fuse_norms("bert")
@@ -380,3 +384,15 @@ def test_a_fault_in_a_pass_would_be_seen(name, fault, monkeypatch):
     monkeypatch.setattr(sites, "adapter_norm", faulty)
     with pytest.raises(AssertionError):
         assert_same(first(fused, **inputs(name)), first(model, **inputs(name)))
+
+
+def test_importing_it_needs_neither_transformers_nor_peft():
+    code = (
+        "import sys\n"
+        "from adapterkern.integrations.transformers import fuse_norms\n"
+        "print(*{'transformers', 'peft', 'adapters'} & set(sys.modules), 'loaded')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
+    assert ran.stdout == "loaded\n", ran.stderr

@@ -46,8 +46,10 @@ def losses_of(model, given, rate, steps=20):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("bert", "auto"), ("bert", "reference"), ("llama", "reference"), ("gpt2", "auto")],
+)
 def test_twenty_steps_have_the_same_losses(name, backend):
     model, fused = (without_dropout(one).train() for one in pair(name))
     assert all(row.fused for row in explain(fused).rows)

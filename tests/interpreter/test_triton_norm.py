@@ -153,9 +153,10 @@ def missed(call, upstream):
     missed = []
     for name, out in found.items():
         twin = twins.get(name, name)
-        if name not in ("d_residual", "d_skip"):  # which autograd converts
-            assert out.dtype == eager[twin].dtype, name
-        error, tolerance = judge(name, out, oracle[twin], [eager[twin]], out.dtype)
+        # Autograd converts what the kernels leave in the dtype of the stream.
+        added = name in ("d_residual", "d_skip")
+        assert out.dtype == (call.output_dtype if added else eager[twin].dtype), name
+        error, tolerance = judge(name, out, oracle[twin], [eager[twin]], eager[twin].dtype)
         if not error <= tolerance:
             missed.append(f"{name}: {error:.2e} of {tolerance:.2e}")
     for name, twin in twins.items():
@@ -245,6 +246,21 @@ def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     y = reference.forward(call._replace(**wide, compute_dtype=torch.float64))[0].y
     assert metric(saved.mean, y.mean(-1)) < 1e-6
     assert metric(saved.rstd, 1 / (y.var(-1, correction=0) + call.eps).sqrt()) < 3e-5
+
+
+@pytest.mark.parametrize("form", ["row_block", "rows"])
+def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
+    """Of float32 parameters the outcome shows it, which the rounding of the results would hide."""
+    for cast in (False, True):
+        call, upstream = drawn(run_norm_as(form), of_norm=SINGLE, cast_before_weight=cast)
+        found, saved = by_triton(call, upstream)
+        xhat = (found["y"].float() - saved.mean[:, None]) * saved.rstd[:, None]
+        for rounds in (False, True):
+            factor = xhat.bfloat16().float() if rounds else xhat
+            normed = factor * call.norm_weight + call.norm_bias
+            d_weight = (upstream.normed * factor).sum(0)
+            errors = metric(found["y normed"], normed), metric(found["d_norm_weight"], d_weight)
+            assert max(errors) < 1e-6 if rounds == cast else min(errors) > 1e-4
 
 
 @pytest.mark.parametrize("form", ["two_programs", "rows"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.base import optional_rows, packed
+from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     CLUSTER_TOKENS,
@@ -19,7 +20,6 @@ from adapterkern.backends.cuda.launch_config import (
     cdiv,
     cluster_sizes,
     clusters,
-    facts,
     slice_length,
 )
 from adapterkern.results import Outputs, Saved
@@ -81,9 +81,9 @@ def _declined_clusters(spec: AdapterSpec, device: Device) -> list[str]:
         ]
     problem = Problem(1, spec.hidden_size, spec.bottleneck_size, half=True)
     tokens = min(CLUSTER_TOKENS)
-    fact = facts().cluster(problem, tokens)
+    fact = launch_config.facts().cluster(problem, tokens)
     if fact is None:
-        widest = max(fact.width for fact in facts().clusters)
+        widest = max(fact.width for fact in launch_config.facts().clusters)
         return [
             f"a norm behind bottleneck_size {spec.bottleneck_size} exceeds {widest}, the widest of "
             "clusters"
@@ -130,20 +130,24 @@ def backward_inputs(call: AdapterCall, saved: Saved, upstream: Outputs) -> dict[
     if call.norm == "none":
         return dict.fromkeys(("d_normed", "d_stream", "stream", "mean", "rstd", "norm_weight"))
     return {
-        "d_normed": whole_rows(upstream.normed),
-        "d_stream": whole_rows(upstream.y),
-        "stream": whole_rows(saved.stream),
+        "d_normed": whole_rows(upstream.normed, gaps=False),
+        "d_stream": whole_rows(upstream.y, gaps=False),
+        "stream": whole_rows(saved.stream, gaps=False),
         "mean": saved.mean,
         "rstd": saved.rstd,
         "norm_weight": packed(call.norm_weight),
     }
 
 
-def whole_rows(tensor: Tensor | None) -> Tensor | None:
-    """Rows [T, H] that are copied in 16 bytes: the tensor itself, or a copy where it is not aligned
-    or has gaps.
+def whole_rows(tensor: Tensor | None, gaps: bool = True) -> Tensor | None:
+    """Rows [T, H] that move in 16 bytes: the tensor itself, or a copy where it is not aligned.
+
+    gaps: whether rows may lie apart.
     """
     flat = optional_rows(tensor)
-    if flat is None or flat.data_ptr() % 16 == flat.stride(0) * flat.itemsize % 16 == 0:
+    if flat is None:
+        return None
+    aligned = flat.data_ptr() % 16 == flat.stride(0) * flat.itemsize % 16 == 0
+    if aligned and (gaps or flat.is_contiguous()):
         return flat
     return flat.clone(memory_format=torch.contiguous_format)

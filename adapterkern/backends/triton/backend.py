@@ -155,13 +155,14 @@ class TritonBackend(Backend):
         if call.norm == "none":
             dy = rows(given)
         elif needs.sum:
-            ds = recording.own(given.new_empty(given.shape, dtype=call.output_dtype))
+            assert saved.stream is not None
+            ds = recording.own(given.new_empty(given.shape, dtype=saved.stream.dtype))
             dy = rows(ds)
         problem = plan = fused = None
         if needs.z:
             problem = dx_problem(call, dy, device)
             plan = token_plan(problem, device)
-            fused = dx_norm_plan(call, plan, problem, upstream, needs, device)
+            fused = dx_norm_plan(call, plan, problem, saved, upstream, needs, device)
         if fused is not None:
             launches.dx_norm_row_block(saved, upstream, out, dy, dz, a, *fused)
         else:
@@ -191,14 +192,14 @@ def forward_norm_plan(
 
 
 def dx_norm_plan(
-    call: AdapterCall, plan: RowBlock | Split, problem: Problem, upstream: Outputs, needs: Needs,
-    device: Device,
+    call: AdapterCall, plan: RowBlock | Split, problem: Problem, saved: Saved, upstream: Outputs,
+    needs: Needs, device: Device,
 ) -> tuple[LaunchConfig, int] | None:  # fmt: skip
     """The row block that computes ds and goes on to dz and dx, if one does."""
-    if call.norm == "none" or not needs.dz or not isinstance(plan, RowBlock):
+    if saved.stream is None or not needs.dz or not isinstance(plan, RowBlock):
         return None
     passing = sum(tensor.element_size() for tensor in upstream if tensor is not None)
-    sizes = passing + 2 * call.output_dtype.itemsize  # the stream and ds
+    sizes = passing + 2 * saved.stream.element_size()  # and ds
     return norm_plan.row_block(plan.kernel, problem, device, sizes)
 
 

@@ -22,18 +22,16 @@ from adapterkern.backends.triton.tiles import load_rows, load_up_tile, load_vect
 
 @triton.jit
 def merged_statistics(
-    mean, squares, s, step, feature, hidden_size,
+    mean, squares, s, step, hidden_size,
     LAYER: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The mean and M2 of each element of the tile, [BLOCK_T, BLOCK_H], after one more tile s, by
     Chan's rule, equation (23); of an RMSNorm the sum of squares. Tiles come from the last features
-    to the first, so that the first one alone, step 0, may lack some.
+    to the first, so that the first one alone, step 0, may lack some: they are zeros there.
 
     No sum of squares is subtracted from another, so a mean far from zero cancels nothing; and no
     step reduces, which would be a barrier or two.
     """
-    if not EVEN_H:
-        s = tl.where(feature[None, :] < hidden_size, s, 0.0)
     if LAYER:
         delta = s - mean
         if EVEN_H:
@@ -171,7 +169,7 @@ def bottleneck_norm_fwd_kernel(
                 DTYPE, ADD_INPUT, CHANNEL_SCALING, EVEN_H,
             )  # fmt: skip
             mean, squares = merged_statistics(
-                mean, squares, s, step, feature, hidden_size, LAYER, EVEN_H, BLOCK_H
+                mean, squares, s, step, hidden_size, LAYER, EVEN_H, BLOCK_H
             )
             # L2 is to keep these lines.
             store_rows(
@@ -207,7 +205,7 @@ def norm_rows_kernel(
         feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
         s = load_rows(stream_ptr, token, feature, hidden_size, num_tokens, hidden_size, EVEN_H)
         mean, squares = merged_statistics(
-            mean, squares, s.to(STREAM).to(tl.float32), step, feature, hidden_size,
+            mean, squares, s.to(STREAM).to(tl.float32), step, hidden_size,
             LAYER, EVEN_H, BLOCK_H,
         )  # fmt: skip
     row_mean, rstd = stored_statistics(

@@ -45,7 +45,7 @@ class NormLaunches(CallLaunches):
                 config, call.up_weight, stream, x if call.add_input else residual, skip
             ),
             NORM_STAGES=norm_plan.row_stages(config, self._device, stream.element_size()),
-            **dtypes_of(call), **channel_of(call), **_norm(call), EPS=call.eps,
+            **dtypes_of(call), **channel_of(call), **_norm(call, call.output_dtype), EPS=call.eps,
             **units_of(call), **self._tiles(config, x, call.down_weight),
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ class NormLaunches(CallLaunches):
             norm.norm_rows_kernel, (cdiv(num_tokens, config.block_t),),
             stream, packed(call.norm_weight), packed(call.norm_bias),
             outputs.normed, saved.mean, saved.rstd, num_tokens, hidden,
-            **_norm(call), EPS=call.eps,
+            **_norm(call, call.output_dtype), EPS=call.eps,
             **self._row_tiles(config, stream.element_size()),
         )  # fmt: skip
 
@@ -90,7 +90,7 @@ class NormLaunches(CallLaunches):
             OUT_STAGES=self._out_stages(
                 config, call.down_weight, out.x, ds if call.add_input else None
             ),
-            **dtypes_of(call), **channel_of(call), **_norm(call), **units_of(call),
+            **dtypes_of(call), **channel_of(call), **_norm(call, stream.dtype), **units_of(call),
             **tiles_of(call, config, config.num_stages),
         )  # fmt: skip
         self._sum(partials, out, programs)
@@ -117,7 +117,8 @@ class NormLaunches(CallLaunches):
             saved.mean if reads_stream else None, saved.rstd if reads_stream else None,
             ds, *partials, num_tokens, hidden,
             d_normed.stride(0), stride_of(stream), stride_of(d_stream),
-            **_norm(call), **self._row_tiles(config, size),
+            **_norm(call, (d_normed if stream is None else stream).dtype),
+            **self._row_tiles(config, size),
         )  # fmt: skip
         self._sum(partials, out, programs)
 
@@ -160,10 +161,12 @@ def _stream(outputs: Outputs) -> Tensor:
     return outputs.given if outputs.y is None else outputs.y
 
 
-def _norm(call: AdapterCall) -> dict:
+def _norm(call: AdapterCall, stream: torch.dtype) -> dict:
+    """Its options, and the dtype of the stream, which a backward reads off that: it does not see
+    what was added."""
     return {
         "LAYER": call.norm == "layer",
         "WEIGHT_OFFSET": call.weight_offset,
         "CAST": call.cast_before_weight,
-        "STREAM": TYPES[call.output_dtype],
+        "STREAM": TYPES[stream],
     }

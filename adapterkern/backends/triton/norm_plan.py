@@ -19,6 +19,7 @@ from adapterkern.backends.triton.launch_config import (
 L2_SHARE = 0.6
 SHORTEST_BLOCK = 32  # tokens; with fewer, L2 moves more bytes of weights than a fused norm saves
 WIDEST_TILE = 2048  # elements of a short block: a thread holds several tiles in float32
+MOST_UNITS = 8192  # of a row block, tokens times BLOCK_R: twice as many leave no registers
 SUM = LaunchConfig(64, 32, 1, 4, 1)  # of the programs' partial sums: 64 of them a load
 
 
@@ -28,8 +29,8 @@ def row_block(
     """Return the row block for a call with a norm, and how many programs take turns over the rows:
     one an SM, of eight warps, for whose registers the statistics need room.
 
-    The block is the tallest, at most that of the plan without a norm, of which one an SM fits into
-    L2; None if there is none.
+    The block is the tallest, at most that of the plan without a norm, that leaves registers, and of
+    which one an SM fits into L2; None if there is none.
 
     Args:
         config: the kernel of the plan without a norm.
@@ -40,8 +41,12 @@ def row_block(
     block_t = config.block_t
     while block_t == config.block_t or (block_t >= SHORTEST_BLOCK and few_weights):
         programs = min(cdiv(tokens, block_t), device.num_sms)
-        if programs * block_t * hidden * row_bytes <= L2_SHARE * device.l2:
-            block_h = min(config.block_h, max(64, WIDEST_TILE // block_t))
+        at_work = programs * block_t * hidden * row_bytes
+        if at_work <= L2_SHARE * device.l2 and block_t * config.block_r <= MOST_UNITS:
+            # Tiles of float32, addresses of ragged rows, and wide products without `wgmma` take
+            # more registers.
+            roomy = problem.plain and (device.large or config.block_r < 128)
+            block_h = min(config.block_h, max(64 if roomy else 32, WIDEST_TILE // block_t))
             kernel = replace(config, block_t=block_t, block_h=block_h, num_warps=8, blocks_per_sm=1)
             return kernel, programs
         block_t //= 2

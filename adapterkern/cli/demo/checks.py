@@ -69,9 +69,9 @@ def check_gradients(model: TextClassifier, task: Task, data: Encoded, batch_size
     model.encoder.set_adapter(task.name)
     model.eval()  # no dropout: both paths see the same function
     rows = longest_rows(data, batch_size)
-    fused = _adapter_gradients(model, task, data, rows)
+    fused = adapter_gradients(model, task, data, rows)
     with eager_adapters(model):
-        eager = _adapter_gradients(model, task, data, rows)
+        eager = adapter_gradients(model, task, data, rows)
     errors = {name: metric(fused[name], eager[name]) for name in eager}
     worst = max(errors, key=errors.__getitem__)
     passed = all(error <= GRADIENT_TOLERANCE for error in errors.values())  # false for NaN too
@@ -100,7 +100,7 @@ def eager_adapters(model: torch.nn.Module) -> Iterator[None]:
 def fused_backend(model: torch.nn.Module, data: Encoded, dtype: torch.dtype | None = None) -> str:
     """The backend that runs the adapters for a batch of these texts, under autocast to `dtype`."""
     adapter = next(module for module in model.modules() if isinstance(module, BottleneckAdapter))
-    with _autocast(data.device, dtype):
+    with autocast_to(data.device, dtype):
         x = torch.empty(MAX_LENGTH, adapter.hidden_size, device=data.device, dtype=dtype)
         return explain(adapter, x).backend
 
@@ -123,14 +123,14 @@ def time_steps(
     for dtype in (None, torch.bfloat16) if is_gpu else (None,):
 
         def step(dtype: torch.dtype | None = dtype) -> float:
-            _wait(data.device)
+            wait_for(data.device)
             start = time.perf_counter()
-            with _autocast(data.device, dtype):
+            with autocast_to(data.device, dtype):
                 loss = cross_entropy(model(task.name, ids, mask), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            _wait(data.device)
+            wait_for(data.device)
             return time.perf_counter() - start
 
         fused, eager = [], []
@@ -158,9 +158,10 @@ def longest_rows(data: Encoded, size: int) -> list[int]:
     return sorted(range(len(data)), key=lambda row: -len(data.ids[row]))[:size]
 
 
-def _adapter_gradients(
+def adapter_gradients(
     model: TextClassifier, task: Task, data: Encoded, rows: list[int]
 ) -> dict[str, Tensor]:
+    """The gradients of a batch's loss, by the names of the encoder's parameters."""
     ids, mask, targets = data.batch(rows)
     names, parameters = zip(
         *((n, p) for n, p in model.encoder.named_parameters() if p.requires_grad), strict=True
@@ -174,10 +175,12 @@ def _eager_forward(adapter: BottleneckAdapter, x: Tensor) -> Tensor:
     return x + adapter.scaling * adapter.up_proj(activation(adapter.down_proj(x)))
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None):
+def autocast_to(device: torch.device, dtype: torch.dtype | None):
+    """Autocast to `dtype`, or a block that does nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until the work on a GPU has ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.bench.environment import versions
-from adapterkern.cli.demo import checks
+from adapterkern.cli.demo import checks, norms
 from adapterkern.cli.demo.corpus import TASKS, Corpus, Task, load_corpus
 from adapterkern.cli.demo.findings import MethodResult, Report, TaskResult, write_atomically
 from adapterkern.cli.demo.memory import peak_bytes, peak_is_per_part, reset_peak
@@ -94,14 +94,15 @@ def run(options: Options) -> Report:
     }
     _say("saving, switching, reloading, comparing gradients, timing steps")
     folders = {t: save_task(model, t, options.model, options.out / "adapters") for t in TASKS}
+    task, texts = TASKS[-1], data.train[TASKS[-1]]
     verdicts = [
         checks.check_switching(model, data.held_out, adapters.recorded),
         checks.check_reload(folders, options.model, data.held_out, adapters.recorded),
-        checks.check_gradients(model, TASKS[-1], data.train[TASKS[-1]], options.batch_size),
+        checks.check_gradients(model, task, texts, options.batch_size),
+        norms.check_norms(model, task, texts, options.batch_size),
     ]
-    step_times = checks.time_steps(
-        model, TASKS[-1], data.train[TASKS[-1]], options.batch_size, options.timing_repeats
-    )
+    timing = model, task, texts, options.batch_size, options.timing_repeats
+    step_times = [*norms.time_forwards(*timing), *checks.time_steps(*timing)]
     base_bytes = 4 * model.num_base  # float32
     del model, adapters.model
     rank = lora_rank_for(adapters.result.trained, options.model)
@@ -114,7 +115,7 @@ def run(options: Options) -> Report:
         corpus=corpus_facts(corpus),
         majority={task.name: task.majority_share(corpus.held_out) for task in TASKS},
         methods=[adapters.result, *others],
-        checks=verdicts,
+        checks=[verdict for verdict in verdicts if verdict is not None],
         step_times=step_times,
         saved=saved_facts(folders, base_bytes),
         peak_is_per_method=peak_is_per_part(device),

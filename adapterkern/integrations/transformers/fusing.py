@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from adapterkern.integrations.transformers.blocks import BLOCKS, Record, run
-from adapterkern.integrations.transformers.norms import kind_of
+from adapterkern.integrations.transformers.norms import describe, kind_of
 from adapterkern.integrations.transformers.sites import (
     Placed,
     Site,
@@ -63,7 +63,8 @@ def fuse_norms(model: nn.Module) -> Report:
     The forward of each block that is known is replaced, on the instance: modules, parameters, the
     keys of state dicts and hooks stay where they are, and so do saving, copies, PEFT's switching of
     adapters, gradient checkpointing and torch.compile. Adapters are those of
-    `adapterkern.integrations.peft` and of `adapterkern.insert` behind linear layers.
+    `adapterkern.integrations.peft`, and of `adapterkern.insert` behind linear layers, attentions
+    and FFNs.
 
     - post-LN, both sites (BERT, RoBERTa, ELECTRA, DeBERTa, MPNet, DistilBERT and their copies):
       norm(adapter(h) + residual) is one pass.
@@ -91,7 +92,7 @@ def fuse_norms(model: nn.Module) -> Report:
         raise ValueError(_refusal(found))
     for one in able.values():
         block: Any = one.block
-        placed = tuple(_place(block, site) for site in BLOCKS[one.kind].sites)
+        placed = tuple(_place(block, site) for site in _sites(block, one.kind))
         usable = tuple(place if isinstance(place, Placed) else None for place in placed)
         parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
         named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -111,11 +112,11 @@ def _replicate(block: Any, record: Record) -> Any:
 
 def _refusal(found: list["_Found"]) -> str:
     why = table(("adapter behind", "reason"), [(one.name, one.reason) for one in found])
-    listing = "\n  ".join(why if found else ["no linear layer of it has an adapter"])
+    listing = "\n  ".join(why if found else ["none of its layers has an adapter"])
     return (
         f"nothing of this model can run in one pass with its adapters:\n  {listing}\n"
-        "  hint: the table of blocks that can is in the docstring of fuse_norms; adapters come "
-        "from adapterkern.integrations.peft or adapterkern.insert"
+        "  hint: the docstring of fuse_norms lists the blocks that can; adapters come from "
+        "adapterkern.integrations.peft or adapterkern.insert"
     )
 
 
@@ -176,9 +177,9 @@ def _survey(model: nn.Module) -> list[_Found]:
     modules = dict(model.named_modules())
     owners: dict[int, tuple[Any, str, Site]] = {}
     for module in modules.values():
-        kind = recognised(type(module))
-        for site in BLOCKS[kind].sites if kind in BLOCKS else ():
-            owners[id(reach(module, site.layer))] = module, str(kind), site
+        kind = recognised(type(module)) or ""
+        for site in _sites(module, kind) if kind in BLOCKS else ():
+            owners[id(reach(module, site.layer))] = module, kind, site
     found = []
     for name, layer in modules.items():
         if is_wrapped(layer) or not (hasattr(layer, "adapters_to_run") or inserted_adapters(layer)):
@@ -196,6 +197,15 @@ def _survey(model: nn.Module) -> list[_Found]:
         reason = placed if isinstance(placed, str) else _beside(layer)
         found.append(_Found(name, layer, follows, reason, block, kind, site))
     return found
+
+
+def _sites(block: Any, kind: str) -> list[Site]:
+    """The sites of a block of this kind, with a part in place of the layer where `insert` has put
+    an adapter behind the part, as in after="self_attn"."""
+    return [
+        site.behind_part() if site.part and inserted_adapters(getattr(block, site.part)) else site
+        for site in BLOCKS[kind].sites
+    ]
 
 
 def _place(block: Any, site: Site) -> Placed | str:
@@ -217,7 +227,9 @@ def _place(block: Any, site: Site) -> Placed | str:
         return "it is tensor-parallel"
     try:
         kind = None if norm is None else kind_of(norm)
-    except TypeError as error:
+        if norm is not None:
+            describe(norm, kind)
+    except (TypeError, ValueError) as error:
         return str(error)
     if has_own_forward(block) and not _is_fused(block):
         return f"{type(block).__name__} has a forward of its own already"
@@ -228,7 +240,7 @@ def _place(block: Any, site: Site) -> Placed | str:
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.shape != (adapter.hidden_size,):
         return f"the weight of its norm is {list(weight.shape)} here, as sharded ones are"
-    return obstacle_at(block, placed, adapter) or placed
+    return obstacle_at(block, placed, layer, adapter) or placed
 
 
 def _beside(layer: Any) -> str:
@@ -246,8 +258,8 @@ def _present_obstacle(one: _Found) -> str:
     adapter = adapter_behind(one.layer)
     if isinstance(adapter, str):
         return adapter
-    dropout = active_dropout(one.block, placed.site, adapter)
-    return obstacle_at(one.block, placed, adapter) or dropout or ""
+    obstacle = obstacle_at(one.block, placed, one.layer, adapter)
+    return obstacle or active_dropout(one.block, placed.site, adapter) or ""
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> str:

@@ -33,6 +33,11 @@ class Site(NamedTuple):
         """The part of the block that calls the layer, where the block itself does not."""
         return self.layer[0] if len(self.layer) > 1 else None
 
+    def behind_part(self) -> "Site":
+        """The same with the part in place of the layer: dropout within it comes before then."""
+        inside = self.dropout is not None and self.dropout[:1] == self.layer[:1]
+        return self._replace(layer=self.layer[:1], dropout=None if inside else self.dropout)
+
 
 class Placed(NamedTuple):
     """A site of one block, with what was recognised there."""
@@ -93,6 +98,7 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
     norm = None if site.norm is None else getattr(block, site.norm)
     if placed is None:
         return Pass(None, norm)
+    site = placed.site
     layer = reach(block, site.layer)
     adapter = adapter_behind(layer)
     if adapter == NONE_ACTIVE:
@@ -100,7 +106,8 @@ def prepare(block: nn.Module, placed: Placed | None, site: Site) -> Pass:
     if isinstance(adapter, str):
         report(adapter)
         return Pass(None, norm)
-    obstacle = obstacle_at(block, placed, adapter) or active_dropout(block, site, adapter)
+    obstacle = obstacle_at(block, placed, layer, adapter)
+    obstacle = obstacle or active_dropout(block, site, adapter)
     if obstacle is not None:
         report(obstacle)
         return Pass(None, norm)
@@ -129,7 +136,9 @@ def is_wrapped(layer: Any) -> bool:
     return hasattr(layer, "adapters_to_run") and not hasattr(type(layer), "adapters_to_run")
 
 
-def obstacle_at(block: nn.Module, placed: Placed, adapter: BottleneckAdapter) -> str | None:
+def obstacle_at(
+    block: nn.Module, placed: Placed, layer: Any, adapter: BottleneckAdapter
+) -> str | None:
     """Why a site must run as it stands, in whatever mode. None where nothing forbids one pass."""
     site = placed.site
     part = None if site.part is None else getattr(block, site.part)
@@ -137,7 +146,7 @@ def obstacle_at(block: nn.Module, placed: Placed, adapter: BottleneckAdapter) ->
     for name, module, kind in zip(("part", "norm"), (part, norm), placed.classes, strict=True):
         if module is not None and type(module) is not kind:
             return f"its {name} became a {type(module).__name__} after fuse_norms"
-    hooks = _hooks_on_layer(reach(block, site.layer))
+    hooks = _hooks_on_layer(layer)
     if hooks is not None:
         return hooks
     if part is not None and _is_watched(part):

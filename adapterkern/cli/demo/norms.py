@@ -1,0 +1,129 @@
+"""The demo's adapters with what follows them, residual and norm, in their pass."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from adapterkern.cli.demo.checks import (
+    GRADIENT_TOLERANCE,
+    adapter_gradients,
+    autocast_to,
+    eager_adapters,
+    fused_backend,
+    longest_rows,
+    wait_for,
+)
+from adapterkern.cli.demo.corpus import Task
+from adapterkern.cli.demo.findings import Check, StepTime
+from adapterkern.cli.demo.model import TextClassifier, adapters_of
+from adapterkern.cli.demo.training import Encoded
+from adapterkern.integrations.transformers import Report, explain, fuse_norms, unfuse_norms
+from adapterkern.parity import metric
+
+
+@contextmanager
+def norms_in_the_pass(model: TextClassifier) -> Iterator[Report]:
+    """Within the block adapters run in one pass with the add and the norm behind them, where the
+    model is one whose blocks are known."""
+    try:
+        yield fuse_norms(model.encoder)
+    finally:
+        unfuse_norms(model.encoder)
+
+
+@contextmanager
+def _reference_by_name(model: TextClassifier, data: Encoded) -> Iterator[None]:
+    """Within the block every adapter that the reference runs names it: under "auto" the reference
+    leaves the norm to torch, and torch would be compared with itself."""
+    backend = fused_backend(model, data)
+    adapters = adapters_of(model.encoder) if backend == "reference" else []
+    before = [adapter.backend for adapter in adapters]
+    for adapter in adapters:
+        adapter.backend = backend
+    try:
+        yield
+    finally:
+        for adapter, name in zip(adapters, before, strict=True):
+            adapter.backend = name
+
+
+def check_norms(model: TextClassifier, task: Task, data: Encoded, batch_size: int) -> Check | None:
+    """Loss and adapter gradients of one real batch, the norm in the adapters' pass against the norm
+    as a layer; None for a model with no norm behind its adapters."""
+    model.encoder.set_adapter(task.name)
+    model.eval()  # in training there is dropout between adapter and norm
+    rows = longest_rows(data, batch_size)
+    apart = _results(model, task, data, rows)
+    with norms_in_the_pass(model) as report, _reference_by_name(model, data):
+        count = sum(row.fused and row.follows != "add" for row in report.rows)
+        together = _results(model, task, data, rows)
+    if not count:
+        return None
+    errors = {name: metric(together[name], apart[name]) for name in apart}
+    worst = max(errors, key=errors.__getitem__)
+    return Check(
+        "the norm in the adapter's pass gives what it gives as a layer",
+        all(error <= GRADIENT_TOLERANCE for error in errors.values()),  # false for NaN too
+        f"{count} of {len(report.rows)} adapters; loss and {len(errors) - 1} gradients, largest "
+        f"relative RMS error {errors[worst]:.1e} (tolerance {GRADIENT_TOLERANCE:.0e})",
+        {"errors": errors, "tolerance": GRADIENT_TOLERANCE, "adapters": count},
+    )
+
+
+def time_forwards(
+    model: TextClassifier, task: Task, data: Encoded, batch_size: int, repeats: int
+) -> list[StepTime]:
+    """Median time of a batch's logits without gradients: with the norm in the adapters' pass,
+    fused, and eager, in turn. Nothing for a model with no norm behind its adapters."""
+    model.encoder.set_adapter(task.name)
+    model.eval()
+    ids, mask, _ = data.batch(longest_rows(data, batch_size))
+    is_gpu = data.device.type == "cuda"
+    results = []
+    for dtype in (None, torch.bfloat16) if is_gpu else (None,):
+
+        def forward(dtype: torch.dtype | None = dtype) -> float:
+            wait_for(data.device)
+            start = time.perf_counter()
+            with torch.no_grad(), autocast_to(data.device, dtype):
+                model(task.name, ids, mask)
+            wait_for(data.device)
+            return time.perf_counter() - start
+
+        together, fused, eager = [], [], []
+        for _ in range(repeats + 1):
+            with norms_in_the_pass(model):
+                if not any(row.fused and row.follows != "add" for row in explain(model).rows):
+                    return []
+                together.append(forward())
+            fused.append(forward())
+            with eager_adapters(model):
+                eager.append(forward())
+        backend = fused_backend(model, data, dtype)
+        results.append(
+            StepTime(
+                dtype="float32" if dtype is None else "bfloat16 autocast",
+                tokens=list(ids.shape),
+                backend=backend,
+                fused_ms=1e3 * statistics.median(fused[1:]),  # the first one warms up
+                eager_ms=1e3 * statistics.median(eager[1:]),
+                repeats=repeats,
+                is_speed_claim=is_gpu and backend != "reference",
+                norm_ms=1e3 * statistics.median(together[1:]),
+            )
+        )
+    return results
+
+
+def _results(
+    model: TextClassifier, task: Task, data: Encoded, rows: list[int]
+) -> dict[str, Tensor]:
+    ids, mask, targets = data.batch(rows)
+    with torch.no_grad():
+        loss = cross_entropy(model(task.name, ids, mask), targets)
+    return {"loss": loss, **adapter_gradients(model, task, data, rows)}

@@ -1,0 +1,69 @@
+"""The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
+
+import pytest
+import torch
+
+test_demo = pytest.importorskip("test_demo", reason="the demo needs its packages")
+
+from adapterkern import norm  # noqa: E402
+from adapterkern.cli.demo import corpus, findings, norms  # noqa: E402
+from adapterkern.integrations.transformers import explain  # noqa: E402
+
+texts, tiny_model, trained = test_demo.texts, test_demo.tiny_model, test_demo.trained
+TASK = corpus.TASKS[0]
+
+
+def test_norm_check_holds_and_leaves_the_model_as_it_was(trained):
+    classifier, data, recorded = trained
+    verdict = norms.check_norms(classifier, TASK, data[TASK], 8)
+    assert verdict.passed
+    assert verdict.numbers["adapters"] == 4  # both sublayers of two layers
+    errors = verdict.numbers["errors"]
+    assert len(errors) == 1 + 4 * 4  # the loss, weights and biases of 4 adapters
+    assert any(error > 0 for error in errors.values())  # two different paths ran
+    assert verdict.detail.startswith("4 of 4 adapters; loss and 16 gradients, largest relative")
+    assert not any(row.fused for row in explain(classifier.encoder).rows)
+    assert torch.equal(test_demo.training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
+
+
+def test_norm_check_notices_wrong_arithmetic(trained, monkeypatch):
+    classifier, data, _ = trained
+    backward = norm.backward
+
+    def wrong(*arguments):
+        ds, found = backward(*arguments)
+        return 1.001 * ds, found
+
+    monkeypatch.setattr(norm, "backward", wrong)
+    verdict = norms.check_norms(classifier, TASK, data[TASK], 8)
+    assert not verdict.passed
+    assert verdict.numbers["errors"]["loss"] < 1e-6
+
+
+def test_a_model_without_a_norm_behind_its_adapters_has_no_such_check(trained, monkeypatch):
+    classifier, data, _ = trained
+    monkeypatch.setattr(norms, "fuse_norms", lambda encoder: explain(encoder))
+    assert norms.check_norms(classifier, TASK, data[TASK], 8) is None
+    assert norms.time_forwards(classifier, TASK, data[TASK], 4, repeats=1) == []
+
+
+def test_forward_times_make_no_speed_claim_on_a_cpu(trained):
+    classifier, data, _ = trained
+    (forward,) = norms.time_forwards(classifier, TASK, data[TASK], batch_size=4, repeats=1)
+    assert not forward.is_speed_claim
+    assert forward.backend == "reference"
+    assert min(forward.norm_ms, forward.fused_ms, forward.eager_ms) > 0
+    assert not any(row.fused for row in explain(classifier.encoder).rows)
+
+
+def test_the_line_of_a_forward_says_what_ran():
+    forward = findings.StepTime(
+        "float32", [16, 64], "triton", 20.0, 30.0, 3, is_speed_claim=True, norm_ms=15.0
+    )
+    assert findings._step_line(forward) == (
+        "forward time    with the norm in the same pass 15 ms, fused 20 ms (triton backend), eager "
+        "30 ms; 16 x 64 tokens, float32, median of 3: 2.00 times as fast"
+    )
+    report = test_demo.canned_report()
+    report.step_times.append(forward)
+    assert findings.Report.from_json(report.to_json()) == report
