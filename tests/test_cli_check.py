@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from adapterkern import norm, testing
+from adapterkern import norm, parity, testing
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import get
 from adapterkern.backends.reference.backend import ReferenceBackend
@@ -292,6 +293,19 @@ def test_check_runs_triton_in_the_interpreter_without_a_gpu(capsys):
     count = len(get("triton").activations)
     told = f"{count} cases, {count} activations, {count * TENSORS} comparisons"
     assert f"triton on cpu, in Triton's interpreter: {told}" in out
+
+
+def test_check_is_silent_about_the_values_that_it_plants(monkeypatch, recwarn, capsys):
+    """numpy warns of sums of Inf and NaN in Triton's interpreter."""
+    check_case = parity.check_case
+
+    def warning(*arguments):
+        warnings.warn("invalid value encountered in reduce", RuntimeWarning, stacklevel=1)
+        return check_case(*arguments)
+
+    monkeypatch.setattr(parity, "check_case", warning)
+    assert main(["check", "--backend", "reference", "--case", "*-nonfinite"]) == 0
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 @pytest.mark.parametrize(
