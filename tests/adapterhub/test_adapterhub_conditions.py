@@ -88,7 +88,9 @@ X = torch.zeros(2, 3, models.HIDDEN)
 )
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
-def test_one_adapter_s_call_is_fused_only_as_it_was_made_for(counted, x, residual, reason, strict):
+def test_one_adapter_s_call_is_fused_only_as_it_was_made_for(
+    counted, recompiled, x, residual, reason, strict
+):
     """`compose_single` as compositions call it. What is exported says nothing, strict or not."""
     model = bert()
     layer = model.get_submodule("encoder.layer.0.output")
