@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from adapterkern import _torch, dispatch, ops, reference
-from adapterkern.results import Outputs
+from adapterkern.results import Outputs, given_of
 from adapterkern.spec import AdapterCall, make_call, with_norm
 
 
@@ -212,8 +212,8 @@ def run_call(call: AdapterCall, backend: str = "auto") -> Tensor:
     """Validate, choose a backend, run; the result of a call without a norm."""
     decision = dispatch.select(call, backend)
     if decision.plain:
-        return reference.forward(call)[0].given
-    return ops.run(call, decision.backend).given
+        return given_of(reference.forward(call)[0])
+    return given_of(ops.run(call, decision.backend))
 
 
 def run_norm_call(call: AdapterCall, backend: str = "auto") -> Outputs:
@@ -222,6 +222,6 @@ def run_norm_call(call: AdapterCall, backend: str = "auto") -> Outputs:
     if decision.plain:
         return reference.forward(call)[0]
     if decision.apart:  # torch's norm is quicker than the reference's, and its gradient too
-        y = ops.run(call.without_norm(), decision.backend).given
+        y = given_of(ops.run(call.without_norm(), decision.backend))
         return Outputs(y, reference.normalized(call, y))
     return ops.run(call, decision.backend)

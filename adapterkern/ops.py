@@ -23,7 +23,7 @@ from torch import Tensor
 from adapterkern import _torch, reference
 from adapterkern.backends import get
 from adapterkern.backends.base import empty_gradients, empty_outputs, keeps_sum
-from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import (
     TENSOR_NAMES,
     AdapterCall,
@@ -70,7 +70,7 @@ def _read(values: Iterable[Any], *kinds: Any) -> list[Any]:
 
 def _results(outputs: Outputs, saved: Saved) -> tuple[Tensor, ...]:
     """The results of an op, which cannot return None: a tensor of size 0 stands for it."""
-    empty, results = outputs.given.new_empty, (*outputs, *saved[: len(_KEPT)])
+    empty, results = given_of(outputs).new_empty, (*outputs, *saved[: len(_KEPT)])
     return tuple(empty(0) if t is None else t for t in results)
 
 
@@ -134,7 +134,7 @@ def _backward(
 ) -> Gradients:
     """Run the backward, as an op where operations are traced, faked or counted."""
     # Compiled autograd traces the backward of an eager call with tensors that look ordinary.
-    if not torch.compiler.is_compiling() and not _torch.is_watched(upstream.given):
+    if not torch.compiler.is_compiling() and not _torch.is_watched(given_of(upstream)):
         if backend != "reference":
             given = [d for d in upstream if d is not None]
             if _torch.has_views_of_values(given):
@@ -142,11 +142,13 @@ def _backward(
         return get(backend).backward(call, saved, upstream, needs)
     # What is added has the gradient of the sum: an op would have to copy it, or to return it twice.
     has_norm = upstream.normed is not None
-    asked = needs._replace(residual=has_norm and needs.added, skip=False)
+    sums = {"residual": has_norm and needs.added, "skip": False}
+    asked = [sums.get(name, need) for name, need in zip(TENSOR_NAMES, needs, strict=True)]
     computed = iter(_backward_op(backend, asked, *call, *saved, *upstream))
-    gradients = Gradients(*[next(computed) if need else None for need in asked])
-    d_sum = gradients.residual if has_norm else upstream.y
-    return gradients._replace(**added_gradients(d_sum, needs))
+    named = zip(TENSOR_NAMES, asked, strict=True)
+    gradients = {name: next(computed) if need else None for name, need in named}
+    d_sum = gradients["residual"] if has_norm else upstream.y
+    return Gradients(**(gradients | added_gradients(d_sum, needs)))
 
 
 class _BottleneckAdapter(torch.autograd.Function):
@@ -233,7 +235,7 @@ def _gradients(
         if backend != "reference":
             _log_plain_backward(backend)
         return reference.backward(call, saved, upstream, needs)
-    if not torch.compiler.is_compiling() and _torch.is_batched(upstream.given):
+    if not torch.compiler.is_compiling() and _torch.is_batched(given_of(upstream)):
         return reference.backward(call, saved, upstream, needs)
     return _backward(backend, call, saved, upstream, needs)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from adapterkern import _torch, norm
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, shape_of
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)
@@ -131,7 +131,7 @@ def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -
 
     The gradients of residual and skip are that of the sum itself.
     """
-    with _without_autocast(upstream.given):
+    with _without_autocast(given_of(upstream)):
         found: dict[str, Tensor] = {}
         d_sum = upstream.y
         if upstream.normed is not None:

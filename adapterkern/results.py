@@ -14,13 +14,17 @@ class Outputs(NamedTuple):
     y: Tensor | None  # [..., H], contiguous, in `AdapterCall.output_dtype`
     normed: Tensor | None = None  # [..., H], contiguous, in `AdapterCall.normed_dtype`
 
-    @property
-    def given(self) -> Tensor:
-        """One that is there. A forward leaves out `normed` without a norm, and y with one where
-        neither `prenorm` nor a backward asks for it; upstream has what a gradient came for."""
-        one = self.y if self.normed is None else self.normed
-        assert one is not None
-        return one
+
+def given_of(outputs: Outputs) -> Tensor:
+    """One of the outputs that is there.
+
+    A forward leaves out `normed` without a norm, and y with one where neither `prenorm` nor a
+    backward asks for it; upstream has what a gradient came for. A function, since torch.compile of
+    torch 2.9 makes a graph of its own of a property.
+    """
+    one = outputs.y if outputs.normed is None else outputs.normed
+    assert one is not None
+    return one
 
 
 class Saved(NamedTuple):

@@ -291,7 +291,7 @@ class AdapterSpec:
 
     def without_norm(self) -> "AdapterSpec":
         """The spec of the same call without its norm."""
-        return replace(self, features=self.features - NORM_NAMES.keys())
+        return replace(self, features=self.features - frozenset(NORM_NAMES))
 
     def describe(self) -> str:
         features = ", ".join(sorted(self.features)) or "none"

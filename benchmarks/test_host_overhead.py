@@ -10,7 +10,7 @@ from torch import nn
 import adapterkern as ak
 from adapterkern.backends import get
 from adapterkern.ops import run as run_op
-from adapterkern.results import Needs, Outputs
+from adapterkern.results import Needs, Outputs, given_of
 from adapterkern.spec import make_call
 from benchmarks.free_launches import NAMES, free_launches
 
@@ -61,7 +61,7 @@ def test_op(benchmark, x, adapter):
     biases = down.bias, up.bias
     call = make_call(x, down.weight, up.weight, *biases, "input", None, "gelu", 1.0, 0.0)
     backend = "reference" if DEVICE == "cpu" else ak.explain(adapter, x).backend
-    y = benchmark(run_op, call, backend).given
+    y = given_of(benchmark(run_op, call, backend))
     assert y.shape == x.shape
 
 

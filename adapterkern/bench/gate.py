@@ -14,6 +14,7 @@ from torch import Tensor
 from adapterkern import parity, reference
 from adapterkern.backends.base import allow_tf32
 from adapterkern.bench.cases import EPS, BenchCase, Inputs
+from adapterkern.results import given_of
 from adapterkern.spec import AdapterCall, make_call, with_norm
 
 Tensors = dict[str, Tensor]  # y, dx and d_<parameter> by name
@@ -88,7 +89,7 @@ def _reference(
     case: BenchCase, tensors: Tensors, dy: Tensor, activation: str, gradients: bool
 ) -> Tensors:
     leaves = {name: t.detach().requires_grad_(gradients) for name, t in tensors.items()}
-    y = reference.forward(_call_of(case, leaves, activation))[0].given
+    y = given_of(reference.forward(_call_of(case, leaves, activation))[0])
     if not gradients:
         return {"y": y}
     computed = torch.autograd.grad(y, list(leaves.values()), dy)

@@ -12,6 +12,7 @@ from adapterkern import _torch, dispatch, reference
 from adapterkern.activations import canonical_name
 from adapterkern.backends import NAMES
 from adapterkern.functional import bottleneck_adapter
+from adapterkern.results import given_of
 from adapterkern.spec import AdapterCall, make_call
 from adapterkern.validation import FLOAT_DTYPES, dropout_problems, name_of, real
 
@@ -177,7 +178,7 @@ class BottleneckAdapter(nn.Module):
                 )
             return u
 
-        return reference.forward(call, partial(project, self.down_proj), project_up)[0].given
+        return given_of(reference.forward(call, partial(project, self.down_proj), project_up)[0])
 
     def extra_repr(self) -> str:
         scaling: float | str | nn.Parameter = self.scaling

@@ -53,7 +53,7 @@ from adapterkern.backends.cuda.params import (
     view,
 )
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
-from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 # Bytes of shared memory of a block on compute capability 8.0: more means large tiles, for which
@@ -186,7 +186,7 @@ class CudaBackend(Backend):
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         self._check_loaded()
-        if upstream.given.numel() == 0:
+        if given_of(upstream).numel() == 0:
             return zero_gradients(call, saved, upstream, needs)
         *computed, d_sum, d_scaling = self._run(
             (*tensor_values(call), *saved, *upstream),
@@ -211,7 +211,7 @@ class CudaBackend(Backend):
         device, num_tokens = self._device(call.x.device), call.num_tokens
         dy, d_sum = upstream.y, None
         if call.norm != "none":  # then dy is not given, but made of what is
-            shape, dtype = upstream.given.shape, call.output_dtype
+            shape, dtype = given_of(upstream).shape, call.output_dtype
             dy = d_sum = call.x.new_empty(shape, dtype=dtype) if needs.sum else None
         inputs = {
             "x": optional_rows(call.x),

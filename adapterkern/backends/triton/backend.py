@@ -29,7 +29,7 @@ from adapterkern.backends.triton.launch_config import (
     Split,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
-from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
+from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 try:
@@ -108,7 +108,7 @@ class TritonBackend(Backend):
         if fused is not None:
             launches.forward_norm_row_block(x, outputs, saved, *fused)
             return results
-        y = outputs.given if outputs.y is None else outputs.y
+        y = given_of(outputs) if outputs.y is None else outputs.y
         if isinstance(plan, RowBlock):
             launches.forward_row_block(x, y, saved.z, plan.kernel)
         else:
@@ -120,7 +120,7 @@ class TritonBackend(Backend):
     def backward(
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
-        if upstream.given.numel() == 0:
+        if given_of(upstream).numel() == 0:
             return zero_gradients(call, saved, upstream, needs)
         *computed, sums, ds = launcher.run(
             (*tensor_values(call), *saved, *upstream),
@@ -136,7 +136,7 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor | None, ...]:
         """The gradients but for those of the scaling, for which the last but one result holds the
         sums, and of what is added to the sum of a norm: that is the last."""
-        given, sums, ds = upstream.given, None, None
+        given, sums, ds = given_of(upstream), None, None
         out = empty_gradients(call, needs._replace(residual=False, skip=False, scaling=False))
         for gradient in out:
             recording.own(gradient)

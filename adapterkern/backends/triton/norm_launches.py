@@ -18,7 +18,7 @@ from adapterkern.backends.triton.launches import (
     tiles_of,
     units_of,
 )
-from adapterkern.results import Gradients, Outputs, Saved
+from adapterkern.results import Gradients, Outputs, Saved, given_of
 from adapterkern.spec import AdapterCall
 
 
@@ -158,7 +158,7 @@ class NormLaunches(CallLaunches):
 
 def _stream(outputs: Outputs) -> Tensor:
     """Where the sum waits to be normalised: y, or the place of `normed`, whose dtype is as wide."""
-    return outputs.given if outputs.y is None else outputs.y
+    return given_of(outputs) if outputs.y is None else outputs.y
 
 
 def _norm(call: AdapterCall, stream: torch.dtype) -> dict:
