@@ -75,7 +75,7 @@ def bottleneck_adapter(
     call = make_call(
         x, down_weight, up_weight, down_bias, up_bias, residual, skip, activation, scaling, dropout
     )
-    return run_call(call, backend)
+    return given_of(run_call(call, backend))
 
 
 @overload
@@ -192,7 +192,7 @@ def bottleneck_adapter_norm(
     call = with_norm(
         call, norm_weight, norm_bias, norm, eps, weight_offset, cast_before_weight, prenorm
     )
-    outputs = run_norm_call(call, backend)
+    outputs = run_call(call, backend)
     return (outputs.normed, outputs.y) if prenorm else outputs.normed  # type: ignore[return-value]
 
 
@@ -208,16 +208,8 @@ def _is_overridden(*arguments: object) -> bool:
     )
 
 
-def run_call(call: AdapterCall, backend: str = "auto") -> Tensor:
-    """Validate, choose a backend, run; the result of a call without a norm."""
-    decision = dispatch.select(call, backend)
-    if decision.plain:
-        return given_of(reference.forward(call)[0])
-    return given_of(ops.run(call, decision.backend))
-
-
-def run_norm_call(call: AdapterCall, backend: str = "auto") -> Outputs:
-    """The same of a call with a norm."""
+def run_call(call: AdapterCall, backend: str = "auto") -> Outputs:
+    """Validate, choose a backend, run."""
     decision = dispatch.select(call, backend)
     if decision.plain:
         return reference.forward(call)[0]

@@ -1,4 +1,4 @@
-"""The norm behind an adapter in plain PyTorch, equations (16) to (23) of docs/math.md.
+"""The norm behind an adapter in plain PyTorch, equations (16) to (22) of docs/math.md.
 
 `normalized` is torch's own where torch has that norm, and differentiable by autograd as it stands.
 `backward` is the derivation that the kernels follow. Neither looks at autocast.
@@ -48,7 +48,7 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The gradient of the stream, in its shape and dtype and where `needs.sum`, and those of the
-    norm's parameters in float32 or float64, equations (19) to (23).
+    norm's parameters in float32 or float64, equations (19) to (22).
 
     Args:
         stream: [..., H], y as the forward returned it; its `statistics` [T] as the forward saved

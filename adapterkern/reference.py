@@ -1,9 +1,9 @@
 """The semantic truth in plain PyTorch: forward, and a hand-written backward (docs/math.md).
 
-`norm` has what follows where the call has a norm.
 `forward` is differentiable by autograd as it stands; under functorch, forward-mode AD and double
 backward it runs in place of the fused operation. `backward` is the derivation that the kernels
 follow. Both convert to the compute dtype themselves, so autocast stays out.
+`norm` computes what follows where the call has a norm.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def _forward(
 
 
 def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -> Gradients:
-    """The gradients in `needs`, equations (5) to (12), and (19) to (23) with a norm.
+    """The gradients in `needs`, equations (5) to (12), and (19) to (22) with a norm.
 
     Args:
         call: may have outlines in place of what the gradients do not need (`spec.has_values`).

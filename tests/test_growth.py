@@ -37,7 +37,7 @@ def refusals(call):
 
 def raises(call):
     try:
-        return run_call(call)
+        return run_call(call).y
     except ak.BackendUnsupportedError as error:
         return str(error)
 """

@@ -37,7 +37,7 @@ try:
 
     from adapterkern.backends.triton import launcher
     from adapterkern.backends.triton.activations import VALUES
-    from adapterkern.backends.triton.norm_launches import NormLaunches
+    from adapterkern.backends.triton.norm_launches import NormLaunches, stream_of
 
     if knobs.runtime.interpret:  # as the kernels that were just defined have found it
         from adapterkern.backends.triton.interpreter import make_bfloat16_exact
@@ -96,7 +96,7 @@ class TritonBackend(Backend):
 
     def _forward(self, call: AdapterCall, save: bool, recording) -> tuple[Tensor | None, ...]:
         outputs, saved = empty_outputs(call, save)
-        results = *outputs, *saved[:3]
+        results = *outputs, saved.z, saved.mean, saved.rstd
         for result in results:
             recording.own(result)
         x = rows(call.x)
@@ -108,7 +108,7 @@ class TritonBackend(Backend):
         if fused is not None:
             launches.forward_norm_row_block(x, outputs, saved, *fused)
             return results
-        y = given_of(outputs) if outputs.y is None else outputs.y
+        y = stream_of(outputs)
         if isinstance(plan, RowBlock):
             launches.forward_row_block(x, y, saved.z, plan.kernel)
         else:

@@ -30,7 +30,7 @@ class NormLaunches(CallLaunches):
     ) -> None:
         call = self._call
         residual, skip = optional_rows(call.residual), optional_rows(call.skip)
-        stream, normed = _stream(outputs), outputs.normed
+        stream, normed = stream_of(outputs), outputs.normed
         self._launch(
             norm.bottleneck_norm_fwd_kernel, (programs,),
             x, packed(call.down_weight), packed(call.up_weight),
@@ -51,7 +51,7 @@ class NormLaunches(CallLaunches):
 
     def norm_rows(self, outputs: Outputs, saved: Saved) -> None:
         """normed of the sum that a kernel without a norm has stored."""
-        call, stream = self._call, _stream(outputs)
+        call, stream = self._call, stream_of(outputs)
         num_tokens, hidden = call.num_tokens, call.hidden_size
         config, _ = norm_plan.rows(num_tokens, hidden, self._device)
         self._launch(
@@ -156,7 +156,7 @@ class NormLaunches(CallLaunches):
         }
 
 
-def _stream(outputs: Outputs) -> Tensor:
+def stream_of(outputs: Outputs) -> Tensor:
     """Where the sum waits to be normalised: y, or the place of `normed`, whose dtype is as wide."""
     return given_of(outputs) if outputs.y is None else outputs.y
 

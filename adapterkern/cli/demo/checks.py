@@ -3,8 +3,8 @@
 import functools
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from adapterkern.parity import metric
 # Both paths sum in float32 in different orders, through a whole model and back. Measured: about
 # 1e-6; a wrong term in the backward shows as 1e-2 or more.
 GRADIENT_TOLERANCE = 1e-5
+Ways = dict[str, Callable[[], AbstractContextManager]]
 
 
 def check_switching(
@@ -100,7 +101,7 @@ def eager_adapters(model: torch.nn.Module) -> Iterator[None]:
 def fused_backend(model: torch.nn.Module, data: Encoded, dtype: torch.dtype | None = None) -> str:
     """The backend that runs the adapters for a batch of these texts, under autocast to `dtype`."""
     adapter = next(module for module in model.modules() if isinstance(module, BottleneckAdapter))
-    with autocast_to(data.device, dtype):
+    with _autocast(data.device, dtype):
         x = torch.empty(MAX_LENGTH, adapter.hidden_size, device=data.device, dtype=dtype)
         return explain(adapter, x).backend
 
@@ -116,38 +117,56 @@ def time_steps(
     model.encoder.set_adapter(task.name)
     model.train()
     optimizer = optimizer_for(model, "adapters", task)
-    rows = longest_rows(data, batch_size)
-    ids, mask, targets = data.batch(rows)
+    ids, mask, targets = data.batch(longest_rows(data, batch_size))
+
+    def step(autocast: AbstractContextManager) -> None:
+        with autocast:
+            loss = cross_entropy(model(task.name, ids, mask), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    ways: Ways = {"fused_ms": nullcontext, "eager_ms": lambda: eager_adapters(model)}
+    return times_in_turn(step, ways, model, data, list(ids.shape), repeats)
+
+
+def times_in_turn(
+    run: Callable[[AbstractContextManager], None],
+    ways: Ways,
+    model: TextClassifier,
+    data: Encoded,
+    tokens: list[int],
+    repeats: int,
+) -> list[StepTime]:
+    """Median times of `run`, in each of `ways` in turn: float32, on a GPU bfloat16 as well.
+
+    Args:
+        run: gets the autocast under which the model is to be called.
+        ways: by field of `StepTime`, a context in which its time is taken.
+    """
     is_gpu = data.device.type == "cuda"
     results = []
     for dtype in (None, torch.bfloat16) if is_gpu else (None,):
-
-        def step(dtype: torch.dtype | None = dtype) -> float:
-            wait_for(data.device)
-            start = time.perf_counter()
-            with autocast_to(data.device, dtype):
-                loss = cross_entropy(model(task.name, ids, mask), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            wait_for(data.device)
-            return time.perf_counter() - start
-
-        fused, eager = [], []
+        times: dict[str, list[float]] = {field: [] for field in ways}
         for _ in range(repeats + 1):
-            fused.append(step())
-            with eager_adapters(model):
-                eager.append(step())
+            for field, way in ways.items():
+                with way():
+                    _wait(data.device)
+                    start = time.perf_counter()
+                    run(_autocast(data.device, dtype))
+                    _wait(data.device)
+                    times[field].append(time.perf_counter() - start)
         backend = fused_backend(model, data, dtype)
         results.append(
             StepTime(
                 dtype="float32" if dtype is None else "bfloat16 autocast",
-                tokens=list(ids.shape),
+                tokens=tokens,
                 backend=backend,
-                fused_ms=1e3 * statistics.median(fused[1:]),  # the first one warms up
-                eager_ms=1e3 * statistics.median(eager[1:]),
                 repeats=repeats,
                 is_speed_claim=is_gpu and backend != "reference",
+                **{  # the first one warms up
+                    field: 1e3 * statistics.median(taken[1:]) for field, taken in times.items()
+                },
             )
         )
     return results
@@ -175,12 +194,10 @@ def _eager_forward(adapter: BottleneckAdapter, x: Tensor) -> Tensor:
     return x + adapter.scaling * adapter.up_proj(activation(adapter.down_proj(x)))
 
 
-def autocast_to(device: torch.device, dtype: torch.dtype | None):
-    """Autocast to `dtype`, or a block that does nothing."""
+def _autocast(device: torch.device, dtype: torch.dtype | None):
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until the work on a GPU has ended."""
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,7 @@
 """The demo's adapters with what follows them, residual and norm, in their pass."""
 
-import statistics
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,18 +9,18 @@ from torch.nn.functional import cross_entropy
 
 from adapterkern.cli.demo.checks import (
     GRADIENT_TOLERANCE,
+    Ways,
     adapter_gradients,
-    autocast_to,
     eager_adapters,
     fused_backend,
     longest_rows,
-    wait_for,
+    times_in_turn,
 )
 from adapterkern.cli.demo.corpus import Task
 from adapterkern.cli.demo.findings import Check, StepTime
 from adapterkern.cli.demo.model import TextClassifier, adapters_of
 from adapterkern.cli.demo.training import Encoded
-from adapterkern.integrations.transformers import Report, explain, fuse_norms, unfuse_norms
+from adapterkern.integrations.transformers import Report, fuse_norms, unfuse_norms
 from adapterkern.parity import metric
 
 
@@ -82,42 +80,21 @@ def time_forwards(
     fused, and eager, in turn. Nothing for a model with no norm behind its adapters."""
     model.encoder.set_adapter(task.name)
     model.eval()
+    with norms_in_the_pass(model) as report:
+        if not any(row.fused and row.follows != "add" for row in report.rows):
+            return []
     ids, mask, _ = data.batch(longest_rows(data, batch_size))
-    is_gpu = data.device.type == "cuda"
-    results = []
-    for dtype in (None, torch.bfloat16) if is_gpu else (None,):
 
-        def forward(dtype: torch.dtype | None = dtype) -> float:
-            wait_for(data.device)
-            start = time.perf_counter()
-            with torch.no_grad(), autocast_to(data.device, dtype):
-                model(task.name, ids, mask)
-            wait_for(data.device)
-            return time.perf_counter() - start
+    def forward(autocast: AbstractContextManager) -> None:
+        with torch.no_grad(), autocast:
+            model(task.name, ids, mask)
 
-        together, fused, eager = [], [], []
-        for _ in range(repeats + 1):
-            with norms_in_the_pass(model):
-                if not any(row.fused and row.follows != "add" for row in explain(model).rows):
-                    return []
-                together.append(forward())
-            fused.append(forward())
-            with eager_adapters(model):
-                eager.append(forward())
-        backend = fused_backend(model, data, dtype)
-        results.append(
-            StepTime(
-                dtype="float32" if dtype is None else "bfloat16 autocast",
-                tokens=list(ids.shape),
-                backend=backend,
-                fused_ms=1e3 * statistics.median(fused[1:]),  # the first one warms up
-                eager_ms=1e3 * statistics.median(eager[1:]),
-                repeats=repeats,
-                is_speed_claim=is_gpu and backend != "reference",
-                norm_ms=1e3 * statistics.median(together[1:]),
-            )
-        )
-    return results
+    ways: Ways = {
+        "norm_ms": lambda: norms_in_the_pass(model),
+        "fused_ms": nullcontext,
+        "eager_ms": lambda: eager_adapters(model),
+    }
+    return times_in_turn(forward, ways, model, data, list(ids.shape), repeats)
 
 
 def _results(

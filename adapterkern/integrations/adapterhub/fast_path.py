@@ -27,7 +27,7 @@ from torch import Tensor
 from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.dispatch import is_declared
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.functional import run_call, run_norm_call
+from adapterkern.functional import run_call
 from adapterkern.integrations.adapterhub.eligibility import norm_parts_of, parts_of, with_norm_of
 from adapterkern.integrations.adapterhub.reasons import REASONS
 from adapterkern.integrations.adapterhub.stock import (
@@ -37,6 +37,7 @@ from adapterkern.integrations.adapterhub.stock import (
     ParallelAdapter,
     Stack,
 )
+from adapterkern.results import given_of
 from adapterkern.spec import make_call
 
 # Levels of a model: which of the library's methods stand aside.
@@ -177,17 +178,17 @@ def _adapt(
     tensors = (x, down_weight, up_weight, down_bias, up_bias, residual, skip)
     call = make_call(*tensors, activation, scaling)
     if norm is None:
-        return run_call(call)
+        return given_of(run_call(call))
     norm_parts = norm[1]
     if not isinstance(norm_parts, str) and is_declared("layer_norm", x.device.type):
         normed = with_norm_of(call, norm_parts)
         if not isinstance(normed, str):
             # What was named, or ADAPTERKERN_STRICT, is about the adapter: it need not take norms.
             try:
-                return run_norm_call(normed).normed
+                return given_of(run_call(normed))
             except BackendUnsupportedError:
                 pass
-    return _normalised(norm, run_call(call))
+    return _normalised(norm, given_of(run_call(call)))
 
 
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
