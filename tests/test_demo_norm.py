@@ -61,7 +61,7 @@ def test_the_line_of_a_forward_says_what_ran():
         "float32", [16, 64], "triton", 20.0, 30.0, 3, is_speed_claim=True, norm_ms=15.0
     )
     assert findings._step_line(forward) == (
-        "forward time    with the norm in the same pass 15 ms, fused 20 ms (triton backend), eager "
+        "forward time    with fuse_norms 15 ms, fused 20 ms (triton backend), eager "
         "30 ms; 16 x 64 tokens, float32, median of 3: 2.00 times as fast"
     )
     report = test_demo.canned_report()

@@ -190,7 +190,7 @@ def _step_line(step: StepTime) -> str:
     what, norm, best = "step time    ", "", step.fused_ms
     if step.norm_ms is not None:
         what, best = "forward time ", step.norm_ms
-        norm = f"with the norm in the same pass {step.norm_ms:.0f} ms, "
+        norm = f"with fuse_norms {step.norm_ms:.0f} ms, "
     line = (
         f"{what}   {norm}fused {step.fused_ms:.0f} ms ({step.backend} backend), "
         f"eager {step.eager_ms:.0f} ms; {step.tokens[0]} x {step.tokens[1]} tokens, {step.dtype}, "
