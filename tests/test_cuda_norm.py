@@ -74,6 +74,19 @@ def test_norm_moves_no_more_than_a_fused_add_and_norm():
     assert (frozen.memory, frozen.stores) == (4 * rows, rows)
 
 
+@pytest.mark.parametrize(("units", "widest"), [(32, 6144), (64, 4096), (128, 2048)])
+def test_clusters_hold_the_widths_that_the_docs_name(units, widest):
+    found = []
+    for hidden in range(1024, 8193, 1024):
+        vector = torch.zeros(hidden, dtype=torch.bfloat16)
+        weight = vector.expand(units, hidden)
+        call = make_call(vector.expand(2, hidden), weight, weight.T)
+        call = with_norm(call, vector, vector, "layer", 1e-5, 0.0, False, False)
+        if not norm.declined(call.spec(), DEVICES[0]):
+            found.append(hidden)
+    assert found == [*range(1024, widest + 1, 1024)]
+
+
 def test_rows_share_blocks_as_the_kernel_has_it():
     for name, value in (("kNormThreads", norm.ROW_THREADS), ("kMostNormThreads", 768)):
         assert re.search(rf"\b{name} = (\d+)", SOURCE)[1] == str(value)

@@ -222,3 +222,25 @@ def test_a_repeated_call_with_a_norm_asks_no_more_of_the_host():
     for work, frames, own_calls in zip(works, (35, 31, 44), (73, 60, 96), strict=True):
         assert work.frames <= frames
         assert work.own_calls.total() <= own_calls, work.own_calls
+
+
+@pytest.mark.parametrize(
+    ("device", "widest", "with_skip"),
+    [
+        (H200, 2048, 1024),
+        (Device(108, 163 * 1024, 8, 40 * MB), 1536, 1024),  # A100
+        (Device(142, 99 * 1024, 8, 96 * MB), 2048, 2048),  # L40S
+        (Device(80, 99 * 1024, 8, 6 * MB), 256, 0),  # A10
+    ],
+    ids=["H200", "A100", "L40S", "A10"],
+)
+def test_one_kernel_takes_the_widths_that_the_docs_name(device, widest, with_skip):
+    """docs/norm.md: bfloat16, 64 units, 16384 tokens; what is added, and the sum, pass by L2."""
+    for added, expected in ((1, widest), (2, with_skip)):
+        found = [0]
+        for hidden in (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192):
+            problem = Problem(16384, hidden, 64, ieee=False, wide=False)
+            kernel = token_plan(problem, device).kernel
+            if norm_plan.row_block(kernel, problem, device, 2 * (added + 1)) is not None:
+                found.append(hidden)
+        assert found[-1] == expected
