@@ -98,7 +98,7 @@ def sum_gradient(
 
 @triton.jit
 def add_to_partials(
-    d_normed, xhat, part_weight_ptr, part_bias_ptr, feature, is_first, hidden_size,
+    d_normed, xhat, part_weight_ptr, part_bias_ptr, feature, block, hidden_size,
     CAST: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's part of equations (21) and (22) to this program's sums, [H] float32 each, which
@@ -109,7 +109,8 @@ def add_to_partials(
     d_weight, d_bias = tl.reduce((d_normed * xhat, d_normed), 0, sum_of_pairs)
     partial = tl.program_id(0).to(tl.int64) * hidden_size + feature
     in_features = feature < hidden_size
-    known = in_features & (is_first == 0)
+    # A vector, since the interpreter of Triton 3.9 takes no mask with one truth value in it.
+    known = in_features & (block + tl.zeros_like(feature) > tl.program_id(0))
     if part_weight_ptr is not None:
         d_weight += tl.load(part_weight_ptr + partial, mask=known, other=0.0)
         tl.store(part_weight_ptr + partial, d_weight, mask=in_features)
@@ -184,7 +185,7 @@ def bottleneck_norm_bwd_dx_kernel(
             da = awaited(tl.dot(ds.to(DTYPE), w_up.to(DTYPE), da, input_precision=PRECISION))
             add_to_partials(
                 d_normed, xhat, part_weight_ptr, part_bias_ptr, feature,
-                block == tl.program_id(0), hidden_size, CAST, STREAM,
+                block, hidden_size, CAST, STREAM,
             )  # fmt: skip
         if not CHANNEL_SCALING:
             da = scaled(da, scaling_ptr, scale, unit[None, :], bottleneck_size, False)
@@ -256,7 +257,7 @@ def norm_rows_bwd_kernel(
                 )  # fmt: skip
             add_to_partials(
                 d_normed, xhat, part_weight_ptr, part_bias_ptr, feature,
-                block == tl.program_id(0), hidden_size, CAST, STREAM,
+                block, hidden_size, CAST, STREAM,
             )  # fmt: skip
         tl.debug_barrier()  # for the partial sums of the next row block
 
