@@ -43,9 +43,8 @@ def row_block(
         programs = min(cdiv(tokens, block_t), device.num_sms)
         at_work = programs * block_t * hidden * row_bytes
         if at_work <= L2_SHARE * device.l2 and block_t * config.block_r <= MOST_UNITS:
-            # Tiles of float32, addresses of ragged rows, and wide products without `wgmma` take
-            # more registers.
-            roomy = problem.plain and (device.large or config.block_r < 128)
+            # Tiles of float32, addresses of ragged rows, and wide products take more registers.
+            roomy = problem.plain and config.block_r < 128
             block_h = min(config.block_h, max(64 if roomy else 32, WIDEST_TILE // block_t))
             kernel = replace(config, block_t=block_t, block_h=block_h, num_warps=8, blocks_per_sm=1)
             return kernel, programs
