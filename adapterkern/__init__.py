@@ -7,6 +7,9 @@ from adapterkern.dispatch import available as backends
 from adapterkern.dispatch import use_backend
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
 from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
+from adapterkern.grouped.functional import grouped_bottleneck_adapter
+from adapterkern.grouped.routing import AdapterRouting
+from adapterkern.modules.adapter_bank import AdapterBank
 from adapterkern.modules.adapter_norm import AdapterNorm
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.explain import Explanation, ModelExplanation, explain
@@ -14,7 +17,9 @@ from adapterkern.modules.insert import insert
 from adapterkern.modules.warmup import warmup
 
 __all__ = [
+    "AdapterBank",
     "AdapterNorm",
+    "AdapterRouting",
     "BackendUnsupportedError",
     "BottleneckAdapter",
     "Explanation",
@@ -25,6 +30,7 @@ __all__ = [
     "bottleneck_adapter",
     "bottleneck_adapter_norm",
     "explain",
+    "grouped_bottleneck_adapter",
     "insert",
     "use_backend",
     "warmup",

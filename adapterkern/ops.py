@@ -46,7 +46,7 @@ _SCHEMA_TYPES = {
 }
 
 
-def _schema(kind: type, prefix: str = "") -> str:
+def schema(kind: type, prefix: str = "") -> str:
     """The fields of a NamedTuple as arguments of an op, from their annotations."""
     hints = get_type_hints(kind).items()
     return ", ".join(f"{_SCHEMA_TYPES[hint]} {prefix}{name}" for name, hint in hints)
@@ -55,10 +55,10 @@ def _schema(kind: type, prefix: str = "") -> str:
 _KEPT = [name for name in Saved._fields if name != "stream"]  # which is y, an output
 _RESULTS = ", ".join(f"Tensor {name}" for name in [*Outputs._fields, *_KEPT])
 _library = torch.library.Library("adapterkern", "DEF")
-_library.define(f"forward(str backend, bool save, {_schema(AdapterCall)}) -> ({_RESULTS})")
+_library.define(f"forward(str backend, bool save, {schema(AdapterCall)}) -> ({_RESULTS})")
 _library.define(
-    f"backward(str backend, bool[] needs, {_schema(AdapterCall)}, {_schema(Saved)}, "
-    f"{_schema(Outputs, 'grad_')}) -> Tensor[]"
+    f"backward(str backend, bool[] needs, {schema(AdapterCall)}, {schema(Saved)}, "
+    f"{schema(Outputs, 'grad_')}) -> Tensor[]"
 )
 
 
@@ -233,7 +233,7 @@ def _gradients(
         return Gradients(**added_gradients(upstream.y, needs))
     if torch.is_grad_enabled():  # create_graph=True: to be differentiated itself
         if backend != "reference":
-            _log_plain_backward(backend)
+            log_plain_backward(backend)
         return reference.backward(call, saved, upstream, needs)
     if not torch.compiler.is_compiling() and _torch.is_batched(given_of(upstream)):
         return reference.backward(call, saved, upstream, needs)
@@ -268,7 +268,8 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
 
 
 @functools.cache
-def _log_plain_backward(backend: str) -> None:
+def log_plain_backward(backend: str) -> None:
+    """Say once that plain operations run a backward of this backend."""
     logger.warning(
         "the PyTorch reference runs the backward (%s: create_graph=True asks for a differentiable "
         "gradient, and the kernels have no second derivative)",

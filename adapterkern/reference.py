@@ -37,14 +37,14 @@ def forward(
             autocast of the caller.
     """
     if down is None and _torch.may_autocast():
-        with _without_autocast(call.x):
+        with without_autocast(call.x):
             return _with_norm(call, *_forward(call, None, None))
     return _with_norm(call, *_forward(call, down, up))
 
 
 def normalized(call: AdapterCall, y: Tensor) -> Tensor:
     """The norm of y [..., H]; autocast, which would choose its dtype, stays out."""
-    with _without_autocast(y):
+    with without_autocast(y):
         return norm.normalized(call, y)
 
 
@@ -59,7 +59,7 @@ def forward_of_values(call: AdapterCall) -> tuple[Outputs, Saved]:
     precision the product of the up-projection is added to what lies in y, which saves two of the
     passes over [T, H].
     """
-    with _without_autocast(call.x):
+    with without_autocast(call.x):
         outputs, saved = _forward_of_values(call)
         if call.norm == "none" or outputs.y is None:
             return outputs, saved
@@ -131,7 +131,7 @@ def backward(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -
 
     The gradients of residual and skip are that of the sum itself.
     """
-    with _without_autocast(given_of(upstream)):
+    with without_autocast(given_of(upstream)):
         found: dict[str, Tensor] = {}
         d_sum = upstream.y
         if upstream.normed is not None:
@@ -149,7 +149,7 @@ def backward_of_down(call: AdapterCall, dz: Tensor, needs: Needs) -> Gradients:
     """The part of the gradients in `needs` that a gradient of z [T, R] itself has, equations (10)
     to (12): a second derivative asks for it.
     """
-    with _without_autocast(dz):
+    with without_autocast(dz):
         return _shaped(call, _backward_of_down(call, dz, needs, None))
 
 
@@ -235,7 +235,8 @@ def _without_gaps(x: Tensor) -> Tensor:
     return x.contiguous() if x.dtype.itemsize == 2 and x.is_cpu else x
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within the block autocast of the device of x is off."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -283,6 +283,7 @@ class AdapterSpec:
     compute_dtype: torch.dtype
     dtypes: tuple[tuple[str, torch.dtype], ...]
     features: frozenset[str]
+    slots: int | None = None  # of many adapters in one batch
 
     @property
     def norm(self) -> str | None:
@@ -295,8 +296,9 @@ class AdapterSpec:
 
     def describe(self) -> str:
         features = ", ".join(sorted(self.features)) or "none"
+        slots = "" if self.slots is None else f"slots={self.slots} "
         return (
-            f"H={self.hidden_size} R={self.bottleneck_size} {self.activation} "
+            f"{slots}H={self.hidden_size} R={self.bottleneck_size} {self.activation} "
             f"{name_of(self.compute_dtype)} on {self.device}, features: {features}"
         )
 
@@ -348,7 +350,7 @@ def make_call(
         scale,  # type: ignore[arg-type]  # a float by now
         add_input,
         canonical_name(activation),
-        _compute_dtype(x),
+        compute_dtype_of(x),
         dropout if type(dropout) is float else real("dropout", dropout, DROPOUT),
     )
 
@@ -382,7 +384,7 @@ def with_norm(
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype_of(x: Tensor) -> torch.dtype:
     """The dtype in which eager would run the linear layers: autocast's where it is on, else x's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")

@@ -16,7 +16,12 @@ DROPOUT = "a number in [0, 1)"
 EPS = "a number above 0"
 
 Tensors = dict[str, Tensor | None]  # the tensors of an `AdapterCall` by name
-_WEIGHTS = ("down_weight", "up_weight", "down_bias", "up_bias")
+_WEIGHTS = (
+    *("down_weight", "up_weight", "down_bias", "up_bias"),
+    *("down_weights", "up_weights", "down_biases", "up_biases"),  # of many adapters
+)
+_REQUIRED = ("x", "down_weight", "up_weight")
+_GROUPED_REQUIRED = ("x", "down_weights", "up_weights")
 _OF_HIDDEN = ("up_bias", "norm_weight", "norm_bias")  # vectors of one element a feature
 
 
@@ -38,8 +43,45 @@ def validate(
         ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message has a
             sentence for every cause, and at its end the likely cure of the first that has one.
     """
+    given = _given(tensors, _REQUIRED)
+    problems = (
+        _layout_problems(given)
+        + _shape_problems(given)
+        + _dtype_problems(given, compute_dtype)
+        + _device_problems(given)
+        + dropout_problems(dropout)
+        + list(more)
+    )
+    refuse(problems)
+
+
+def grouped_problems(tensors: Tensors, compute_dtype: torch.dtype) -> list[str]:
+    """List what is wrong with the tensors of a call of many adapters, as `validate` does.
+
+    Raises:
+        TypeError: something that must be a tensor is not.
+    """
+    routing = ("token_slots", "order", "tiles", "slot_offsets")  # an AdapterRouting made these
+    given = _given(tensors, (*_GROUPED_REQUIRED, *routing))
+    floating = {n: t for n, t in given.items() if n not in (*routing, "ranks", "scalings")}
+    return (
+        _layout_problems(given)
+        + _grouped_shape_problems(given)
+        + _dtype_problems(floating, compute_dtype)
+        + _slot_dtype_problems(given, compute_dtype)
+        + _device_problems(given)
+    )
+
+
+def _given(tensors: Tensors, required: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors that are there.
+
+    Raises:
+        TypeError: something that must be a tensor is not.
+        ValueError: a nested tensor without a shape.
+    """
     for name, tensor in tensors.items():
-        absent = tensor is None and name not in ("x", "down_weight", "up_weight")
+        absent = tensor is None and name not in required
         if not absent and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -49,14 +91,71 @@ def validate(
                 f"{name} must not be a nested tensor of strided layout, which has no shape.{HINT}"
                 "layout=torch.jagged works; nn.TransformerEncoder(enable_nested_tensor=False) pads."
             )
-    problems = (
-        _layout_problems(given)
-        + _shape_problems(given)
-        + _dtype_problems(given, compute_dtype)
-        + _device_problems(given)
-        + dropout_problems(dropout)
-        + list(more)
-    )
+    return given
+
+
+def _grouped_shape_problems(given: dict[str, Tensor]) -> list[str]:
+    x, down, up = given["x"], given["down_weights"], given["up_weights"]
+    if x.dim() == 0:
+        return ["x must have shape [..., H], got a 0-dimensional tensor."]
+    if down.dim() != 3 or up.dim() != 3:
+        return [
+            "down_weights must have shape [S, R, H] and up_weights [S, H, R], "
+            f"got {list(down.shape)} and {list(up.shape)}."
+            f"{HINT}stack the weights of the adapters, as in torch.stack([a.weight, b.weight])."
+        ]
+    slots, bottleneck, hidden = *down.shape[:2], x.shape[-1]
+    if 0 in (slots, bottleneck, hidden):
+        return [
+            "the number of slots, bottleneck_size and hidden_size must be at least 1, got "
+            f"x {list(x.shape)} and down_weights {list(down.shape)}."
+        ]
+    shapes = {
+        "down_weights": ("[S, R, H]", (slots, bottleneck, hidden)),
+        "up_weights": ("[S, H, R]", (slots, hidden, bottleneck)),
+        "down_biases": ("[S, R]", (slots, bottleneck)),
+        "up_biases": ("[S, H]", (slots, hidden)),
+        "scalings": ("[S]", (slots,)),
+        "ranks": ("[S]", (slots,)),
+    }
+    problems = [
+        f"{name} must have shape {letters} = {list(shape)} to match x {list(x.shape)} and "
+        f"down_weights {list(down.shape)}, got {list(given[name].shape)}."
+        for name, (letters, shape) in shapes.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
+    if problems and tuple(up.shape) == (slots, bottleneck, hidden):
+        problems[0] += _transpose_hint("up_weights uses", "this looks like its transpose")
+    routed = given["slot_offsets"].shape[0] - 2
+    if routed != slots:
+        problems.append(
+            f"routing must be made for the {slots} slots of down_weights, got one for {routed}."
+            f"{HINT}AdapterRouting(max_tokens, {slots})."
+        )
+    tokens, most = math.prod(x.shape[:-1]), given["token_slots"].shape[0]
+    if tokens > most:
+        problems.append(
+            f"x must have at most the {most} tokens that routing was made for, got {tokens}."
+            f"{HINT}AdapterRouting(max_tokens={tokens}, slots={slots})."
+        )
+    return problems + _token_problems(given, hidden)
+
+
+def _slot_dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+    """Of the tensors that hold a number for each slot."""
+    wide = torch.float64 if compute == torch.float64 else torch.float32
+    problems = []
+    for name, dtype in (("scalings", wide), ("ranks", torch.int32)):
+        if name in given and given[name].dtype != dtype:
+            problems.append(
+                f"{name} must be {name_of(dtype)}, got {name_of(given[name].dtype)}."
+                f"{HINT}use {name}.to(torch.{name_of(dtype)})."
+            )
+    return problems
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise a ValueError with a sentence for every problem, and the first cure, if there is one."""
     if problems:
         split = [problem.partition(HINT) for problem in problems]
         hints = [hint for _, _, hint in split if hint]

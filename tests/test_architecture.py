@@ -35,7 +35,10 @@ ROOMS = (
     "__main__",
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
+# The files of grouped/ stand on the floors of their namesakes, or on these.
+FLOORS = {"call": "spec", "routing": "ops"}
 BEHIND_KERNELS = {
+    "grouped.call",
     "backends.base", "backends.repeat", "backends.traffic",
     "spec", "results", "validation", "activations", "_torch", "_env",
 }  # fmt: skip
@@ -63,6 +66,11 @@ def module_of(path):
         .removesuffix("__init__")
         .rstrip(".")
     )
+
+
+def room_of(module):
+    room, _, file = module.partition(".")
+    return FLOORS.get(file, file) if room == "grouped" and file else room
 
 
 MODULES = {module_of(path) for path in SOURCES}
@@ -94,11 +102,11 @@ def is_within(name, package):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_point_down(path):
     module = module_of(path)
-    room = module.split(".")[0]
-    if room == "":
+    room = room_of(module)
+    if room in ("", "grouped"):
         return  # the package re-exports its public names
     for name in own_imports_of(path):
-        other = name.split(".")[0]
+        other = room_of(name)
         if other == "":
             assert RANK[room] > RANK["modules"], f"{module} imports the package that it is part of"
         elif other != room:
@@ -122,7 +130,7 @@ def test_no_modules_import_each_other():
 
 
 def test_every_room_is_known():
-    assert {module.split(".")[0] for module in MODULES} <= {*RANK, ""}
+    assert {room_of(module) for module in MODULES} <= {*RANK, "", "grouped"}
 
 
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
@@ -136,7 +144,9 @@ def test_kernel_backends_stand_alone(kernels):
 def test_the_registry_imports_no_backend():
     """It names them; they load at first use."""
     assert set(own_imports_of(PACKAGE / "backends/__init__.py")) == {"backends.base", "_torch"}
-    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {"results", "spec", "validation"}
+    assert set(own_imports_of(PACKAGE / "backends/base.py")) == {
+        "grouped.call", "results", "spec", "validation",
+    }  # fmt: skip
 
 
 def test_testing_is_for_check_and_tests():
@@ -230,6 +240,18 @@ SIGNATURES = {
     "AdapterNorm": "(adapter, norm)",
     "AdapterNorm.forward": "(self, x, residual='input', skip=None, *, prenorm=False)",
     "AdapterNorm.as_call": "(self, x, residual='input', skip=None, *, prenorm=False)",
+    "AdapterBank": "(hidden_size, max_bottleneck_size=64, slots=16, *, activation='gelu', "
+    "bias=True, residual='input', backend='auto', device=None, dtype=None)",
+    "AdapterBank.add": "(self, name, adapter)",
+    "AdapterBank.as_call": "(self, x, routing, skip=None, *, residual=None)",
+    "AdapterBank.forward": "(self, x, routing, skip=None, *, residual=None)",
+    "AdapterBank.ids": "(self, names)",
+    "AdapterBank.remove": "(self, name)",
+    "AdapterRouting": "(max_tokens, slots, *, device=None)",
+    "AdapterRouting.update": "(self, ids, *, seq_len=None, cu_seqlens=None)",
+    "grouped_bottleneck_adapter": "(x, down_weights, up_weights, routing, down_biases=None, "
+    "up_biases=None, ranks=None, *, residual='input', skip=None, activation='gelu', scalings=None, "
+    "backend='auto')",
     "explain": "(adapter, *args, **kwargs)",
     "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
     "use_backend": "(name)",

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import adapterkern
-from adapterkern.ops import _schema
+from adapterkern.ops import schema
 from adapterkern.results import Gradients, Needs
 from adapterkern.spec import OPTION_NAMES, TENSOR_NAMES, AdapterCall, make_call
 
@@ -140,7 +140,7 @@ def test_the_op_takes_the_fields_of_a_call_as_torch_itself_would_write_them():
     ]
     prototype.__signature__ = inspect.Signature(parameters, return_annotation=None)
     fields = torch.library.infer_schema(prototype, mutates_args=()).removesuffix(") -> ()")[1:]
-    assert fields == _schema(AdapterCall)
+    assert fields == schema(AdapterCall)
     results = "Tensor y, Tensor normed, Tensor z, Tensor mean, Tensor rstd"
     expected = f"(str backend, bool save, {fields}) -> ({results})"
     assert str(torch.ops.adapterkern.forward.default._schema) == f"adapterkern::forward{expected}"

@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from adapterkern.grouped.call import GroupedCall, GroupedGradients, GroupedNeeds
+from adapterkern.grouped.call import tensor_values as grouped_tensor_values
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients
 from adapterkern.spec import (
     NORM_NAMES,
@@ -24,6 +26,8 @@ FIRST_FEATURES = frozenset(
     | {"mixed_dtypes"}
 )
 NORM_FEATURES = frozenset(NORM_NAMES)
+# Of the op of many adapters alone.
+GROUPED_FEATURES = frozenset({"ranks", "gradient"})
 
 
 class BackendUnsupportedError(RuntimeError):
@@ -43,6 +47,7 @@ class Backend(ABC):
     dtypes: ClassVar[frozenset[torch.dtype]]
     activations: ClassVar[frozenset[str]]
     features: ClassVar[frozenset[str]]
+    routes: ClassVar[bool] = False  # whether `route` sorts tokens on its devices
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -101,6 +106,28 @@ class Backend(ABC):
         `needs.stream`; the gradients of residual and skip may be one tensor.
         """
 
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        """y, contiguous, and with `save` z as `empty_units` makes it, in the order of the tokens.
+
+        z is zero where a token has no adapter, and in units beyond the rank of its slot. Such units
+        of the weights and biases, and slots of rank 0, are not read: they may hold NaN.
+        """
+        raise NotImplementedError(self.name)
+
+    def grouped_backward(
+        self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
+    ) -> GroupedGradients:
+        """The gradients in `needs`, as `GroupedGradients` describes them.
+
+        `call` is as `GroupedCall.for_backward` makes it; z is there if `needs.z`; dy has the shape
+        and dtype of y and any strides.
+        """
+        raise NotImplementedError(self.name)
+
+    def route(self, ids: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Fill the buffers of an `AdapterRouting` for ids [T] int32, as `sort_tokens` does."""
+        raise NotImplementedError(self.name)
+
 
 def empty_outputs(call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
     """Room for what a forward writes, contiguous whatever the strides of the inputs are."""
@@ -122,14 +149,16 @@ def keeps_sum(call: AdapterCall, save: bool) -> bool:
     return save or call.prenorm or call.norm == "none"
 
 
-def unit_stride(call: AdapterCall) -> int:
+def unit_stride(call: AdapterCall | GroupedCall) -> int:
     """Elements from one row of z, dz or a to the next: R, rounded up to a multiple of 8, so that
     kernels read and write rows in vectors of 16 bytes whatever R is.
     """
     return -(-call.bottleneck_size // 8) * 8
 
 
-def empty_units(call: AdapterCall, *rows: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_units(
+    call: AdapterCall | GroupedCall, *rows: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Room for z, dz, a or sums of these, [*rows, R], in the compute dtype if no other is given.
 
     Rows are `unit_stride` elements apart. What lies between two rows is there but nobody's: it may
@@ -139,7 +168,7 @@ def empty_units(call: AdapterCall, *rows: int, dtype: torch.dtype | None = None)
     return room if call.bottleneck_size % 8 == 0 else room[..., : call.bottleneck_size]
 
 
-def unit_rows(call: AdapterCall, tensor: Tensor) -> Tensor:
+def unit_rows(call: AdapterCall | GroupedCall, tensor: Tensor) -> Tensor:
     """[T, R] in rows as `empty_units` makes them: the tensor itself, or a copy."""
     if tensor.stride() == (unit_stride(call), 1):
         return tensor
@@ -154,6 +183,15 @@ def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
             for t, need in zip(tensor_values(call), needs, strict=True)
         ]
     )
+
+
+def empty_grouped_gradients(call: GroupedCall, needs: GroupedNeeds) -> GroupedGradients:
+    """Room for the gradients asked for, but for those of residual and skip, which are dy itself."""
+    found = [
+        t.new_empty(shape_of(t)) if need and t is not None else None
+        for t, need in zip(grouped_tensor_values(call), needs, strict=False)
+    ]
+    return GroupedGradients(*found)._replace(residual=None, skip=None)
 
 
 def zero_gradients(call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs) -> Gradients:

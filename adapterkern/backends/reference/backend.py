@@ -1,8 +1,19 @@
 """Capabilities of the reference: every device and dtype, and every feature there is today."""
 
+from torch import Tensor
+
 from adapterkern import reference
 from adapterkern.activations import ACTIVATIONS
-from adapterkern.backends.base import FIRST_FEATURES, NORM_FEATURES, Backend, keeps_sum, unit_rows
+from adapterkern.backends.base import (
+    FIRST_FEATURES,
+    GROUPED_FEATURES,
+    NORM_FEATURES,
+    Backend,
+    keeps_sum,
+    unit_rows,
+)
+from adapterkern.grouped import reference as grouped_reference
+from adapterkern.grouped.call import OPERATION, GroupedCall, GroupedGradients, GroupedNeeds
 from adapterkern.results import Gradients, Needs, Outputs, Saved
 from adapterkern.spec import PLAIN_FEATURES, AdapterCall
 from adapterkern.validation import FLOAT_DTYPES
@@ -15,7 +26,8 @@ class ReferenceBackend(Backend):
     devices = None  # all: it is plain PyTorch
     dtypes = frozenset(FLOAT_DTYPES)
     activations = frozenset(ACTIVATIONS)
-    features = FIRST_FEATURES | NORM_FEATURES | PLAIN_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES | GROUPED_FEATURES | PLAIN_FEATURES
+    operations = frozenset({"bottleneck_adapter", OPERATION})
 
     def unavailable_reason(self) -> None:
         return None
@@ -34,3 +46,12 @@ class ReferenceBackend(Backend):
         self, call: AdapterCall, saved: Saved, upstream: Outputs, needs: Needs
     ) -> Gradients:
         return reference.backward(call, saved, upstream, needs)
+
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        y, z = grouped_reference.forward(call)
+        return y, unit_rows(call, z) if save else None
+
+    def grouped_backward(
+        self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
+    ) -> GroupedGradients:
+        return grouped_reference.backward(call, z, dy, needs)
