@@ -102,7 +102,8 @@ def _telling(result: Result) -> list[Row]:
     kept = [
         row
         for row in rows
-        if row.case.tokens in TOKENS
+        if row.case.kind != "many"
+        and row.case.tokens in TOKENS
         and row.case.dtype == "bf16"
         and row.case.mode in ("forward", "step")
     ]

@@ -27,6 +27,7 @@ CALIBRATION = {
 SHARE = {"triton": 0.8, "cuda": 0.9, "plain": 0.32, "adapterhub": 0.23, "addmm": 0.3}
 SHARE |= {"compile": 0.4, "cublaslt": 0.55, "lora": 0.25, "limit": 0.98}
 SHARE |= {"separate": 0.5, "no-adapter": 0.6}
+SHARE |= {"single": 0.82, "loop": 0.1, "lora-mixed": 0.2, "routing": 0.9}
 
 
 def timing(value):
