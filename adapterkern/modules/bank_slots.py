@@ -193,6 +193,7 @@ class AdapterSlots(nn.Module):
         if self.scalings.dtype not in (torch.float32, torch.float64):  # as kernels read them
             self.scalings = scalings.to(self.scalings.device, torch.float32)
         self._put_into_slots()
+        self.ranks.zero_()
         self._write_facts(self._slot_of)  # which to_empty has forgotten
         return self
 
