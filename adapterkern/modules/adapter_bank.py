@@ -1,7 +1,7 @@
 """`AdapterBank`: many adapters of one place in a model, of which each token takes its own."""
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from adapterkern.grouped import functional, ops, reference
 from adapterkern.grouped.call import GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
 from adapterkern.modules.bank_parts import parts_of
-from adapterkern.modules.bank_slots import AdapterSlots, parameters_of
+from adapterkern.modules.bank_slots import Adapters, AdapterSlots, parameters_of
 from adapterkern.modules.bottleneck import BottleneckAdapter
-
-_Adapters = Sequence[tuple[int, Sequence[Tensor | None]]]
 
 
 class AdapterBank(AdapterSlots):
@@ -216,48 +214,34 @@ class AdapterBank(AdapterSlots):
         if not in_graph and self._last() is not routing:
             self._routings.add(routing)
             self._last = weakref.ref(routing)
-        adapters, are_slots = self._adapters_of(routing, in_graph)
-        records = torch.is_grad_enabled() and any(
+        adapters, are_slots = self._adapters_of()
+        records = torch.is_grad_enabled()
+        if records and not in_graph:
+            used = routing.used_slots()  # waits for the device, if that alone knows
+            adapters = [adapter for adapter in adapters if adapter[0] in used]
+        records = records and any(
             p is not None and p.requires_grad for _, parameters in adapters for p in parameters
         )
+        stacks: dict[str, Any] = self._buffers  # asked for once: nn.Module searches for them
         call = make_grouped_call(
-            x, self.down_weights, self.up_weights, self.down_biases, self.up_biases,
-            self.residual if residual is None else residual, skip, self.scalings, self.ranks,
-            routing.buffers(), self.activation, records,
+            x, stacks["down_weights"], stacks["up_weights"], stacks["down_biases"],
+            stacks["up_biases"], self.residual if residual is None else residual, skip,
+            stacks["scalings"], stacks["ranks"], routing.buffers(), self.activation, records,
         )  # fmt: skip
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
             return ops.with_stacks(call, _leaves_of(adapters)), ops.NO_LEAVES
         return call, _leaves_of(adapters) if records else ops.NO_LEAVES
 
-    def _adapters_of(self, routing: AdapterRouting, in_graph: bool) -> tuple[_Adapters, bool]:
-        """Slot and parameters of the adapters that a batch takes, and whether they lie there."""
-        if in_graph or type(self.down_weights) is not Tensor:  # where no tensor has an address
+    def _adapters_of(self) -> tuple[Adapters, bool]:
+        """The adapters, and whether their parameters lie in the slots."""
+        # Tensors that a graph is made of, and fake ones, have no address.
+        if torch.compiler.is_compiling() or type(self.down_weights) is not Tensor:
             for name in self._slot_of:
-                self._follow(name, self.adapters[name].__dict__)
+                self._follow(name, self.adapters[name])
             every = [(slot, parameters_of(self.adapters[n])) for n, slot in self._slot_of.items()]
             return every, not _torch.functorch_is_active()
-        used = routing.used
-        if used is None and torch.is_grad_enabled():
-            used = routing.used_slots()  # waits for the device
-        are_slots = not _torch.functorch_is_active()
-        adapters = []
-        for name, binding in self._bound(used):
-            self._follow(name, binding.state)
-            are_slots &= binding.is_in_slot
-            adapters.append((binding.slot, binding.parameters))
-        return adapters, are_slots
-
-    def _follow(self, name: str, state: dict[str, Any]) -> None:
-        """Follow a scaling that was set on an adapter; refuse what a bank cannot follow."""
-        if state["activation"] != self.activation or state["dropout"]:
-            raise ValueError(
-                f"adapter {name!r} must keep the bank's activation, {self.activation}, and a "
-                f"dropout of 0, got {state['activation']} and {state['dropout']}."
-            )
-        scale = state.get("scaling")  # a learned one is no attribute
-        if scale is not None and scale != self._scales[name]:
-            self._scales[name] = scale
-            self._write_facts([name])
+        bindings = self._bound()
+        return bindings.adapters, bindings.are_in_slots and not _torch.functorch_is_active()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -288,7 +272,7 @@ def _in_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _leaves_of(adapters: _Adapters) -> ops.Leaves:
+def _leaves_of(adapters: Adapters) -> ops.Leaves:
     leaves = [
         (kind, slot, parameter)
         for slot, parameters in adapters

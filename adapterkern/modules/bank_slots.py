@@ -1,6 +1,7 @@
 """`AdapterSlots`: the memory of a bank, and adapters whose parameters lie in it."""
 
 import functools
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,31 +25,28 @@ _STACK_OF = {
 assert tuple(_STACK_OF.values()) == ops.KINDS
 
 
-class Binding(NamedTuple):
-    """An adapter as it was when its parameters were last looked for."""
+Adapters = Sequence[tuple[int, Sequence[Tensor | None]]]  # slot, parameters as `parameters_of`
 
-    slot: int
-    state: dict[str, Any]  # of the adapter; then the parameters of its projections by name
-    down: dict[str, Tensor | None]
-    up: dict[str, Tensor | None]
-    parameters: tuple[Tensor | None, ...]  # in the order of `ops.KINDS`
-    given: tuple[Tensor, ...]  # those that are there, and their addresses
-    addresses: tuple[int, ...]
-    is_in_slot: bool
 
-    def holds(self) -> bool:
-        """Whether all is where it was. A bank asks at every call, so this reads dicts."""
-        modules, down, up = self.state["_modules"], self.down, self.up
-        down_weight, up_weight, down_bias, up_bias, scaling = self.parameters
+class Bindings(NamedTuple):
+    """All adapters of a bank, as they were when last looked at."""
+
+    adapters: Adapters
+    are_in_slots: bool
+    options: list[tuple[Any, ...]]
+    options_in: list[dict[str, Any]]
+    objects: list[Any]  # projections and parameters, with where each is: a dict, and its key there
+    objects_in: list[tuple[dict[str, Any], str]]
+    parameters: list[Tensor]
+    addresses: list[int]
+
+    def hold(self) -> bool:
+        """Whether nothing has changed. A bank asks at every call, so this reads dicts alone."""
         return (
-            modules["down_proj"].__dict__["_parameters"] is down
-            and modules["up_proj"].__dict__["_parameters"] is up
-            and down.get("weight") is down_weight
-            and up.get("weight") is up_weight
-            and down.get("bias") is down_bias
-            and up.get("bias") is up_bias
-            and self.state["_parameters"].get("scaling") is scaling
-            and tuple(map(Tensor.data_ptr, self.given)) == self.addresses
+            [(s.get("scaling"), s["activation"], s["dropout"]) for s in self.options_in]
+            == self.options
+            and all(map(operator.is_, [d.get(key) for d, key in self.objects_in], self.objects))
+            and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
         )
 
 
@@ -88,7 +86,7 @@ class AdapterSlots(nn.Module):
         self.adapters = nn.ModuleDict()
         self._slot_of: dict[str, int] = {}
         self._scales: dict[str, float] = {}  # what `scalings` holds of adapters that learn none
-        self._bindings: dict[str, Binding] = {}
+        self._bindings: Bindings | None = None
         self.register_state_dict_post_hook(_give_own_memory)
         self.register_load_state_dict_post_hook(_rebind)
 
@@ -111,6 +109,7 @@ class AdapterSlots(nn.Module):
         self.adapters[name] = adapter
         self._slot_of[name], self._scales[name] = slot, parts.scaling
         self._write_facts([name])
+        self._bindings = None
         return adapter
 
     @torch.no_grad()
@@ -129,45 +128,62 @@ class AdapterSlots(nn.Module):
         for stack in (self.ranks, self.scalings):
             stack[slot].zero_()
         del self.adapters[name], self._slot_of[name], self._scales[name]
-        self._bindings.pop(name, None)
+        self._bindings = None
 
     # Where the parameters lie
 
-    def _bound(self, slots: Collection[int] | None) -> list[tuple[str, Binding]]:
-        """The adapters of these slots, or all, by name."""
-        bindings = self._bindings
-        for name, slot in self._slot_of.items():
-            if slots is None or slot in slots:
-                binding = bindings.get(name)
-                if binding is None or not binding.holds():
-                    bindings[name] = self._binding_of(name)
-        return [
-            (name, bindings[name])
-            for name, slot in self._slot_of.items()
-            if slots is None or slot in slots
-        ]
+    def _bound(self) -> Bindings:
+        """The adapters as they are, with scalings that were set on them written to their slots."""
+        if self._bindings is None or not self._bindings.hold():
+            self._bindings = self._bind()
+        return self._bindings
 
-    def _binding_of(self, name: str) -> Binding:
-        adapter: Any = self.adapters[name]
-        slot, down, up = self._slot_of[name], adapter.down_proj, adapter.up_proj
-        if not is_linear(down) or not is_linear(up):
+    def _bind(self) -> Bindings:
+        found = Bindings([], True, [], [], [], [], [], [])
+        adapters, are_in_slots = [], True
+        stacks = [getattr(self, kind) for kind in ops.KINDS]
+        for name, slot in self._slot_of.items():
+            adapter: Any = self.adapters[name]
+            self._follow(name, adapter)
+            state, down, up = adapter.__dict__, adapter.down_proj, adapter.up_proj
+            found.options.append((state.get("scaling"), adapter.activation, adapter.dropout))
+            found.options_in.append(state)
+            found.objects_in.extend([
+                (adapter._modules, "down_proj"), (adapter._modules, "up_proj"),
+                (down._parameters, "weight"), (up._parameters, "weight"),
+                (down._parameters, "bias"), (up._parameters, "bias"),
+                (adapter._parameters, "scaling"),
+            ])  # fmt: skip
+            parameters = parameters_of(adapter)
+            adapters.append((slot, parameters))
+            for parameter, stack in zip(parameters, stacks, strict=True):
+                if parameter is not None:
+                    found.parameters.append(parameter)
+                    are_in_slots &= stack is not None and lies_in(parameter, stack, slot)
+        found.objects.extend(places.get(key) for places, key in found.objects_in)
+        found.addresses.extend(map(Tensor.data_ptr, found.parameters))
+        return found._replace(adapters=adapters, are_in_slots=are_in_slots)
+
+    def _follow(self, name: str, adapter: Any) -> None:
+        """Follow a scaling that was set on an adapter; refuse what a bank cannot follow."""
+        if not is_linear(adapter.down_proj) or not is_linear(adapter.up_proj):
+            kinds = (
+                type(projection).__name__ for projection in (adapter.down_proj, adapter.up_proj)
+            )
             raise ValueError(
                 f"the projections of adapter {name!r} must stay plain linear layers, got "
-                f"{type(down).__name__} and {type(up).__name__}.\n"
+                f"{' and '.join(kinds)}.\n"
                 "  hint: a bank reads weights and calls no projection; run such an adapter alone."
             )
-        parameters = parameters_of(adapter)
-        pairs = [
-            (p, getattr(self, kind))
-            for p, kind in zip(parameters, ops.KINDS, strict=True)
-            if p is not None
-        ]
-        given = tuple(p for p, _ in pairs)
-        return Binding(
-            slot, adapter.__dict__, down._parameters, up._parameters, parameters, given,
-            tuple(map(Tensor.data_ptr, given)),
-            all(lies_in(p, stack, slot) for p, stack in pairs),
-        )  # fmt: skip
+        if adapter.activation != self.activation or adapter.dropout:
+            raise ValueError(
+                f"adapter {name!r} must keep the bank's activation, {self.activation}, and a "
+                f"dropout of 0, got {adapter.activation} and {adapter.dropout}."
+            )
+        scale = adapter.scaling
+        if not isinstance(scale, Tensor) and scale != self._scales[name]:
+            self._scales[name] = scale
+            self._write_facts([name])
 
     def _view(self, key: str, slot: int, shape: Sequence[int]) -> Tensor:
         stack = getattr(self, _STACK_OF[key])
@@ -176,7 +192,7 @@ class AdapterSlots(nn.Module):
     @torch.no_grad()
     def _put_into_slots(self) -> None:
         """Let parameters that torch put elsewhere lie in their slots again, with their values."""
-        self._bindings = {}
+        self._bindings = None
         for name, slot in self._slot_of.items():
             for key, parameter in self.adapters[name].named_parameters():
                 stack = getattr(self, _STACK_OF.get(key, ""), None)
@@ -200,7 +216,7 @@ class AdapterSlots(nn.Module):
     # Copies and state dicts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bindings": {}}
+        return {**self.__dict__, "_bindings": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
