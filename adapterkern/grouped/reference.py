@@ -118,7 +118,11 @@ def without_adapter(call: GroupedCall, copies: bool = True) -> Tensor:
 
 
 def groups(call: GroupedCall) -> Iterator[tuple[int, int, Tensor]]:
-    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device."""
+    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device; on the
+    meta device, where nothing tells them, there are none.
+    """
+    if call.slot_offsets.is_meta:
+        return
     starts = call.slot_offsets.tolist()
     ranks = None if call.ranks is None else call.ranks.tolist()
     for slot in range(call.slots):

@@ -186,7 +186,7 @@ class AdapterBank(AdapterSlots):
                 `adapterkern.grouped_bottleneck_adapter`.
         """
         call, leaves = self._prepared(x, routing, skip, residual)
-        if routing.used == () and not _in_graph(x):
+        if not _in_graph(x) and routing.used == ():  # in this order: a graph would be of that batch
             functional.validated(call)
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
@@ -269,7 +269,8 @@ class AdapterBank(AdapterSlots):
 
 def _in_graph(x: Tensor) -> bool:
     """Whether a graph is being made, whose batches are not the one at hand."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
+    return tracing or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _leaves_of(adapters: Adapters) -> ops.Leaves:
