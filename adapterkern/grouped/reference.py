@@ -22,7 +22,8 @@ def forward(call: GroupedCall) -> tuple[Tensor, Tensor]:
         flat = y.view(-1, call.hidden_size)
         for slot, rank, tokens in groups(call):
             outputs, saved = reference.forward(of_slot(call, slot, rank, tokens))
-            assert outputs.y is not None and saved.z is not None
+            assert outputs.y is not None
+            assert saved.z is not None
             flat[tokens] = outputs.y.to(y.dtype)
             z[tokens, :rank] = saved.z
     return y, z
@@ -117,7 +118,11 @@ def without_adapter(call: GroupedCall, copies: bool = True) -> Tensor:
 
 
 def groups(call: GroupedCall) -> Iterator[tuple[int, int, Tensor]]:
-    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device."""
+    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device; on the
+    meta device, where nothing tells them, there are none.
+    """
+    if call.slot_offsets.is_meta:
+        return
     starts = call.slot_offsets.tolist()
     ranks = None if call.ranks is None else call.ranks.tolist()
     for slot in range(call.slots):

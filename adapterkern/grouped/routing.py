@@ -1,5 +1,6 @@
 """`AdapterRouting`: which adapter each token of a batch takes."""
 
+import itertools
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern import _torch
 from adapterkern.backends import NAMES, get
 from adapterkern.grouped.call import TILE
 
@@ -106,10 +108,7 @@ class AdapterRouting:
         found = _as_ids(ids)
         if seq_len is not None and cu_seqlens is not None:
             raise ValueError("seq_len and cu_seqlens both say how long sequences are; give one.")
-        if found.device.type in ("cpu", "meta"):
-            self.used = self._checked(found)
-        else:
-            self.used = None
+        self.used = self._checked(found)
         tokens = self._of_tokens(found.to(self.device, torch.int32), seq_len, cu_seqlens)
         if len(tokens) > self.max_tokens:
             raise ValueError(
@@ -147,10 +146,12 @@ class AdapterRouting:
             f"num_tokens={self.num_tokens}, device={str(self.device)!r})"
         )
 
-    def _checked(self, ids: Tensor) -> tuple[int, ...]:
-        """The slots among ids that the host has."""
-        if ids.device.type == "meta":
+    def _checked(self, ids: Tensor) -> tuple[int, ...] | None:
+        """The slots among ids, where the host has these; any, where nothing has."""
+        if _is_traced(ids) or ids.is_meta:
             return tuple(range(self.slots))
+        if not ids.is_cpu:
+            return None
         named = ids.unique().tolist()
         wrong = [i for i in named if not -1 <= i < self.slots]
         if wrong:
@@ -184,7 +185,7 @@ class AdapterRouting:
         count = self.max_tokens
         if not self._ragged:
             ends = bounds.tolist()
-            if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            if ends[0] != 0 or any(a > b for a, b in itertools.pairwise(ends)):
                 raise ValueError(f"cu_seqlens must begin with 0 and not fall, got {ends[:8]}.")
             count = ends[-1]
             if count > self.max_tokens:
@@ -215,6 +216,12 @@ def _router(device: torch.device) -> Any:
         if fits and backend.unavailable_reason() is None:
             return backend
     return None
+
+
+def _is_traced(ids: Tensor) -> bool:
+    """Whether the values of ids are those of no batch, or of one of many to come."""
+    tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
+    return tracing or type(ids) is not Tensor
 
 
 def _is_integer(value: Any) -> bool:
