@@ -108,7 +108,7 @@ def _report() -> list[Step]:
         Commands("parity", 55, {**_shards("cuda", 3), **_shards("triton", PROCESSES - 3)}),
         Measure("calibration", 20, (workload.CALIBRATE,)),
         Measure("compiled", 97, workload.COMPARED),
-        Measure("adapters", 127, workload.REPORTED + workload.SPECIAL + workload.NORMED),
+        Measure("adapters", 128, workload.REPORTED + workload.SPECIAL + workload.NORMED),
         Measure("many adapters", 31, workload.MANY),
         Measure("models", 87, (workload.CALIBRATE_AGAIN, *workload.MODELS)),
         Measure("autotuned", 48, (workload.AUTOTUNED,)),
