@@ -31,16 +31,29 @@ def tokens_of(order_ptr, row, last, num_tokens):
 
 
 @triton.jit
-def rank_of(ranks_ptr, slot, slots, bottleneck_size):
+def rank_of(slot, ranks_ptr, slots, bottleneck_size):
     """The units of a slot; 0 where there is no adapter, so that nothing of one is read."""
     exists = (slot >= 0) & (slot < slots)
-    rank = tl.where(exists, bottleneck_size, 0)
-    if ranks_ptr is not None:
-        rank = tl.minimum(rank, tl.load(ranks_ptr + slot, mask=exists, other=0))
+    if ranks_ptr is None:
+        rank = tl.where(exists, bottleneck_size, 0)
+    else:
+        rank = tl.load(ranks_ptr + slot, mask=exists, other=0)
+        rank = tl.maximum(tl.minimum(rank, bottleneck_size), 0)
     return rank
 
 
 @triton.jit
-def scaling_of(scalings_ptr, slot, rank):
-    """The scaling of a slot that has units; else 0."""
-    return tl.load(scalings_ptr + slot, mask=rank > 0, other=0.0)
+def moved(ptr, slot, elements):
+    """The pointer to a slot, `elements` long each; of a tensor that may be absent."""
+    if ptr is not None:
+        ptr += slot.to(tl.int64) * elements
+    return ptr
+
+
+@triton.jit
+def scale_of(scalings_ptr, slot, exists):
+    """The scaling of a slot that exists, else 0; None, as `scaled` takes it, without scalings."""
+    scale = None
+    if scalings_ptr is not None:
+        scale = tl.load(scalings_ptr + slot, mask=exists, other=0.0)
+    return scale

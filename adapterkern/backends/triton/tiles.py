@@ -150,11 +150,10 @@ def load_up_tile(
     ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr,
     stride_feature=None,
 ):  # fmt: skip
-    """Load [BLOCK_H, BLOCK_R] of W_up [H, R]; zeros out of bounds. stride_feature: from one row to
-    the next where that is not R."""
-    if stride_feature is None:
-        stride_feature = bottleneck_size
-    offsets = feature[:, None] * stride_feature + unit[None, :]
+    """Load [BLOCK_H, BLOCK_R] of W_up [H, R], whose rows are `stride_feature` elements apart if not
+    R; zeros out of bounds."""
+    stride = bottleneck_size if stride_feature is None else stride_feature
+    offsets = feature[:, None] * stride + unit[None, :]
     if EVEN_R and EVEN_H:
         tile = tl.load(ptr + offsets)
     else:

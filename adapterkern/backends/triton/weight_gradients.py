@@ -258,7 +258,8 @@ def bottleneck_bwd_dw_sum_kernel(
     if tl.program_id(1) == 0:
         sum_down(
             part_down_ptr, part_down_bias_ptr, d_down_ptr, d_down_bias_ptr,
-            hidden_size, bottleneck_size, bottleneck_size, num_splits, BLOCK_S, 8, BLOCK_H * BLOCK_R // 8,
+            hidden_size, bottleneck_size, bottleneck_size, num_splits,
+            BLOCK_S, 8, BLOCK_H * BLOCK_R // 8,
         )  # fmt: skip
     else:
         sum_up(
