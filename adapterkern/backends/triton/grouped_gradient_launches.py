@@ -177,9 +177,10 @@ class GradientLaunches:
         scalings, ranks = packed(call.scalings), packed(call.ranks)
         x, whole = optional_rows(call.x), not needs.scalings
         x_bytes = call.x.element_size() if x is not None else 0
-        stages = gradient_stages(
+        # A load whose address another load brings is two of the pipeline's steps behind it.
+        stages = 2 * gradient_stages(
             config, device, x_bytes + dy.element_size(), 2 * call.compute_dtype.itemsize
-        )
+        ) - 1  # fmt: skip
         blocks = cdiv(hidden, config.block_h) * chunks.segments, cdiv(bottleneck, config.block_r)
         self._launch(
             grouped_weight_gradients.grouped_bwd_dw_kernel, blocks,

@@ -97,14 +97,13 @@ def grouped_bwd_dw_kernel(
     d_down = tl.where(unit[:, None] < rank, d_down, 0.0)
     d_up = tl.where(unit[:, None] < rank, d_up, 0.0)
     dz_total = tl.where(unit[None, :] < rank, dz_total, 0.0)
-    if WHOLE:
-        if is_whole:
-            store_sums(
-                d_down, d_up, dz_total, dy_total, None, scale_of(scalings_ptr, slot, True),
-                d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr, slot,
-                feature, unit, feature_block, unit_block, hidden_size, bottleneck_size, False,
-            )  # fmt: skip
-            return
+    if WHOLE and is_whole:
+        store_sums(
+            d_down, d_up, dz_total, dy_total, None, scale_of(scalings_ptr, slot, True),
+            d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr, slot,
+            feature, unit, feature_block, unit_block, hidden_size, bottleneck_size, False,
+        )  # fmt: skip
+        return
     store_sums(
         d_down, d_up, dz_total, dy_total, None, None,
         part_down_ptr, part_up_ptr, part_down_bias_ptr, part_up_bias_ptr, segment,
@@ -134,9 +133,8 @@ def grouped_bwd_dw_sum_kernel(
     rank = rank_of(slot, ranks_ptr, slots, bottleneck_size)
     chunk = begin // chunk_rows
     count = tl.where((begin < end) & (rank > 0), (end - 1) // chunk_rows - chunk + 1, 0)
-    if WHOLE:
-        if count == 1:
-            return
+    if WHOLE and count == 1:
+        return
     rank = tl.where(count > 0, rank, 0)
     weight, segment = hidden_size * bottleneck_size, chunk + slot
     if tl.program_id(1) == 0:
