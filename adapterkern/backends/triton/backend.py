@@ -29,13 +29,15 @@ from adapterkern.backends.triton.launch_config import (
     Split,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
+from adapterkern.grouped.call import OPERATION, GroupedCall, option_values
+from adapterkern.grouped.call import tensor_values as grouped_tensor_values
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 try:
     from triton import knobs
 
-    from adapterkern.backends.triton import launcher
+    from adapterkern.backends.triton import grouped_launches, launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.norm_launches import NormLaunches, stream_of
 
@@ -57,10 +59,12 @@ class TritonBackend(Backend):
     """Triton kernels on NVIDIA GPUs; on CPU tensors only in Triton's interpreter."""
 
     name = "triton"
+    operations = Backend.operations | {OPERATION}
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
-    features = FIRST_FEATURES | NORM_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES | {"ranks"}
+    routes = True
 
     def unavailable_reason(self) -> str | None:
         if _IMPORT_ERROR is not None:
@@ -178,6 +182,37 @@ class TritonBackend(Backend):
             weights = weight_gradient_plan(weights_problem(call, call.x, dy, device), device)
             sums = launches.weight_gradients(dy, dz, a, out, needs, weights)
         return *out, sums, ds if needs.added else None
+
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        y, z = launcher.run(
+            grouped_tensor_values(call),
+            ("grouped", save, allow_tf32(), option_values(call)),
+            lambda recording: self._grouped_forward(call, save, recording),
+        )
+        return y, z
+
+    def _grouped_forward(
+        self, call: GroupedCall, save: bool, recording
+    ) -> tuple[Tensor | None, ...]:
+        x, device = rows(call.x), _device(call.x.device)
+        y = recording.own(x.new_empty(call.x.shape, dtype=call.output_dtype))
+        z = recording.own(empty_units(call, call.num_tokens)) if save else None
+        if call.x.numel() == 0:
+            return y, z
+        plan = grouped_launches.forward_plan(grouped_launches.grouped_problem(call, device), device)
+        launches = grouped_launches.GroupedForward(call, recording, device)
+        if isinstance(plan, RowBlock):
+            launches.tiled(x, y, z, plan.kernel)
+        else:
+            launches.by_row(x, y, z, plan)
+        return y, z
+
+    def route(self, ids: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        def launch(recording) -> tuple[()]:
+            grouped_launches.route(ids, buffers, recording)
+            return ()
+
+        launcher.run((ids, *buffers), ("route",), launch)
 
 
 def forward_norm_plan(

@@ -193,13 +193,13 @@ def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
 
 def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
     """Return the tallest row block of which most SMs get one; None if there is none."""
-    for config in _row_blocks(problem, device):
+    for config in row_blocks(problem, device):
         if 4 * cdiv(problem.num_tokens, config.block_t) >= 3 * device.num_sms:
             return config
     return None
 
 
-def _row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
+def row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
     """Return the row blocks for a problem, the tallest first.
 
     Those of half precision were measured, on an H200 (docs/performance.md): four warps are one
