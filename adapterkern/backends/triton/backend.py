@@ -45,7 +45,7 @@ from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 try:
     from triton import knobs
 
-    from adapterkern.backends.triton import grouped_gradient_launches, launcher
+    from adapterkern.backends.triton import grouped_gradient_launches, grouped_launches, launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.norm_launches import NormLaunches, stream_of
 
@@ -74,6 +74,7 @@ class TritonBackend(Backend):
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
     features = FIRST_FEATURES | NORM_FEATURES | GROUPED_FEATURES
+    routes = True
 
     def unavailable_reason(self) -> str | None:
         if _IMPORT_ERROR is not None:
@@ -193,6 +194,37 @@ class TritonBackend(Backend):
             weights = weight_gradient_plan(weights_problem(call, call.x, dy, device), device)
             sums = launches.weight_gradients(dy, dz, a, out, needs, weights)
         return *out, sums, ds if needs.added else None
+
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        y, z = launcher.run(
+            grouped_tensor_values(call),
+            ("grouped", save, allow_tf32(), option_values(call)),
+            lambda recording: self._grouped_forward(call, save, recording),
+        )
+        return y, z
+
+    def _grouped_forward(
+        self, call: GroupedCall, save: bool, recording
+    ) -> tuple[Tensor | None, ...]:
+        x, device = rows(call.x), _device(call.x.device)
+        y = recording.own(x.new_empty(call.x.shape, dtype=call.output_dtype))
+        z = recording.own(empty_units(call, call.num_tokens)) if save else None
+        if call.x.numel() == 0:
+            return y, z
+        plan = grouped_launches.forward_plan(grouped_launches.grouped_problem(call, device), device)
+        launches = grouped_launches.GroupedForward(call, recording, device)
+        if isinstance(plan, RowBlock):
+            launches.tiled(x, y, z, plan.kernel)
+        else:
+            launches.by_row(x, y, z, plan)
+        return y, z
+
+    def route(self, ids: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        def launch(recording) -> tuple[()]:
+            grouped_launches.route(ids, buffers, recording)
+            return ()
+
+        launcher.run((ids, *buffers), ("route",), launch)
 
     def grouped_backward(
         self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
