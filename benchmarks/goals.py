@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from adapterkern.backends import NAMES
+from adapterkern.bench import roofline
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.results import ModelRow, Result, Row
 from benchmarks.judge import TF32, Judge, Verdict, over
@@ -184,13 +185,17 @@ def _many(judge: Judge) -> list[Verdict]:
     def distinct(case: BenchCase) -> bool:
         return case.mix == "even" and case.adapters >= 64 and case.rows == 1
 
+    def beyond_bytes(row: Row) -> float | None:
+        found = over("single")(row)
+        bytes_of_one = roofline.moved_bytes(row.case, "single") / roofline.moved_bytes(row.case)
+        return None if found is None else found * bytes_of_one
+
     forward = judge.of("forward", shared)
     decode = judge.of("forward", distinct)
+    promise = "16 adapters of 128 rows and more, of one adapter's time"
     return [
-        forward.most(
-            *("many", "16 adapters of 128 rows and more, of one adapter's time"),
-            *(over("single"), 1.10, "x"),
-        ),
+        forward.most("many", promise, over("single"), 1.10, "x"),
+        forward.most("many", f"{promise}, by their bytes", beyond_bytes, 1.10, "x"),
         decode.least(
             *("many", "decode with every token's own adapter, of the copy bandwidth"),
             *(lambda row: row.floor_fraction, 0.80, _share),

@@ -1,0 +1,126 @@
+"""Predicts calls of many adapters in one batch from the bytes of their plans, beside one adapter on
+as many tokens, a loop over the adapters and a copy.
+
+    python -m benchmarks model
+
+One adapter is predicted from its own plan, the loop from its bytes and its launches alone
+(`roofline`), which leaves out what the host needs for so many of them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from adapterkern.backends.traffic import Traffic
+from adapterkern.bench import roofline
+from adapterkern.bench.cases import BenchCase
+from benchmarks import model
+from benchmarks.model import Card, Prediction
+
+# (H, adapters, tokens of each, mix): decoding, prompts, and what the goals ask for.
+CASES = (
+    (4096, 16, 1, "even"),
+    (4096, 64, 1, "even"),
+    (1024, 16, 32, "even"),
+    (1024, 16, 128, "even"),
+    (4096, 16, 128, "even"),
+    (1024, 64, 128, "zipf"),
+    (1024, 16, 1024, "even"),
+    (1024, 16, 128, "none"),
+)
+BOTTLENECK = 64
+
+
+class Beside(NamedTuple):
+    """A prediction, and the seconds of one adapter on all tokens, of a loop, and of a copy."""
+
+    prediction: Prediction
+    single: float
+    loop: float | None  # None where no token has an adapter
+    copy: float
+
+
+def triton_calls(case: BenchCase, card: Card, save: bool = False) -> tuple[str, list[Traffic]]:
+    """The form and the kernels that the triton backend would launch for a bfloat16 batch whose
+    slots are its adapters."""
+    from adapterkern.backends.triton import (
+        grouped_gradient_launches,
+        grouped_launches,
+        grouped_traffic,
+        launch_config,
+    )
+
+    device = launch_config.Device(card.num_sms, card.shared_memory)
+    problem = launch_config.Problem(
+        case.tokens, case.hidden_size, case.bottleneck_size, False, False
+    )
+    counts = Counter(case.adapter_of_sequences())
+    batch = grouped_traffic.Batch(
+        tuple(counts[slot] * case.rows for slot in range(case.adapters)), counts[-1] * case.rows
+    )
+    plan = grouped_launches.forward_plan(problem, device)
+    form = "tiled" if isinstance(plan, launch_config.RowBlock) else "by row"
+    forward = grouped_traffic.forward(
+        problem, plan, device, batch, save=save or case.mode == "step"
+    )
+    if case.mode == "forward":
+        return form, forward
+    tokens = grouped_gradient_launches.token_plan(problem, device)
+    config = launch_config.weight_gradient_plan(problem, device).kernel
+    chunks = grouped_gradient_launches.Chunks.of(problem, case.adapters, config, device)
+    backward = [
+        *grouped_traffic.input_gradient(problem, tokens, device, batch),
+        *grouped_traffic.weight_gradients(problem, config, chunks, device, batch),
+    ]
+    return form, forward + backward if case.mode == "step" else backward
+
+
+def predictions(card: Card, cases: Sequence[tuple[int, int, int, str]] = CASES) -> Iterator[Beside]:
+    """Each case's forward, and the step of those in which adapters share the training."""
+    for hidden, adapters, rows, mix in cases:
+        for mode in ("forward", "step") if rows > 1 and mix != "none" else ("forward",):
+            case = BenchCase(
+                hidden, BOTTLENECK, adapters * rows, mode=mode, adapters=adapters, mix=mix
+            )
+            yield predict(case, card)
+
+
+def predict(case: BenchCase, card: Card) -> Beside:
+    """What the model says of one batch."""
+    form, kernels = triton_calls(case, card)
+    one = replace(case, adapters=0, mix="even")
+    calls = [one] if case.mode != "step" else [replace(one, mode="forward"), _backward(one)]
+    save = case.mode == "step"
+    single = [kernel for call in calls for kernel in model.triton_calls(call, card, save)[1]]
+    machine = roofline.Machine(card.copy_bandwidth, card.matrix_rate, card.near_empty)
+    return Beside(
+        model.predict(case, "triton", form, kernels, card),
+        model.seconds(single, card),
+        roofline.seconds(case, machine, "loop") if case.used_adapters else None,
+        card.near_empty + roofline.moved_bytes(case, "limit") / card.copy_bandwidth,
+    )
+
+
+def _backward(case: BenchCase) -> BenchCase:
+    return replace(case, mode="backward")
+
+
+def table(rows: Sequence[Beside]) -> str:
+    """A Markdown table of predictions."""
+    lines = [
+        "| many adapters (bf16), of R 64 | Triton, form | HBM / floor | predicted us "
+        "| over one adapter | loop us | over a copy | % of floor | bound by |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        found, case = row.prediction, row.prediction.case
+        each = f"{case.adapters} x {case.tokens // case.adapters} tokens"
+        mix = {"even": "", "zipf": ", Zipf", "none": ", none taken"}[case.mix]
+        loop = "-" if row.loop is None else f"{row.loop * 1e6:.0f}"
+        lines.append(
+            f"| {case.mode} {each}{mix}, H {case.hidden_size} | {found.form} | {found.hbm:.2f} "
+            f"| {found.seconds * 1e6:.1f} | {found.seconds / row.single:.2f} | {loop} "
+            f"| {found.seconds / row.copy:.2f} | {100 * found.fraction:.0f} | {found.limit} |"
+        )
+    return "\n".join(lines)
