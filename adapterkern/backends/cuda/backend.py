@@ -246,9 +246,7 @@ class CudaBackend(Backend):
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
-            "sum_norm_weight": rooms.column_sums(call, row_blocks)
-            if needs.norm_weight
-            else None,
+            "sum_norm_weight": rooms.column_sums(call, row_blocks) if needs.norm_weight else None,
             "sum_norm_bias": rooms.column_sums(call, row_blocks) if needs.norm_bias else None,
             "dz": empty_units(call, num_tokens) if needs.down_weight or needs.down_bias else None,
             "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
