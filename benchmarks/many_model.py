@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from adapterkern.backends.traffic import Traffic
+from adapterkern.backends.traffic import Batch, Traffic
 from adapterkern.bench import roofline
 from adapterkern.bench.cases import BenchCase
 from benchmarks import model
@@ -41,6 +41,26 @@ class Beside(NamedTuple):
     copy: float
 
 
+def batch_of(case: BenchCase) -> Batch:
+    """Who takes what in the case."""
+    counts = Counter(case.adapter_of_sequences())
+    groups = tuple(counts[slot] * case.rows for slot in range(case.adapters))
+    return Batch(groups, counts[-1] * case.rows)
+
+
+def cuda_calls(case: BenchCase, card: Card) -> tuple[str, list[Traffic]]:
+    """As `triton_calls`, for the forward of the cuda backend, which has no backward; its extension
+    has to be there."""
+    from adapterkern.backends.cuda import grouped, grouped_traffic, launch_config
+
+    clusters = card.shared_memory if card.has_clusters else 0
+    device = launch_config.Device(card.num_sms, clusters, card.shared_memory)
+    problem = launch_config.Problem(case.tokens, case.hidden_size, case.bottleneck_size, True)
+    plan = grouped.grouped_plan(problem, case.adapters, device)
+    calls = grouped_traffic.forward(problem, plan, device, batch_of(case), save=False)
+    return "tiled" if plan.num_tiles else "by row", calls
+
+
 def triton_calls(case: BenchCase, card: Card, save: bool = False) -> tuple[str, list[Traffic]]:
     """The form and the kernels that the triton backend would launch for a bfloat16 batch whose
     slots are its adapters."""
@@ -55,10 +75,7 @@ def triton_calls(case: BenchCase, card: Card, save: bool = False) -> tuple[str, 
     problem = launch_config.Problem(
         case.tokens, case.hidden_size, case.bottleneck_size, False, False
     )
-    counts = Counter(case.adapter_of_sequences())
-    batch = grouped_traffic.Batch(
-        tuple(counts[slot] * case.rows for slot in range(case.adapters)), counts[-1] * case.rows
-    )
+    batch = batch_of(case)
     plan = grouped_launches.forward_plan(problem, device)
     form = "tiled" if isinstance(plan, launch_config.RowBlock) else "by row"
     forward = grouped_traffic.forward(

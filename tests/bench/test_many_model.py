@@ -4,11 +4,10 @@ launched.
 
 import pytest
 
-from adapterkern.backends.traffic import total
+from adapterkern.backends.traffic import Batch, total
 from adapterkern.backends.triton import grouped_traffic as traffic
 from adapterkern.backends.triton.grouped_gradient_launches import Chunks
 from adapterkern.backends.triton.grouped_launches import forward_plan
-from adapterkern.backends.triton.grouped_traffic import Batch
 from adapterkern.backends.triton.launch_config import (
     Device,
     LaunchConfig,

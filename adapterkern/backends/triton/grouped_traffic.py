@@ -5,9 +5,7 @@ loads them anew, from L2. `order` and `tiles` are 4 bytes a token and 12 a tile.
 without a tile end at once, and count as nothing.
 """
 
-from typing import NamedTuple
-
-from adapterkern.backends.traffic import Traffic, misses
+from adapterkern.backends.traffic import ENTRY, INDEX, Batch, Traffic, misses
 from adapterkern.backends.triton.grouped_gradient_launches import SUM, Chunks
 from adapterkern.backends.triton.launch_config import (
     Device,
@@ -19,40 +17,8 @@ from adapterkern.backends.triton.launch_config import (
     gradient_stages,
 )
 from adapterkern.backends.triton.traffic import FLOAT, into_flight, out_flight
-from adapterkern.grouped.call import TILE
 
-INDEX, ENTRY = 4, 12  # bytes of a token in `order`, and of a row of `tiles`
 ROW_PROGRAMS = 4  # of the kernels by row on an SM at once: four warps each, of 128 registers
-
-
-class Batch(NamedTuple):
-    """Who takes what: the tokens of each slot, and those without an adapter."""
-
-    groups: tuple[int, ...]
-    rest: int = 0
-
-    @property
-    def used(self) -> int:
-        """The adapters that some token takes."""
-        return sum(count > 0 for count in self.groups)
-
-    @property
-    def taken(self) -> int:
-        """The tokens that take one."""
-        return sum(self.groups)
-
-    def row_blocks(self, block_t: int) -> int:
-        """The row blocks of all adapters."""
-        return sum(cdiv(count, block_t) for count in self.groups)
-
-    def segments(self, chunk_rows: int) -> list[int]:
-        """Into how many segments the chunks cut the rows of each slot."""
-        found, begin = [], 0
-        for count in self.groups:
-            end = begin + cdiv(count, TILE) * TILE
-            found.append((end - 1) // chunk_rows - begin // chunk_rows + 1 if count else 0)
-            begin = end
-        return found
 
 
 def forward(
