@@ -201,7 +201,7 @@ def _model(arguments: argparse.Namespace) -> int:
         print("\n" + model.kernel_table(rows, card))
     if not any(sizes):
         print("\n" + block_model.table(list(block_model.overheads(card))))
-        print("\n" + many_model.table(list(many_model.predictions(card))))
+        print("\n" + many_model.table(list(many_model.predictions(card, arguments.backend))))
     return 0
 
 

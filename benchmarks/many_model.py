@@ -93,40 +93,47 @@ def triton_calls(case: BenchCase, card: Card, save: bool = False) -> tuple[str, 
     return form, forward + backward if case.mode == "step" else backward
 
 
-def predictions(card: Card, cases: Sequence[tuple[int, int, int, str]] = CASES) -> Iterator[Beside]:
-    """Each case's forward, and the step of those in which adapters share the training."""
-    for hidden, adapters, rows, mix in cases:
+BACKENDS = {"cuda": cuda_calls, "triton": triton_calls}
+
+
+def predictions(card: Card, backends: Sequence[str] = tuple(BACKENDS)) -> Iterator[Beside]:
+    """Each case's forward, and the step of those in which adapters share the training.
+
+    Raises:
+        RuntimeError: the CUDA extension is missing; the message tells why and the cure.
+    """
+    for hidden, adapters, rows, mix in CASES:
         for mode in ("forward", "step") if rows > 1 and mix != "none" else ("forward",):
             case = BenchCase(
                 hidden, BOTTLENECK, adapters * rows, mode=mode, adapters=adapters, mix=mix
             )
-            yield predict(case, card)
+            for backend in backends:
+                if mode == "forward" or backend == "triton":  # the other trains no batch
+                    yield predict(case, backend, card)
 
 
-def predict(case: BenchCase, card: Card) -> Beside:
+def predict(case: BenchCase, backend: str, card: Card) -> Beside:
     """What the model says of one batch."""
-    form, kernels = triton_calls(case, card)
+    form, kernels = BACKENDS[backend](case, card)
     one = replace(case, adapters=0, mix="even")
-    calls = [one] if case.mode != "step" else [replace(one, mode="forward"), _backward(one)]
-    save = case.mode == "step"
-    single = [kernel for call in calls for kernel in model.triton_calls(call, card, save)[1]]
+    if case.mode == "forward":
+        single = model.BACKENDS[backend](one, card)[1]
+    else:
+        calls = [replace(one, mode=mode) for mode in ("forward", "backward")]
+        single = [kernel for call in calls for kernel in model.triton_calls(call, card, True)[1]]
     machine = roofline.Machine(card.copy_bandwidth, card.matrix_rate, card.near_empty)
     return Beside(
-        model.predict(case, "triton", form, kernels, card),
+        model.predict(case, backend, form, kernels, card),
         model.seconds(single, card),
         roofline.seconds(case, machine, "loop") if case.used_adapters else None,
         card.near_empty + roofline.moved_bytes(case, "limit") / card.copy_bandwidth,
     )
 
 
-def _backward(case: BenchCase) -> BenchCase:
-    return replace(case, mode="backward")
-
-
 def table(rows: Sequence[Beside]) -> str:
     """A Markdown table of predictions."""
     lines = [
-        "| many adapters (bf16), of R 64 | Triton, form | HBM / floor | predicted us "
+        "| many adapters (bf16), of R 64 | backend, form | HBM / floor | predicted us "
         "| over one adapter | loop us | over a copy | % of floor | bound by |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
@@ -136,8 +143,8 @@ def table(rows: Sequence[Beside]) -> str:
         mix = {"even": "", "zipf": ", Zipf", "none": ", none taken"}[case.mix]
         loop = "-" if row.loop is None else f"{row.loop * 1e6:.0f}"
         lines.append(
-            f"| {case.mode} {each}{mix}, H {case.hidden_size} | {found.form} | {found.hbm:.2f} "
-            f"| {found.seconds * 1e6:.1f} | {found.seconds / row.single:.2f} | {loop} "
+            f"| {case.mode} {each}{mix}, H {case.hidden_size} | {found.backend}, {found.form} "
+            f"| {found.hbm:.2f} | {found.seconds * 1e6:.1f} | {found.seconds / row.single:.2f} | {loop} "
             f"| {found.seconds / row.copy:.2f} | {100 * found.fraction:.0f} | {found.limit} |"
         )
     return "\n".join(lines)
