@@ -144,7 +144,8 @@ def table(rows: Sequence[Beside]) -> str:
         loop = "-" if row.loop is None else f"{row.loop * 1e6:.0f}"
         lines.append(
             f"| {case.mode} {each}{mix}, H {case.hidden_size} | {found.backend}, {found.form} "
-            f"| {found.hbm:.2f} | {found.seconds * 1e6:.1f} | {found.seconds / row.single:.2f} | {loop} "
-            f"| {found.seconds / row.copy:.2f} | {100 * found.fraction:.0f} | {found.limit} |"
+            f"| {found.hbm:.2f} | {found.seconds * 1e6:.1f} | {found.seconds / row.single:.2f} "
+            f"| {loop} | {found.seconds / row.copy:.2f} | {100 * found.fraction:.0f} "
+            f"| {found.limit} |"
         )
     return "\n".join(lines)
