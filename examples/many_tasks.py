@@ -178,10 +178,11 @@ def main() -> None:
     model = ManyTasks()
     rates = {model.banks: 4e-3, model.heads: 5e-3}
     optimizer = torch.optim.AdamW([{"params": p.parameters(), "lr": r} for p, r in rates.items()])
+    losses, quarter = [], max(1, options.steps // 4)
     for step in range(1, options.steps + 1):
-        loss = train_step(model, optimizer, draw(*TASKS))
-        if step == 1 or step % 20 == 0 or step == options.steps:
-            print(f"step {step}: mean loss of the tasks {loss:.3f}")
+        losses.append(train_step(model, optimizer, draw(*TASKS)))
+        if step % quarter == 0:
+            print(f"up to step {step}: mean loss {statistics.mean(losses[-quarter:]):.3f}")
     report(model, rows_of(corpus.held_out[: options.held_out]))
     ids, names, _ = batch_of(draw(*TASKS, "topic"))
     compare(model, ids, names[: -options.texts] + [None] * options.texts)

@@ -17,7 +17,7 @@ PARAMETERS = 4 * 12  # weights and biases of one adapter at each of twelve place
 
 def test_the_example_learns_in_mixed_batches_what_it_serves_in_mixed_batches():
     ran = subprocess.run(
-        [sys.executable, "examples/many_tasks.py", "--steps=16", "--texts=3", "--held-out=120"],
+        [sys.executable, "examples/many_tasks.py", "--steps=16", "--texts=3", "--held-out=100"],
         capture_output=True,
         text=True,
         timeout=200,
@@ -28,8 +28,9 @@ def test_the_example_learns_in_mixed_batches_what_it_serves_in_mixed_batches():
     assert ran.returncode == 0, ran.stderr
     printed = ran.stdout
 
-    first, last = map(float, re.findall(r"mean loss of the tasks (\S+)", printed))
-    assert last < first - 0.1
+    losses = [float(loss) for loss in re.findall(r"mean loss (\S+)", printed)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.05  # 1.02 and 0.89 where this was written
     table = re.findall(r"^(\w+) +(\d+) +([\d,]+) +(\S+)% +(\S+)% +(\S+)%$", printed, re.MULTILINE)
     assert len(table) == TASKS
     majority, held_out = (sum(float(row[column]) for row in table) / TASKS for column in (4, 5))
