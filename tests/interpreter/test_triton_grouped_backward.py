@@ -148,13 +148,13 @@ def test_one_adapter_with_all_tokens_is_summed_over_several_chunks(with_scalings
 def test_a_zipf_mix_over_16_slots_is_right_and_repeats_its_bits():
     """Slots that lie in one chunk, begin in one and end in the next, and fill several."""
     generator = torch.Generator().manual_seed(3)
-    weights = 1 / torch.arange(1.0, 17.0)
+    weights = torch.arange(1.0, 17.0) ** -1.5
     ids = torch.multinomial(weights, 700, replacement=True, generator=generator).tolist()
     ranks = [8, 3, 5, 8, 1, 8, 8, 0, 2, 8, 8, 7, 6, 8, 4, 8]
     call, dy = draw(Sizes(ids, 20, 8, 16, ranks, torch.float32, options={"scalings": None}))
     starts = call.slot_offsets.tolist()
-    chunks = {(starts[s] // 256, (starts[s + 1] - 1) // 256) for s in range(16)}
-    assert {a == b for a, b in chunks} == {True, False}
+    taken = [s for s in range(16) if starts[s] < starts[s + 1]]
+    assert {starts[s] // 256 == (starts[s + 1] - 1) // 256 for s in taken} == {True, False}
     found = check(call, dy)
     assert same_bits(found, triton_gradients(call, dy))
 
