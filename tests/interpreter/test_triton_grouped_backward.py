@@ -56,7 +56,9 @@ def test_sizes_and_both_forms_are_right(hidden, bottleneck, ranks):
 @pytest.mark.parametrize(
     "options",
     [
-        {"activation": "sigmoid"},  # not zero at zero, where units and rows fill up
+        # Not zero at zero, where units and rows fill up.
+        {"activation": "sigmoid"},
+        {"activation": "sigmoid", "scalings": None},
         {"residual": None, "activation": "silu"},
         {"down_biases": None, "up_biases": None, "activation": "relu"},
         {"max_tokens": 300, "ranks": None},
