@@ -103,6 +103,8 @@ def tiled(problem: Problem, device: Device) -> LaunchConfig:
     one_tile = problem._replace(bottleneck_size=min(problem.bottleneck_size, widest))
     tall = row_blocks(one_tile, device)[0]
     config = replace(tall, block_t=min(tall.block_t, TILE))
+    if problem.bottleneck_size > config.block_r:  # z and a of a tile beside u: for registers
+        config = replace(config, num_warps=8, blocks_per_sm=1)
     while config.block_t > 16 and 4 * cdiv(problem.num_tokens, config.block_t) < 3 * device.num_sms:
         wider = problem.plain and config.block_r < 128  # as many elements in flight
         block_h = 128 if wider else config.block_h
@@ -129,6 +131,10 @@ class GroupedForward:
         stages = into_stages(config, self._device, x.element_size(), down.element_size())
         tiles = tiles_of(call, config, stages)  # type: ignore[arg-type]  # it reads the sizes alone
         tiles["EVEN_R"] = tiles["EVEN_R"] and call.ranks is None
+        # The loop for ragged ranks writes its tile of the weight once more.
+        again = config.block_r * config.block_h * call.compute_dtype.itemsize
+        device = self._device
+        room = replace(device, shared_memory=device.shared_memory - config.blocks_per_sm * again)
         self._launch(
             fwd.grouped_fwd_kernel,
             (num_tiles(call.num_tokens, call.slots) * (TILE // config.block_t),),
@@ -136,9 +142,7 @@ class GroupedForward:
             self._residual, self._skip, packed(call.scalings), self._ranks,
             call.order, call.tiles, y, z, a, *sizes,
             ONE_TILE=one_tile, TILE=TILE,
-            OUT_STAGES=out_stages(
-                config, self._device, row_bytes, up.element_size(), y.element_size()
-            ),
+            OUT_STAGES=out_stages(config, room, row_bytes, up.element_size(), y.element_size()),
             **self._options(), **dtypes_of(call), **tiles,  # type: ignore[arg-type]
         )  # fmt: skip
 
