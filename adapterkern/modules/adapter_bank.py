@@ -234,14 +234,15 @@ class AdapterBank(AdapterSlots):
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
         """The adapters, and whether their parameters lie in the slots."""
-        # Tensors that a graph is made of, and fake ones, have no address.
-        if torch.compiler.is_compiling() or type(self.down_weights) is not Tensor:
+        transformed = _torch.functorch_is_active()
+        fake = type(self._buffers["down_weights"]) is not Tensor
+        if transformed or fake or torch.compiler.is_compiling():  # then no tensor has an address
             for name in self._slot_of:
                 self._follow(name, self.adapters[name])
             every = [(slot, parameters_of(self.adapters[n])) for n, slot in self._slot_of.items()]
-            return every, not _torch.functorch_is_active()
+            return every, not transformed
         bindings = self._bound()
-        return bindings.adapters, bindings.are_in_slots and not _torch.functorch_is_active()
+        return bindings.adapters, bindings.are_in_slots
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
