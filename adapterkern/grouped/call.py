@@ -266,7 +266,7 @@ def needs_gradient(call: GroupedCall) -> bool:
     """Whether autograd records the call for one of its tensors."""
     if not torch.is_grad_enabled():
         return False
-    given = tensor_values(call)[: len(GroupedNeeds._fields)]
+    given = call[: len(GroupedNeeds._fields)]  # torch.compile traces a slice, and no attrgetter
     return any(isinstance(t, Tensor) and t.requires_grad for t in given)
 
 

@@ -110,12 +110,13 @@ class AdapterRouting:
             raise ValueError("seq_len and cu_seqlens both say how long sequences are; give one.")
         self.used = self._checked(found)
         tokens = self._of_tokens(found.to(self.device, torch.int32), seq_len, cu_seqlens)
-        if len(tokens) > self.max_tokens:
+        count = _count(tokens)
+        if count > self.max_tokens:
             raise ValueError(
-                f"this routing is for at most {self.max_tokens} tokens, got {len(tokens)}.\n"
-                f"  hint: AdapterRouting(max_tokens={len(tokens)}, slots={self.slots})."
+                f"this routing is for at most {self.max_tokens} tokens, got {count}.\n"
+                f"  hint: AdapterRouting(max_tokens={count}, slots={self.slots})."
             )
-        self.num_tokens = len(tokens)
+        self.num_tokens = count
         self._sort(tokens)
         return self
 
@@ -224,6 +225,14 @@ def _is_traced(ids: Tensor) -> bool:
     return tracing or type(ids) is not Tensor
 
 
+def _count(tokens: Tensor) -> int:
+    """How many there are. Not `len`: torch.export would hold it fast, as torch.jit.trace does."""
+    if torch.compiler.is_compiling() or not _torch.jit_is_tracing():
+        return tokens.shape[0]
+    with _torch.jit_tracing_paused():
+        return tokens.shape[0]
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and value is not True and value is not False
 
@@ -251,7 +260,7 @@ def sort_tokens(
     ids: Tensor, slots: int, token_slots: Tensor, order: Tensor, tiles: Tensor, slot_offsets: Tensor
 ) -> None:
     """Fill the buffers for ids [T], in operations whose shapes do not depend on their values."""
-    device, count = ids.device, len(ids)
+    device, count = ids.device, _count(ids)
     group = torch.where((ids < 0) | (ids >= slots), slots, ids).long()  # the last: no adapter
     token_slots.fill_(-1)
     token_slots[:count] = torch.where(group == slots, -1, group)
@@ -271,7 +280,7 @@ def sort_tokens(
     order[place] = tokens.to(order.dtype)
     of_group = torch.div(filled + TILE - 1, TILE, rounding_mode="floor")
     last_tile = of_group.cumsum(0)
-    tile = torch.arange(len(tiles), device=device)
+    tile = torch.arange(tiles.shape[0], device=device)
     owner = torch.searchsorted(last_tile, tile, right=True)
     exists = owner <= slots
     owner = owner.clamp(max=slots)
