@@ -73,7 +73,9 @@ def check_routing(x: Any, routing: Any) -> None:
     """
     if not isinstance(routing, AdapterRouting):
         raise TypeError(f"routing must be an AdapterRouting, got {type(routing).__name__}.")
-    if isinstance(x, Tensor) and x.dim() > 0 and not torch.compiler.is_compiling():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
+    if x.dim() > 0 and not torch.compiler.is_compiling():
         routing.check_tokens(x.shape[:-1].numel())
 
 

@@ -66,6 +66,8 @@ class AdapterBank(AdapterSlots):
         dtype: torch.dtype | None = None,
     ) -> None:
         # These make the checks of all options, and no memory of weights.
+        if max_bottleneck_size is None:
+            raise TypeError("max_bottleneck_size must be an integer, got None.")
         BottleneckAdapter(
             hidden_size, max_bottleneck_size, backend=backend, device="meta", dtype=dtype
         )
@@ -109,10 +111,10 @@ class AdapterBank(AdapterSlots):
 
         Raises:
             KeyError: a name is unknown.
-            TypeError: names is a single string.
+            TypeError: names is a single string, or no list.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names must be a list of names, got the string {names!r}.")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names must be a list of names, got {names!r}.")
         listed = list(names)
         self._check_known([name for name in listed if name is not None])
         slots = [-1 if name is None else self._slot_of[name] for name in listed]
@@ -254,10 +256,10 @@ class AdapterBank(AdapterSlots):
 
     # Names
     def _check_known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in dict.fromkeys(names) if name not in self._slot_of]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self._slot_of]
         if unknown:
             raise KeyError(
-                f"unknown adapters: {', '.join(map(repr, unknown))} (this bank has "
+                f"unknown adapters: {', '.join(dict.fromkeys(map(repr, unknown)))} (this bank has "
                 f"{', '.join(self._slot_of) or 'none'})."
             )
 
