@@ -60,6 +60,25 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
             "the number of slots, bottleneck_size and hidden_size must be at least 1, got "
             f"x {list(x.shape)} and down_weights {list(down.shape)}."
         ]
+    problems = _weight_problems(given)
+    routed = given["slot_offsets"].shape[0] - 2
+    if routed != slots:
+        problems.append(
+            f"routing must be made for the {slots} slots of down_weights, got one for {routed}."
+            f"{HINT}AdapterRouting(max_tokens, {slots})."
+        )
+    tokens, most = math.prod(x.shape[:-1]), given["token_slots"].shape[0]
+    if tokens > most:
+        problems.append(
+            f"x must have at most the {most} tokens that routing was made for, got {tokens}."
+            f"{HINT}AdapterRouting(max_tokens={tokens}, slots={slots})."
+        )
+    return problems + token_problems(given, x.shape[-1])
+
+
+def _weight_problems(given: dict[str, Tensor]) -> list[str]:
+    x, down, up = given["x"], given["down_weights"], given["up_weights"]
+    slots, bottleneck, hidden = *down.shape[:2], x.shape[-1]
     hint = ""
     if down.shape[2] != hidden:
         turned = down.shape[1] == hidden
@@ -93,19 +112,7 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
     ]
     if problems:
         problems[0] += hint
-    routed = given["slot_offsets"].shape[0] - 2
-    if routed != slots:
-        problems.append(
-            f"routing must be made for the {slots} slots of down_weights, got one for {routed}."
-            f"{HINT}AdapterRouting(max_tokens, {slots})."
-        )
-    tokens, most = math.prod(x.shape[:-1]), given["token_slots"].shape[0]
-    if tokens > most:
-        problems.append(
-            f"x must have at most the {most} tokens that routing was made for, got {tokens}."
-            f"{HINT}AdapterRouting(max_tokens={tokens}, slots={slots})."
-        )
-    return problems + token_problems(given, x.shape[-1])
+    return problems
 
 
 def _slot_dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
