@@ -41,10 +41,15 @@ class AdapterBank(AdapterSlots):
         scalings: [S] float32 (float64 of a float64 bank).
         adapters: by name, `BottleneckAdapter`s whose parameters lie in the slots: one Parameter a
             slot, to be trained, frozen or run alone. Where an adapter has fewer units than R, its
-            up_proj.weight has gaps, which fused optimizers and FSDP do not take.
+            up_proj.weight has gaps, which fused optimizers and FSDP refuse. Their state dicts have
+            memory of their own, and scalings.NAME of each that learns none; an empty bank that
+            loads such a state dict makes the adapters.
 
     After a backward, an adapter that no token took has gradients None, so that an optimizer leaves
-    it alone; in graphs (torch.compile, CUDA graphs), which do not know, zeros.
+    it alone; in graphs (torch.compile, CUDA graphs), which do not know, and under FSDP, whose other
+    processes wait for them, zeros. DistributedDataParallel needs find_unused_parameters=True.
+
+    A bank reads the weights of its adapters and calls none: hooks on them do not run.
 
     Raises:
         TypeError, ValueError: a size is no integer or below 1, or a name is unknown.
@@ -188,7 +193,10 @@ class AdapterBank(AdapterSlots):
                 `adapterkern.grouped_bottleneck_adapter`.
         """
         call, leaves = self._prepared(x, routing, skip, residual)
-        if not _in_graph(x) and routing.used == ():  # in this order: a graph would be of that batch
+        # In this order, for a graph would be of that batch. Stacks that are not the bank's own are
+        # made of parameters that want their gradient at every call.
+        own = call.down_weights is self._buffers["down_weights"]
+        if not _in_graph(x) and own and routing.used == ():
             functional.validated(call)
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
@@ -218,7 +226,7 @@ class AdapterBank(AdapterSlots):
             self._last = weakref.ref(routing)
         adapters, are_slots = self._adapters_of()
         records = torch.is_grad_enabled()
-        if records and not in_graph:
+        if records and are_slots and not in_graph:
             used = routing.used_slots()  # waits for the device, if that alone knows
             adapters = [adapter for adapter in adapters if adapter[0] in used]
         records = records and any(
