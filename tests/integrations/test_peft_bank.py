@@ -11,7 +11,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import adapterkern as ak
 from adapterkern.grouped import functional
-from adapterkern.integrations.peft import BottleneckConfig, BottleneckLinear, grouped
+from adapterkern.integrations.peft import (
+    BottleneckConfig,
+    BottleneckLinear,
+    adapters_in,
+    grouped,
+)
 from adapterkern.integrations.peft.mixed_batch import adapter_names_in_forward
 
 NAMES = ["french", "__base__", "legal", "french"]
@@ -94,7 +99,7 @@ def assert_same(found, expected):
     """Within roundings of float32, by the root of the mean square of each tensor."""
     if isinstance(found, dict):
         assert found.keys() == expected.keys()
-        found, expected = found.values(), expected.values()
+        found, expected = found.values(), [expected[key] for key in found]
     if not isinstance(found, torch.Tensor):
         for one, due in zip(found, expected, strict=True):
             assert_same(one, due)
@@ -451,3 +456,51 @@ def test_names_of_an_open_context_are_repeated_with_the_inputs(mixed, batch, ran
         inner._expand_inputs_for_generation(expand_size=2, input_ids=ids)
         inner(ids.repeat_interleave(2, 0))
     assert ran[-1].token_slots.view(8, 7)[:, 0].tolist() == [0, 0, -1, -1, 1, 1, 0, 0]
+
+
+def test_saved_adapters_serve_in_a_bank(mixed, tmp_path):
+    """Of every place its own, with its activation and scaling, of a float and of a learned one."""
+    model = mixed("bert", activation="relu", scaling=0.5)
+    model.add_adapter("learned", BottleneckConfig(activation="relu", scaling="learned"))
+    randomised(model).save_pretrained(tmp_path)
+    place = "encoder.layer.1.output.dense"
+    saved = {name: adapters_in(tmp_path / name) for name in ("french", "learned")}
+    assert [len(adapters) for adapters in saved.values()] == [4, 4]
+    bank = ak.AdapterBank(32, 8, 4, activation="relu")
+    for name, adapters in saved.items():
+        bank.add(name, adapters[place])
+    routing = ak.AdapterRouting(3, 4).update(bank.ids(["learned", None, "french"]))
+    layer = model.get_base_model().get_submodule(place)
+    x = torch.randn(3, layer.base_layer.in_features)
+    due = layer(x, adapter_names=["learned", "__base__", "french"])
+    assert_same(bank(layer.base_layer(x), routing), due)
+
+
+def test_saved_adapters_keep_their_dtypes_and_leave_saved_modules_out(tiny, tmp_path):
+    model = peft.get_peft_model(tiny("bert-classifier"), BottleneckConfig(task_type="SEQ_CLS"))
+    model.half().save_pretrained(tmp_path)
+    adapters = adapters_in(tmp_path)
+    assert set(adapters) == {
+        f"bert.encoder.layer.{layer}.{place}output.dense"
+        for layer in (0, 1)
+        for place in ("", "attention.")
+    }
+    assert {p.dtype for one in adapters.values() for p in one.parameters()} == {torch.float16}
+
+
+def test_a_folder_without_such_adapters_is_an_error(tiny, tmp_path):
+    peft.get_peft_model(tiny("bert"), BottleneckConfig()).save_pretrained(tmp_path / "own")
+    with pytest.raises(KeyError, match=r"no adapter of 'dense'; it has encoder.layer.0.attention"):
+        adapters_in(tmp_path / "own")["dense"]
+    lora = peft.LoraConfig(target_modules=["query"])
+    peft.get_peft_model(tiny("bert"), lora).save_pretrained(tmp_path / "lora")
+    for folder, message in {
+        "lora": "saved bottleneck adapter, got one of LORA.\n  hint: save_pretrained",
+        "none": "no such folder.\n  hint: save_pretrained",
+        ".": "no adapter_config.json in it",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            adapters_in(tmp_path / folder)
+    BottleneckConfig().save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="got a configuration without weights"):
+        adapters_in(tmp_path / "config")

@@ -1,4 +1,4 @@
-"""The adapters of a saved folder, for use without PEFT's model: in an `AdapterBank`, for example."""
+"""The adapters of a saved folder, for use without PEFT's model, as in an `AdapterBank`."""
 
 import os
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft.utils import load_peft_weights
 
-from adapterkern.integrations.peft.checkpoint import CONTAINER, METHOD, mismatches, of_one_save
+from adapterkern.integrations.peft.checkpoint import CONTAINER, mismatches, of_one_save
 from adapterkern.integrations.peft.config import BottleneckConfig
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -41,11 +41,13 @@ def adapters_in(folder: str | os.PathLike[str]) -> SavedAdapters:
     Raises:
         ValueError: it is no folder of a saved adapter of this method, or it is damaged.
     """
-    folder = os.fspath(folder)
+    folder = os.path.abspath(folder)  # which cannot be the name of a model on the hub
     config: Any = BottleneckConfig.from_pretrained(folder)
-    if config.peft_type != METHOD or config.saved is None:
+    ours = isinstance(config, BottleneckConfig)
+    if not ours or config.saved is None:
+        got = "a configuration without weights" if ours else f"one of {config.peft_type.value}"
         raise ValueError(
-            f"{folder} must be the folder of a saved bottleneck adapter, got {config.peft_type}.\n"
+            f"{folder} must be the folder of a saved bottleneck adapter, got {got}.\n"
             "  hint: save_pretrained writes one, and a subfolder for each adapter that is not "
             'called "default"'
         )
