@@ -105,14 +105,15 @@ def wanted_backend(requested: str) -> str:
 
 
 def is_declared(feature: str, device_type: str) -> bool:
-    """Whether the backend that is named declares a feature, or under "auto" some kernel does: a
-    quick no for callers that have another way. A yes is not yet the choice, which reads the call.
+    """Whether the backend that is named declares a feature or an operation, or under "auto" some
+    kernel does: a quick no for callers that have another way. A yes is not yet the choice, which
+    reads the call.
     """
     wanted = wanted_backend("auto")
     for name in _KERNELS if wanted == "auto" else (wanted,):
         backend = get(name)
         runs_there = backend.devices is None or device_type in backend.devices
-        if runs_there and feature in backend.features:
+        if runs_there and (feature in backend.features or feature in backend.operations):
             return True
     return False
 
