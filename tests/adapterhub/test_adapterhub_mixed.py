@@ -255,6 +255,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*ln_after")  # which the adapter itself says
 @pytest.mark.parametrize("reason", UNFIT)
 def test_what_one_launch_does_not_take_runs_one_by_one_and_says_so(reason, launches, counted):
     setup, configs, fused = UNFIT[reason]
