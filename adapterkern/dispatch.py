@@ -211,6 +211,16 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
     _report(device, f"the PyTorch reference runs {call}", why)
 
 
+def report_apart(what: str, why: str) -> None:
+    """For adapters of a mixed batch that no grouped call serves: log that once for each reason.
+
+    They run all the same, each on its inputs, so that no kernel is lost but the common launch.
+    """
+    mark = object()
+    if _logged.setdefault(f"{what}: {why}", mark) is mark:
+        logger.warning("%s runs apart from the others of its batch (%s)", what, why)
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls with backend="auto" run on `name` ("auto": chosen automatically).
