@@ -51,6 +51,7 @@ SETUPS = {
     "stack_parallel": ac.Stack("d", ac.Parallel("a", "b")),
     # Alone, the library itself fails where a child has no adapter in a layer.
     "stack_parallel_with_a_gap": ac.Stack("d", ac.Parallel("a", "e", "b")),
+    "stack_parallel_with_a_gap_at_its_end": ac.Stack("d", ac.Parallel("a", "b", "e")),
     "stack_batch_split_with_a_gap": ac.Stack("d", ac.BatchSplit("a", "e", batch_sizes=2)),
     "stack_of_one_norm_with_a_gap": ac.Stack(
         "h", ac.BatchSplit("h", "i", "h", batch_sizes=[1, 2, 1])
