@@ -22,7 +22,8 @@ def forward(call: GroupedCall) -> tuple[Tensor, Tensor]:
         flat = y.view(-1, call.hidden_size)
         for slot, rank, tokens in groups(call):
             outputs, saved = reference.forward(of_slot(call, slot, rank, tokens))
-            assert outputs.y is not None and saved.z is not None
+            assert outputs.y is not None
+            assert saved.z is not None
             flat[tokens] = outputs.y.to(y.dtype)
             z[tokens, :rank] = saved.z
     return y, z

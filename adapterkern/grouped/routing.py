@@ -1,5 +1,6 @@
 """`AdapterRouting`: which adapter each token of a batch takes."""
 
+import itertools
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -184,7 +185,7 @@ class AdapterRouting:
         count = self.max_tokens
         if not self._ragged:
             ends = bounds.tolist()
-            if ends[0] != 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            if ends[0] != 0 or any(a > b for a, b in itertools.pairwise(ends)):
                 raise ValueError(f"cu_seqlens must begin with 0 and not fall, got {ends[:8]}.")
             count = ends[-1]
             if count > self.max_tokens:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adapterkern import _torch
@@ -70,6 +71,22 @@ def parts_of(adapter: Any) -> Parts:
             f"{HINT}BottleneckAdapter.state_dict() makes one."
         )
     return Parts(tensors)
+
+
+def scaling_of(name: str, value: Any) -> float | None:
+    """The scaling that the state dict of a bank has for an adapter.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype == torch.bool:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"adapter {name!r}: its scaling must be a tensor of one number, got {got}."
+        )
+    return float(value)
 
 
 def check_fit(
