@@ -26,7 +26,7 @@ class MixedBatch:
     """Texts of which each takes its own adapter, and some none; `open_mixed_batch` makes one.
 
     Where an adapter sits in the model there is a bank with the same weights, put in place by
-    `banks_in_place`. All banks share one routing.
+    `banks_in_place`. They share a routing.
     """
 
     def __init__(self, model: TextClassifier, names: list[str], data: Encoded) -> None:
@@ -38,10 +38,10 @@ class MixedBatch:
         self.names = [name for name, rows in self.rows.items() for _ in rows]
         self.ids, self.mask, _ = data.batch(longest_rows(data, len(self.names)))
         self.device = data.device
-        self.routing = AdapterRouting(self.ids.numel(), len(names), device=data.device)
         layers = [m for m in model.encoder.modules() if isinstance(m, BottleneckLinear)]
         self.banks = {layer: _bank_of(layer, names) for layer in layers}
         self.are_in_place = False
+        self._routings: dict[int, AdapterRouting] = {}  # by tokens of a text, for one run
 
     @contextmanager
     def banks_in_place(self) -> Iterator[None]:
@@ -63,8 +63,7 @@ class MixedBatch:
     def features(self) -> Tensor:
         """[B, H]: in one run where the banks are in place, otherwise in a run for each adapter."""
         if self.are_in_place:
-            bank = next(iter(self.banks.values()))
-            self.routing.update(bank.ids(self.names), seq_len=self.ids.shape[1])
+            self._routings.clear()
             return self.model.features(self.ids, self.mask)
         return torch.cat([self._switched_to(name) for name in self.rows])
 
@@ -72,9 +71,8 @@ class MixedBatch:
         """The backend that runs the banks, under autocast to `dtype`."""
         bank = next(iter(self.banks.values()))
         x = torch.empty(self.ids.numel(), bank.hidden_size, device=self.device, dtype=dtype)
-        self.routing.update(bank.ids(self.names), seq_len=self.ids.shape[1])
         with torch.no_grad():
-            return explain(bank.as_call(x, self.routing)).backend
+            return explain(bank.as_call(x, self._routing_for(bank, x))).backend
 
     def _switched_to(self, name: str | None) -> Tensor:
         encoder, rows = self.model.encoder, self.rows[name]
@@ -84,7 +82,16 @@ class MixedBatch:
             return self.model.features(self.ids[rows], self.mask[rows])
 
     def _adapt(self, bank: AdapterBank, layer: nn.Module, _: Any, y: Tensor) -> Tensor:
-        return bank(y, self.routing)
+        return bank(y, self._routing_for(bank, y))
+
+    def _routing_for(self, bank: AdapterBank, y: Tensor) -> AdapterRouting:
+        """Made at the first place: in some models others have more tokens, or fewer, by padding or
+        pooling of their own."""
+        tokens = y.shape[:-1].numel() // len(self.names)
+        if tokens not in self._routings:
+            made = AdapterRouting(tokens * len(self.names), bank.slots, device=y.device)
+            self._routings[tokens] = made.update(bank.ids(self.names), seq_len=tokens)
+        return self._routings[tokens]
 
 
 @contextmanager
