@@ -63,9 +63,9 @@ struct Adapter {
 
 // Computes y from u = a U^T, in float32 until the single store, for tensors of any dtype at any
 // address.
-__device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& params, View up_bias,
-                                                  float scaling, const float* from, int64_t token,
-                                                  int64_t feature) {
+__device__ __forceinline__ void write_output(const GroupedForwardParams& params, View up_bias,
+                                             float scaling, const float* from, int64_t token,
+                                             int64_t feature) {
   const auto of = [&](const View& view) -> Matrix {
     return {view, params.num_tokens, params.hidden_size};
   };
@@ -78,6 +78,13 @@ __device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& pa
   add_vector(u, of(params.residual), token, feature);
   add_vector(u, of(params.skip), token, feature);
   store_vector(of(params.y), token, feature, u);
+}
+
+// The same out of line, where tiles rarely come by.
+__device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& params, View up_bias,
+                                                  float scaling, const float* from, int64_t token,
+                                                  int64_t feature) {
+  write_output(params, up_bias, scaling, from, token, feature);
 }
 
 // The policy of one tile: rows are places in it.
@@ -338,7 +345,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
   const View bias = adapter.up_bias(params).view;
   const float scaling = adapter.scaling(params);
   for (int64_t i = threadIdx.x * kVector; i < last - first; i += kRowThreads * kVector) {
-    store_any_output(params, bias, scaling, sums + i, token, first + i);
+    write_output(params, bias, scaling, sums + i, token, first + i);
   }
 }
 

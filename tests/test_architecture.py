@@ -229,7 +229,7 @@ SIGNATURES = {
     "BottleneckAdapter.reset_parameters": "(self)",
     "BottleneckAdapter.unfused_reason": "(self)",
     "Explanation": "(call, backend, reasons)",
-    "ModelExplanation": "(rows)",
+    "ModelExplanation": "(rows, apart=())",
     "backends": "()",
     "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
     "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",

@@ -113,7 +113,7 @@ class CudaBackend(Backend):
     def unsupported_reasons(self, spec: AdapterSpec) -> list[str]:
         if self._unavailable is not None:  # the declarations of absent kernels would only repeat it
             return [self._unavailable]
-        return super().unsupported_reasons(spec)
+        return super().unsupported_reasons(spec) + grouped.declined(spec)
 
     def limits(self, spec: AdapterSpec) -> list[str]:
         reasons = []
@@ -134,7 +134,7 @@ class CudaBackend(Backend):
         if not reasons and spec.features & NORM_FEATURES:
             known = on_gpu or self._planned_device is not None
             reasons = norm.declined(spec, self._device(spec.device) if known else None)
-        return reasons + grouped.declined(spec)
+        return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         self._check_loaded()

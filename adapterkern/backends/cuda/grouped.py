@@ -33,7 +33,7 @@ from adapterkern.backends.cuda.params import (
     indices,
     view,
 )
-from adapterkern.grouped.call import GroupedCall, num_tiles
+from adapterkern.grouped.call import TILE, GroupedCall, num_tiles
 from adapterkern.spec import AdapterSpec
 
 FEATURES = frozenset({"ranks"})  # and no "gradient": `declined` says why
@@ -84,8 +84,8 @@ def grouped_plan(problem: Problem, slots: int, device: Device) -> GroupedPlan:
         length = slice_length(hidden, number, PANEL)
         return GroupedPlan(slices=Slices(cdiv(hidden, length), length))
     tiles, fact = num_tiles(tokens, slots), tile_facts(problem)
-    # Most tiles are empty where tokens share adapters: the full ones are as many as row blocks.
-    memory = block_memory(fact, problem.added, device, cdiv(tokens, fact.tokens))
+    # All have room at once as far as it goes, so that no last tile waits for the others.
+    memory = block_memory(fact, problem.added, device, tiles * (TILE // fact.tokens))
     return GroupedPlan(tiles, shared_bytes=memory)
 
 
