@@ -325,7 +325,7 @@ def test_kinds_of_calls_do_not_share_a_decision_whatever_their_keys_are(spy):
             return first.key()
 
     assert dispatch.select(first).spec.operation == "bottleneck_adapter"
-    assert dispatch.select(SameKey(*other_call())).spec.operation == "grouped"
+    assert dispatch.select(SameKey(*other_call())).spec.operation == "another"
 
 
 def test_a_call_under_a_transform_does_not_take_the_decision_of_one_outside(spy):
