@@ -1,32 +1,23 @@
 """`AdapterBank`: many adapters of one place in a model, of which each token takes its own."""
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
 from adapterkern.grouped import functional, ops, reference
 from adapterkern.grouped.call import GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
-from adapterkern.modules.bank_parts import Parts, check_fit, parts_of
+from adapterkern.modules.bank_parts import parts_of
+from adapterkern.modules.bank_slots import Adapters, AdapterSlots, parameters_of
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
-# The stack of each parameter of an adapter, in the order of `ops.KINDS`.
-_STACK_OF = {
-    "down_proj.weight": "down_weights",
-    "up_proj.weight": "up_weights",
-    "down_proj.bias": "down_biases",
-    "up_proj.bias": "up_biases",
-    "scaling": "scalings",
-}
-assert tuple(_STACK_OF.values()) == ops.KINDS
 
-
-class AdapterBank(nn.Module):
+class AdapterBank(AdapterSlots):
     """Bottleneck adapters by name, of which each token of a batch takes its own.
 
     y[t] = residual[t] + skip[t] + scaling * up(act(down(x[t]))) of the adapter that the routing
@@ -50,23 +41,21 @@ class AdapterBank(nn.Module):
         scalings: [S] float32 (float64 of a float64 bank).
         adapters: by name, `BottleneckAdapter`s whose parameters lie in the slots: one Parameter a
             slot, to be trained, frozen or run alone. Where an adapter has fewer units than R, its
-            up_proj.weight has gaps, which fused optimizers and FSDP do not take.
+            up_proj.weight has gaps, which fused optimizers and FSDP refuse. Their state dicts have
+            memory of their own, and scalings.NAME of each that learns none; an empty bank that
+            loads such a state dict makes the adapters.
 
     After a backward, an adapter that no token took has gradients None, so that an optimizer leaves
-    it alone; in graphs (torch.compile, CUDA graphs), which do not know, zeros.
+    it alone; in graphs (torch.compile, CUDA graphs), which do not know, and under FSDP, whose other
+    processes wait for them, zeros. DistributedDataParallel needs find_unused_parameters=True.
+
+    A bank reads the weights of its adapters and calls none: hooks on them do not run.
 
     Raises:
         TypeError, ValueError: a size is no integer or below 1, or a name is unknown.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751; many in one batch: docs/many-adapters.md.
     """
-
-    down_weights: Tensor
-    up_weights: Tensor
-    down_biases: Tensor | None
-    up_biases: Tensor | None
-    ranks: Tensor
-    scalings: Tensor
 
     def __init__(
         self,
@@ -81,32 +70,22 @@ class AdapterBank(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        units = max_bottleneck_size
         # These make the checks of all options, and no memory of weights.
-        BottleneckAdapter(hidden_size, units, backend=backend, device="meta", dtype=dtype)
+        if max_bottleneck_size is None:
+            raise TypeError("max_bottleneck_size must be an integer, got None.")
+        BottleneckAdapter(
+            hidden_size, max_bottleneck_size, backend=backend, device="meta", dtype=dtype
+        )
         AdapterRouting(1, slots, device="meta")
         if residual not in ("input", None):
             raise ValueError(f'residual must be "input" or None, got {residual!r}.')
-        self.hidden_size, self.max_bottleneck_size, self.slots = hidden_size, units, slots
-        self.activation, self.residual, self.backend = canonical_name(activation), residual, backend
-        shapes = {
-            "down_weights": (slots, units, hidden_size),
-            "up_weights": (slots, hidden_size, units),
-            "down_biases": (slots, units) if bias else None,
-            "up_biases": (slots, hidden_size) if bias else None,
-        }
-        for name, shape in shapes.items():
-            stack = None if shape is None else torch.zeros(shape, device=device, dtype=dtype)
-            self.register_buffer(name, stack, persistent=False)
-        wide = torch.promote_types(self.down_weights.dtype, torch.float32)
-        for name, kind in {"scalings": wide, "ranks": torch.int32}.items():
-            zeros = torch.zeros(slots, device=device, dtype=kind)
-            self.register_buffer(name, zeros, persistent=False)
-        self.adapters = nn.ModuleDict()
-        self._slot_of: dict[str, int] = {}
-        self._scales: dict[str, float] = {}  # what `scalings` holds of adapters that learn none
+        super().__init__(
+            hidden_size, max_bottleneck_size, slots, bias, canonical_name(activation), backend,
+            device, dtype,
+        )  # fmt: skip
+        self.residual = residual
         self._routings: weakref.WeakSet[AdapterRouting] = weakref.WeakSet()
+        self._last: Any = _no_routing  # a weak reference to the latest of them
 
     # The adapters
 
@@ -137,10 +116,10 @@ class AdapterBank(nn.Module):
 
         Raises:
             KeyError: a name is unknown.
-            TypeError: names is a single string.
+            TypeError: names is a single string, or no list.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names must be a list of names, got the string {names!r}.")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names must be a list of names, got {names!r}.")
         listed = list(names)
         self._check_known([name for name in listed if name is not None])
         slots = [-1 if name is None else self._slot_of[name] for name in listed]
@@ -167,10 +146,7 @@ class AdapterBank(nn.Module):
         """
         self._check_new(name)
         parts = parts_of(adapter)
-        check_fit(
-            name, parts, self.hidden_size, self.max_bottleneck_size, self.activation,
-            self.down_biases is not None,
-        )  # fmt: skip
+        self._check_fit(name, parts)
         made = self._make(name, parts)
         with torch.no_grad():
             for key, parameter in made.named_parameters():
@@ -187,16 +163,12 @@ class AdapterBank(nn.Module):
         """
         self._check_known([name])
         slot = self._slot_of[name]
-        if any(r.used is not None and slot in r.used for r in self._routings):
+        if any(slot in routing.used_slots() for routing in self._routings):
             raise ValueError(
                 f"adapter {name!r} is in use: a routing that this bank has served names it.\n"
                 "  hint: routing.update(...) for a batch without it, or drop that routing."
             )
-        with torch.no_grad():
-            for stack in (self.ranks, self.scalings, self.down_biases, self.up_biases):
-                if stack is not None:
-                    stack[slot].zero_()
-        del self.adapters[name], self._slot_of[name], self._scales[name]
+        self._free(name)
 
     # The call
 
@@ -221,7 +193,10 @@ class AdapterBank(nn.Module):
                 `adapterkern.grouped_bottleneck_adapter`.
         """
         call, leaves = self._prepared(x, routing, skip, residual)
-        if routing.used == () and not _in_graph(x):
+        # In this order, for a graph would be of that batch. Stacks that are not the bank's own are
+        # made of parameters that want their gradient at every call.
+        own = call.down_weights is self._buffers["down_weights"]
+        if not _in_graph(x) and own and routing.used == ():
             functional.validated(call)
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
@@ -246,132 +221,54 @@ class AdapterBank(nn.Module):
     ) -> tuple[GroupedCall, ops.Leaves]:
         functional.check_routing(x, routing)
         in_graph = _in_graph(x)
-        if not in_graph:
+        if not in_graph and self._last() is not routing:
             self._routings.add(routing)
-        leaves, are_slots = self._leaves(routing, in_graph)
-        records = torch.is_grad_enabled() and any(p.requires_grad for p in leaves.parameters)
+            self._last = weakref.ref(routing)
+        adapters, are_slots = self._adapters_of()
+        records = torch.is_grad_enabled()
+        if records and are_slots and not in_graph:
+            used = routing.used_slots()  # waits for the device, if that alone knows
+            adapters = [adapter for adapter in adapters if adapter[0] in used]
+        records = records and any(
+            p is not None and p.requires_grad for _, parameters in adapters for p in parameters
+        )
+        stacks: dict[str, Any] = self._buffers  # asked for once: nn.Module searches for them
         call = make_grouped_call(
-            x, self.down_weights, self.up_weights, self.down_biases, self.up_biases,
-            self.residual if residual is None else residual, skip, self.scalings, self.ranks,
-            routing.buffers(), self.activation, records,
+            x, stacks["down_weights"], stacks["up_weights"], stacks["down_biases"],
+            stacks["up_biases"], self.residual if residual is None else residual, skip,
+            stacks["scalings"], stacks["ranks"], routing.buffers(), self.activation, records,
         )  # fmt: skip
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
-            return ops.with_stacks(call, leaves), ops.NO_LEAVES
-        return call, leaves if records else ops.NO_LEAVES
+            return ops.with_stacks(call, _leaves_of(adapters)), ops.NO_LEAVES
+        return call, _leaves_of(adapters) if records else ops.NO_LEAVES
 
-    def _leaves(self, routing: AdapterRouting, in_graph: bool) -> tuple[ops.Leaves, bool]:
-        """The parameters that a batch takes, and whether they lie in the slots."""
-        used = routing.used
-        if used is None and torch.is_grad_enabled() and not in_graph:
-            used = routing.used_slots()  # waits for the device
-        kinds, slots, parameters = [], [], []
-        are_slots = not _torch.functorch_is_active()
-        for name, slot in self._slot_of.items():
-            if used is not None and not in_graph and slot not in used:
-                continue
-            adapter: Any = self.adapters[name]
-            self._check_unchanged(name, adapter, in_graph)
-            for kind, parameter in enumerate(_parameters_of(adapter)):
-                if parameter is not None:
-                    kinds.append(kind)
-                    slots.append(slot)
-                    parameters.append(parameter)
-                    if are_slots and not in_graph:
-                        stack = getattr(self, ops.KINDS[kind])
-                        are_slots = _lies_in(parameter, stack, slot)
-        return ops.Leaves(tuple(kinds), tuple(slots), tuple(parameters)), are_slots
-
-    def _check_unchanged(self, name: str, adapter: Any, in_graph: bool) -> None:
-        """Follow a scaling that was set on the adapter; refuse what a bank cannot follow."""
-        if adapter.activation != self.activation or adapter.dropout:
-            raise ValueError(
-                f"adapter {name!r} must keep the bank's activation, {self.activation}, and a "
-                f"dropout of 0, got {adapter.activation} and {adapter.dropout}."
-            )
-        scale = adapter.scaling
-        if isinstance(scale, float) and scale != self._scales[name] and not in_graph:
-            with torch.no_grad():
-                self.scalings[self._slot_of[name]].fill_(scale)
-            self._scales[name] = scale
-
-    # The slots
-
-    def _make(self, name: str, parts: Parts) -> BottleneckAdapter:
-        """An adapter whose parameters lie in a free slot, without values but for its scaling."""
-        slot = min(set(range(self.slots)) - set(self._slot_of.values()))
-        size = parts.bottleneck_size
-        learned = "scaling" in parts.tensors
-        adapter = BottleneckAdapter(
-            self.hidden_size, size, activation=self.activation, bias=parts.bias,
-            scaling="learned" if learned else parts.scaling, backend=self.backend, device="meta",
-            dtype=self.down_weights.dtype,
-        )  # fmt: skip
-        for key, parameter in list(adapter.named_parameters()):
-            module, _, own = key.rpartition(".")
-            view = self._view(key, slot, parameter.shape)
-            adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
-        with torch.no_grad():
-            self.scalings[slot].fill_(parts.scaling)
-            self.ranks[slot].fill_(size)
-        self.adapters[name] = adapter
-        self._slot_of[name], self._scales[name] = slot, parts.scaling
-        return adapter
-
-    def _view(self, key: str, slot: int, shape: Sequence[int]) -> Tensor:
-        stack = getattr(self, _STACK_OF[key])
-        return ops.part_of(stack, ops.KINDS.index(_STACK_OF[key]), slot, shape).detach()
-
-    def _put_into_slots(self) -> None:
-        """Let parameters that torch put elsewhere lie in their slots again, with their values."""
-        for name, slot in self._slot_of.items():
-            for key, parameter in self.adapters[name].named_parameters():
-                stack = getattr(self, _STACK_OF[key])
-                if not _lies_in(parameter, stack, slot):
-                    view = self._view(key, slot, parameter.shape)
-                    view.copy_(parameter.detach())
-                    parameter.data = view
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "AdapterBank":
-        scalings = self.scalings
-        super()._apply(fn, recurse)
-        if self.scalings.dtype not in (torch.float32, torch.float64):  # as kernels read them
-            self.scalings = scalings.to(self.scalings.device, torch.float32)
-        self._put_into_slots()
-        return self
+    def _adapters_of(self) -> tuple[Adapters, bool]:
+        """The adapters, and whether their parameters lie in the slots."""
+        transformed = _torch.functorch_is_active()
+        fake = type(self._buffers["down_weights"]) is not Tensor
+        if transformed or fake or torch.compiler.is_compiling():  # then no tensor has an address
+            for name in self._slot_of:
+                self._follow(name, self.adapters[name])
+            every = [(slot, parameters_of(self.adapters[n])) for n, slot in self._slot_of.items()]
+            return every, not transformed
+        bindings = self._bound()
+        return bindings.adapters, bindings.are_in_slots
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._routings = weakref.WeakSet()
-        self._put_into_slots()
+        self._routings, self._last = weakref.WeakSet(), _no_routing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routings": None}  # a copy serves routings of its own
+        # A copy serves routings of its own.
+        return {**super().__getstate__(), "_routings": None, "_last": None}
 
     # Names
     def _check_known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in dict.fromkeys(names) if name not in self._slot_of]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self._slot_of]
         if unknown:
             raise KeyError(
-                f"unknown adapters: {', '.join(map(repr, unknown))} (this bank has "
+                f"unknown adapters: {', '.join(dict.fromkeys(map(repr, unknown)))} (this bank has "
                 f"{', '.join(self._slot_of) or 'none'})."
-            )
-
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of an adapter must be a string, got {name!r}.")
-        if name in self._slot_of:
-            raise ValueError(
-                f"this bank already has an adapter {name!r}.\n  hint: bank.remove({name!r}) first."
-            )
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"{name!r} cannot name an adapter: it becomes the name of a module, which has no "
-                "dots and is no method."
-            )
-        if len(self._slot_of) == self.slots:
-            raise ValueError(
-                f"all {self.slots} slots of this bank are taken, by {', '.join(self._slot_of)}.\n"
-                f"  hint: remove one, or make AdapterBank(..., slots={2 * self.slots})."
             )
 
     def extra_repr(self) -> str:
@@ -383,18 +280,19 @@ class AdapterBank(nn.Module):
 
 def _in_graph(x: Tensor) -> bool:
     """Whether a graph is being made, whose batches are not the one at hand."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
+    return tracing or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _parameters_of(adapter: Any) -> tuple[Tensor | None, ...]:
-    """The parameters of an adapter in the order of `ops.KINDS`."""
-    down, up, scaling = adapter.down_proj, adapter.up_proj, adapter.scaling
-    learned = scaling if isinstance(scaling, Tensor) else None
-    return down.weight, up.weight, down.bias, up.bias, learned
+def _leaves_of(adapters: Adapters) -> ops.Leaves:
+    leaves = [
+        (kind, slot, parameter)
+        for slot, parameters in adapters
+        for kind, parameter in enumerate(parameters)
+        if parameter is not None
+    ]
+    return ops.Leaves(*map(tuple, zip(*leaves, strict=True))) if leaves else ops.NO_LEAVES
 
 
-def _lies_in(parameter: Tensor, stack: Tensor, slot: int) -> bool:
-    """Whether a parameter is a part of the stack, from the start of the slot."""
-    if (parameter.dtype, parameter.device) != (stack.dtype, stack.device) or stack.is_meta:
-        return False
-    return parameter.data_ptr() == stack.data_ptr() + slot * stack.stride(0) * stack.itemsize
+def _no_routing() -> None:
+    return None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adapterkern import _torch
@@ -66,10 +67,26 @@ def parts_of(adapter: Any) -> Parts:
         raise ValueError(
             f"the state dict of an adapter has {', '.join(_WEIGHTS)} and, together, "
             f"{', '.join(_BIASES)}, and a learned scaling; got "
-            f"{', '.join(sorted(map(str, adapter)))}."
+            f"{', '.join(sorted(map(str, adapter))) or 'nothing'}."
             f"{HINT}BottleneckAdapter.state_dict() makes one."
         )
     return Parts(tensors)
+
+
+def scaling_of(name: str, value: Any) -> float | None:
+    """The scaling that the state dict of a bank has for an adapter.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype == torch.bool:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"adapter {name!r}: its scaling must be a tensor of one number, got {got}."
+        )
+    return float(value)
 
 
 def check_fit(
@@ -95,7 +112,7 @@ def check_fit(
         )
     if parts.bias and not bias:
         problems.append(f"it has biases, and the bank has none.{HINT}AdapterBank(..., bias=True).")
-    if parts.bias:
+    if parts.bias and not problems:
         sizes = {"down_proj.bias": (size,), "up_proj.bias": (hidden_size,)}
         problems += [
             f"{key} must have shape {list(shape)}, got {list(tensors[key].shape)}."

@@ -1,7 +1,8 @@
 """The one rule of rightness: against what a result is compared, and how far it may be off.
 
-- Oracle: `reference.forward` and its autograd gradients in float64 on the same inputs, those of the
-  products rounded to the compute dtype, as every implementation has to round them.
+- Oracle: the reference in plain operations and its autograd gradients, in float64 on the same
+  inputs, those of the products rounded to the compute dtype, as every implementation has to round
+  them.
 - Metric: rms(out - oracle) / rms(oracle), because near a ReLU kink one flipped sign is legitimate.
   Where the oracle is zero throughout, so must the output be.
 - Tolerance: `FORWARD_ALLOWANCE` (gradients: `GRADIENT_ALLOWANCE`) times the metric of eager, the
@@ -28,14 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern import reference
 from adapterkern.backends import get
-from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 from adapterkern.parity.cases import LAYOUTS, SHORT_NAMES, Case, place
 from adapterkern.parity.grid import LEVELS, grid, options
+from adapterkern.parity.grouped import GroupedCase
+from adapterkern.parity.grouped import cases as grouped_cases
 from adapterkern.parity.tf32 import TruncatedProducts
 from adapterkern.results import Outputs
-from adapterkern.spec import ADDED, TENSOR_NAMES
 from adapterkern.validation import name_of
 
 __all__ = [
@@ -45,12 +45,15 @@ __all__ = [
     "LAYOUTS",
     "LEVELS",
     "SHORT_NAMES",
+    "AnyCase",
     "Case",
+    "GroupedCase",
     "Row",
     "TruncatedProducts",
     "check_case",
     "differing_bits",
     "grid",
+    "grouped_cases",
     "judge",
     "metric",
     "options",
@@ -58,6 +61,8 @@ __all__ = [
     "refusals",
     "share",
 ]
+
+AnyCase = Case | GroupedCase
 
 FORWARD_ALLOWANCE = 2.0
 GRADIENT_ALLOWANCE = 3.0
@@ -76,7 +81,7 @@ class Row:
     """The verdict on one tensor of one case. `note` says what else is wrong: a dtype, a shape."""
 
     backend: str
-    case: Case
+    case: AnyCase
     tensor: str
     error: float
     tolerance: float
@@ -93,13 +98,15 @@ class Row:
         return f"{verdict} {self.backend}-{self.case} {self.tensor}: {numbers}{note}"
 
 
-def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> list[Row]:
+def check_case(case: AnyCase, backend: str, device: torch.device | str = "cpu") -> list[Row]:
     """Compare `backend` with the oracle: every output of the case, the same without autograd, and
     every gradient.
 
     Args:
-        backend: a registered name; the call runs through `bottleneck_adapter`, or with a norm
-            through `bottleneck_adapter_norm`, as a user's would.
+        case: of one adapter, or a `GroupedCase` of many.
+        backend: a registered name; the call runs through `bottleneck_adapter`, with a norm through
+            `bottleneck_adapter_norm`, of many adapters through `grouped_bottleneck_adapter`, as a
+            user's would.
         device: where the inputs lie.
 
     Returns:
@@ -115,12 +122,12 @@ def check_case(case: Case, backend: str, device: torch.device | str = "cpu") -> 
 
 
 def _run(
-    case: Case, backend: str, device: torch.device | str, seed: int
+    case: AnyCase, backend: str, device: torch.device | str, seed: int
 ) -> tuple[dict[str, Tensor], ...]:
     """Run one draw of data through the backend, the oracle, eager, and for TF32 the composition
     with truncated operands."""
     tensors = case.draw(device, seed)
-    call = case.make_call(tensors)
+    call: Any = case.make_call(tensors)
     upstream = case.draw_upstream(call, seed)
     packed = {name: _packed(tensor) for name, tensor in tensors.items()}
     wide = {name: tensor.double() for name, tensor in packed.items()}
@@ -135,13 +142,14 @@ def _run(
 
 
 def differing_bits(
-    case: Case, backend: str, device: torch.device | str = "cpu", runs: int = 4
+    case: AnyCase, backend: str, device: torch.device | str = "cpu", runs: int = 4
 ) -> list[str]:
     """Return the tensors whose bits differ among `runs` runs of `backend` on the same inputs: from
     the third on a kernel backend repeats the launches of the second (`backends/repeat.py`).
     """
     tensors = case.draw(device, seed=0)
-    upstream = case.draw_upstream(case.make_call(tensors), seed=0)
+    call: Any = case.make_call(tensors)
+    upstream = case.draw_upstream(call, seed=0)
     with case.matmul_precision():
         first = _run_backend(case, tensors, upstream, backend)
         differing: set[str] = set()
@@ -151,9 +159,10 @@ def differing_bits(
     return [name for name in first if name in differing]
 
 
-def refusals(case: Case, backend: str, device: torch.device | str = "cpu") -> list[str]:
+def refusals(case: AnyCase, backend: str, device: torch.device | str = "cpu") -> list[str]:
     """Return every reason why `backend` cannot run `case`, empty if it can."""
-    return get(backend).unsupported_reasons(case.make_call(case.draw(device, seed=0)).spec())
+    call = case.make_call(_leaves(case, case.draw(device, seed=0)))
+    return get(backend).unsupported_reasons(call.spec())
 
 
 def metric(out: Tensor, oracle: Tensor) -> float:
@@ -184,7 +193,7 @@ def share(error: float, tolerance: float) -> float:
     return error / tolerance if math.isfinite(error) and tolerance else math.inf
 
 
-def _judge(backend: str, case: Case, name: str, runs: list[list[Tensor]]) -> Row:
+def _judge(backend: str, case: AnyCase, name: str, runs: list[list[Tensor]]) -> Row:
     """Return the row of one tensor, from its (out, oracle, eager, ...) in each draw of data."""
     out, _, eager = runs[0][:3]
     if (out.dtype, out.shape) != (eager.dtype, eager.shape):
@@ -213,29 +222,20 @@ def _kind(tensor: Tensor) -> Tensor:
 
 
 def _run_backend(
-    case: Case, tensors: dict[str, Tensor], upstream: Outputs, backend: str
+    case: AnyCase, tensors: dict[str, Tensor], upstream: Outputs, backend: str
 ) -> dict[str, Tensor]:
     """Run it within `case.matmul_precision`, which the backward asks for too."""
     leaves = _leaves(case, tensors)
     arguments = case.arguments(leaves)
     with case.precision(tensors["x"].device):
-        outputs = _call(case, arguments, backend)
+        outputs = case.call(arguments, backend)
         with torch.no_grad():
-            alone = _call(case, arguments, backend)
+            alone = case.call(arguments, backend)
     return _results(case, outputs, alone, leaves, upstream)
 
 
-def _call(case: Case, arguments: dict[str, Any], backend: str) -> Outputs:
-    """Make the call as a user would, and return what it returns."""
-    if case.norm == "none":
-        return Outputs(bottleneck_adapter(**arguments, backend=backend))
-    returned = bottleneck_adapter_norm(**arguments, backend=backend)
-    normed, y = returned if case.prenorm else (returned, None)
-    return Outputs(y, normed)
-
-
 def _run_plain(
-    case: Case,
+    case: AnyCase,
     tensors: dict[str, Tensor],
     upstream: Outputs,
     operands_in: torch.dtype | None = None,
@@ -243,20 +243,16 @@ def _run_plain(
     """Run plain torch operations. `operands_in`: the dtype to which the oracle, float64, rounds
     what goes into the products."""
     leaves = _leaves(case, tensors)
-    call = case.make_call(leaves)
+    call: Any = case.make_call(leaves)
     if operands_in is not None:
         operands: dict[str, Any] = {
-            name: _round_values(getattr(call, name), operands_in)
-            for name in TENSOR_NAMES
-            if name not in ("scaling", *ADDED, "norm_weight", "norm_bias")
+            name: _round_values(getattr(call, name), operands_in) for name in case.operands
         }
         residual = call.x if call.add_input else call.residual  # added as it is, not rounded
         call = call._replace(
             **operands, residual=residual, add_input=False, compute_dtype=torch.float64
         )
-    outputs = reference.forward(call)[0]
-    if case.norm != "none" and not case.prenorm:
-        outputs = outputs._replace(y=None)
+    outputs = case.plain(call)
     return _results(case, outputs, outputs, leaves, upstream)
 
 
@@ -272,13 +268,13 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _leaves(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _leaves(case: AnyCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     wanted = case.wanted(tensors)
     return {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
 
 
 def _results(
-    case: Case, outputs: Outputs, alone: Outputs, leaves: dict[str, Tensor], upstream: Outputs
+    case: AnyCase, outputs: Outputs, alone: Outputs, leaves: dict[str, Tensor], upstream: Outputs
 ) -> dict[str, Tensor]:
     """Return each output, the same of a call without autograd, and the gradients of the case."""
     results: dict[str, Tensor] = {}

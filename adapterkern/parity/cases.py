@@ -7,11 +7,13 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from adapterkern import reference
+from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 from adapterkern.results import Outputs
 from adapterkern.spec import AdapterCall, make_call, with_norm
 
@@ -26,7 +28,7 @@ LAYOUTS = ("contiguous", "rows", "transposed", "expanded", "scalar", "spread", "
 _PADDING = 128  # elements of NaN around each input; a multiple of what an allocation is aligned to
 # A tensor with fewer elements than this is judged over several draws of data, so that neither a sum
 # that happens to cancel nor an eager result that happens to be exact decides.
-_FEWEST_ELEMENTS = 16
+FEWEST_ELEMENTS = 16
 # In a case with nonfinite values, x and dy each hold these in these tokens. Those around them
 # stay finite; none follows another, for eager on a CPU with AMX may spoil the token before one.
 _NONFINITE = (math.inf, -math.inf, math.nan)
@@ -36,6 +38,9 @@ _NONFINITE_IN_X, _NONFINITE_IN_DY = (1, 3, 5), (7, 9, 11)
 @dataclass(frozen=True)
 class Case:
     """One call to compare. `str(case)` is its id, for example bf16-gelu-T37-H768-R48."""
+
+    # The operands of the products.
+    operands: ClassVar[tuple[str, ...]] = ("x", "down_weight", "up_weight", "down_bias", "up_bias")
 
     dtype: torch.dtype = torch.float32  # of x
     activation: str = "gelu"
@@ -104,7 +109,7 @@ class Case:
         num_tokens = math.prod(self.shape)
         sizes = [num_tokens * self.hidden_size, self.hidden_size, self.bottleneck_size]
         sizes += [1] if self.scaling == "learned" else []
-        return math.ceil(_FEWEST_ELEMENTS / min(size for size in sizes if size > 0))
+        return math.ceil(FEWEST_ELEMENTS / min(size for size in sizes if size > 0))
 
     def wanted(self, tensors: dict[str, Tensor]) -> list[str]:
         """Return the names of the tensors whose gradient this case asks for."""
@@ -120,18 +125,9 @@ class Case:
         with self.matmul_precision(), autocast:
             yield
 
-    @contextlib.contextmanager
-    def matmul_precision(self) -> Iterator[None]:
+    def matmul_precision(self) -> contextlib.AbstractContextManager:
         """Set torch's float32 products to "high" (TF32) or "highest", whatever they were."""
-        if self.dtype != torch.float32:
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        return matmul_precision(self.dtype, self.tf32)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Return the arguments of `bottleneck_adapter`, or with a norm of
@@ -143,6 +139,19 @@ class Case:
             defaults["residual"] = "input"
         options = {"activation": self.activation, "scaling": self.scaling}
         return {**defaults, **options, **adapter, **of_norm}
+
+    def call(self, arguments: dict[str, Any], backend: str) -> Outputs:
+        """Make the call as a user would, and return what it returns."""
+        if self.norm == "none":
+            return Outputs(bottleneck_adapter(**arguments, backend=backend))
+        returned = bottleneck_adapter_norm(**arguments, backend=backend)
+        normed, y = returned if self.prenorm else (returned, None)
+        return Outputs(y, normed)
+
+    def plain(self, call: AdapterCall) -> Outputs:
+        """The outputs in plain operations, which autograd differentiates."""
+        outputs = reference.forward(call)[0]
+        return outputs if self.norm == "none" or self.prenorm else outputs._replace(y=None)
 
     def _norm_arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if self.norm == "none":
@@ -236,6 +245,20 @@ class Case:
             )
         for token, value in zip(tokens, planted, strict=True):
             rows[token, token * self.hidden_size // 12] = value
+
+
+@contextlib.contextmanager
+def matmul_precision(dtype: torch.dtype, tf32: bool) -> Iterator[None]:
+    """Set torch's float32 products of a case, and leave them alone in another dtype."""
+    if dtype != torch.float32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _short(dtype: torch.dtype | None) -> str:

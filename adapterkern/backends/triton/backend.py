@@ -8,10 +8,12 @@ from torch import Tensor
 from adapterkern import _env
 from adapterkern.backends.base import (
     FIRST_FEATURES,
+    GROUPED_FEATURES,
     NORM_FEATURES,
     Backend,
     allow_tf32,
     empty_gradients,
+    empty_grouped_gradients,
     empty_outputs,
     empty_units,
     rows,
@@ -29,7 +31,13 @@ from adapterkern.backends.triton.launch_config import (
     Split,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
-from adapterkern.grouped.call import OPERATION, GroupedCall, option_values
+from adapterkern.grouped.call import (
+    OPERATION,
+    GroupedCall,
+    GroupedGradients,
+    GroupedNeeds,
+    option_values,
+)
 from adapterkern.grouped.call import tensor_values as grouped_tensor_values
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
@@ -37,7 +45,7 @@ from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 try:
     from triton import knobs
 
-    from adapterkern.backends.triton import grouped_launches, launcher
+    from adapterkern.backends.triton import grouped_gradient_launches, grouped_launches, launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.norm_launches import NormLaunches, stream_of
 
@@ -49,6 +57,8 @@ try:
 except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"
     VALUES = {}
+
+MOST_SLOTS = 65535  # of a grid's last dimension
 
 # The device that CPU tensors are planned for. Triton's interpreter gets few SMs, so that small
 # tests reach both forms; `compile_only` sets the GPU that it compiles for.
@@ -63,7 +73,7 @@ class TritonBackend(Backend):
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
-    features = FIRST_FEATURES | NORM_FEATURES | {"ranks"}
+    features = FIRST_FEATURES | NORM_FEATURES | GROUPED_FEATURES
     routes = True
 
     def unavailable_reason(self) -> str | None:
@@ -78,6 +88,8 @@ class TritonBackend(Backend):
         return None
 
     def limits(self, spec: AdapterSpec) -> list[str]:
+        if spec.slots is not None and spec.slots > MOST_SLOTS:
+            return [f"{spec.slots} slots exceed the {MOST_SLOTS} of a launch"]
         if spec.device.type != "cuda" or not torch.cuda.is_available():
             return []
         major, minor = torch.cuda.get_device_capability(spec.device)
@@ -216,6 +228,29 @@ class TritonBackend(Backend):
 
         launcher.run((ids, *buffers), ("route",), launch)
 
+    def grouped_backward(
+        self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
+    ) -> GroupedGradients:
+        if dy.numel() == 0:
+            empty = empty_grouped_gradients(call, needs)
+            return GroupedGradients(*[None if t is None else t.zero_() for t in empty])
+
+        def launch(recording) -> tuple[Tensor | None, ...]:
+            device = _device(dy.device)
+            flat = rows(dy)
+            launches = grouped_gradient_launches.GradientLaunches(call, flat, recording, device)
+            tokens = _problem(call, device, flat, call.down_weights, call.up_weights)
+            out, sums = launches.gradients(z, needs, tokens, _problem(call, device, flat, call.x))
+            return *out, sums
+
+        *computed, sums = launcher.run(
+            (*grouped_tensor_values(call), z, dy),
+            ("grouped", needs, tuned.generation, allow_tf32(), option_values(call)),
+            launch,
+        )
+        scalings = None if sums is None else sums.sum(1)
+        return GroupedGradients(*computed)._replace(scalings=scalings)
+
 
 def forward_norm_plan(
     call: AdapterCall, plan: RowBlock | Split, problem: Problem, device: Device
@@ -255,7 +290,7 @@ def weights_problem(call: AdapterCall, x: Tensor, dy: Tensor, device: Device) ->
     return _problem(call, device, dy, x)
 
 
-def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:
+def _problem(call: AdapterCall | GroupedCall, device: Device, *staged: Tensor) -> Problem:
     """`staged` tensors wait in shared memory in their own dtype: where that is small, one of
     float32 beside a half-precision x takes the wide tiles too.
     """

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from adapterkern.backends.triton.forward import down_projection, output_tile, up_bias_product
+from adapterkern.backends.triton.grouped_tiles import moved, rank_of
 from adapterkern.backends.triton.tiles import (
     existing_units,
     load_down_tile,
@@ -25,26 +26,6 @@ from adapterkern.backends.triton.tiles import (
     store_rows,
     store_units,
 )
-
-
-@triton.jit
-def rank_of(slot, ranks_ptr, slots, bottleneck_size):
-    """The units of a slot: 0 where it is no adapter, R where no ranks are given."""
-    exists = (slot >= 0) & (slot < slots)
-    if ranks_ptr is None:
-        rank = tl.where(exists, bottleneck_size, 0)
-    else:
-        rank = tl.load(ranks_ptr + tl.where(exists, slot, 0))
-        rank = tl.where(exists, tl.maximum(tl.minimum(rank, bottleneck_size), 0), 0)
-    return rank
-
-
-@triton.jit
-def moved(ptr, slot, elements):
-    """The pointer to a slot, `elements` long each; of a tensor that may be absent."""
-    if ptr is not None:
-        ptr += slot.to(tl.int64) * elements
-    return ptr
 
 
 @triton.jit
@@ -110,9 +91,9 @@ def part_bottleneck(
     ONE_TILE: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """a = act(z) of all units: where they are more than a tile, it is left in a_ptr."""
+    """a = act(z) of all units; nothing where they are more than a tile, and it is left in a_ptr."""
     if ONE_TILE:
-        a = slot_bottleneck(
+        return slot_bottleneck(
             x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, tl.arange(0, BLOCK_R), hidden_size,
             num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
             ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
@@ -130,8 +111,6 @@ def part_bottleneck(
                 a_ptr, of_tile, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
         tl.debug_barrier()  # `norm.store_normed` says why this is enough
-        a = None
-    return a
 
 
 @triton.jit

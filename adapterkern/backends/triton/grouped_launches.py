@@ -129,7 +129,7 @@ class GroupedForward:
         row_bytes = sum(tensor.element_size() for tensor in added if tensor is not None)
         down, up = call.down_weights.contiguous(), call.up_weights.contiguous()
         stages = into_stages(config, self._device, x.element_size(), down.element_size())
-        tiles = tiles_of(call, config, stages)  # type: ignore[arg-type]  # it reads the sizes alone
+        tiles = tiles_of(call, config, stages)
         tiles["EVEN_R"] = tiles["EVEN_R"] and call.ranks is None
         # The loop for ragged ranks writes its tile of the weight once more.
         again = config.block_r * config.block_h * call.compute_dtype.itemsize
@@ -143,7 +143,7 @@ class GroupedForward:
             call.order, call.tiles, y, z, a, *sizes,
             ONE_TILE=one_tile, TILE=TILE,
             OUT_STAGES=out_stages(config, room, row_bytes, up.element_size(), y.element_size()),
-            **self._options(), **dtypes_of(call), **tiles,  # type: ignore[arg-type]
+            **self._options(), **dtypes_of(call), **tiles,
         )  # fmt: skip
 
     def by_row(self, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
@@ -188,7 +188,7 @@ class GroupedForward:
         return {
             "ACTIVATION": VALUES[call.activation],
             "ADD_INPUT": call.add_input,
-            **units_of(call),  # type: ignore[arg-type]
+            **units_of(call),
         }
 
 

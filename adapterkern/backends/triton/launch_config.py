@@ -188,7 +188,7 @@ def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     R > 128, or R > 256 in half precision on Hopper.
     """
     config = _row_block(problem, device)
-    return RowBlock(config) if config is not None else _split(problem, device)
+    return RowBlock(config) if config is not None else split_form(problem, device)
 
 
 def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
@@ -228,7 +228,7 @@ def row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
     return blocks
 
 
-def _split(problem: Problem, device: Device) -> Split:
+def split_form(problem: Problem, device: Device) -> Split:
     """Return the split form, whose tiles of half precision were measured as those above were."""
     tokens, bottleneck = problem.num_tokens, problem.bottleneck_size
     few = tokens <= 16

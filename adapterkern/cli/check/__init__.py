@@ -35,8 +35,9 @@ DESCRIPTION = """\
 Compares y, the norm of it, and the gradients of x, residual, skip, both weights, both biases, the
 scaling and the norm's parameters with a computation in float64, for every backend that can run on
 this machine, over dtypes (TF32 among them), activations, sizes and all options of a call, also with
-Inf and NaN in x and the gradient of y. On a GPU the sizes reach every form of the kernels. Without
-one the Triton kernels run in Triton's CPU interpreter, at small sizes.
+Inf and NaN in x and the gradient of y, and with many adapters in a batch. On a GPU the sizes reach
+every form of the kernels. Without one the Triton kernels run in Triton's CPU interpreter, at small
+sizes.
 
 Prints a line as each case ends: the verdict, the case, the most that a tensor used up of its
 tolerance, the seconds. A backend stops where it loses the device or dies, and the others still run.
@@ -172,7 +173,7 @@ def _no_such_case(names: list[str], device: torch.device, arguments: argparse.Na
 def _events(
     name: str,
     device: torch.device,
-    cases: list[parity.Case],
+    cases: list[parity.AnyCase],
     arguments: argparse.Namespace,
     alone: bool,
 ) -> Iterator[Event]:
@@ -192,7 +193,7 @@ def _events(
 def _in_a_process(
     name: str,
     device: torch.device,
-    cases: list[parity.Case],
+    cases: list[parity.AnyCase],
     arguments: argparse.Namespace,
     environment: dict[str, str],
 ) -> Iterator[Event]:

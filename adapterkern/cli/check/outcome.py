@@ -6,10 +6,12 @@ import torch
 
 from adapterkern import __version__
 from adapterkern.cli.check.worker import Event
+from adapterkern.grouped.call import GroupedNeeds
 from adapterkern.parity import share
 from adapterkern.spec import TENSOR_NAMES
 
-_ORDER = ("y", "normed", "dx", *(f"d_{name}" for name in TENSOR_NAMES[1:]), "-")  # the table's rows
+_GRADIENTS = dict.fromkeys((*TENSOR_NAMES[1:], *GroupedNeeds._fields[1:]))
+_ORDER = ("y", "normed", "dx", *(f"d_{name}" for name in _GRADIENTS), "-")  # the table's rows
 _MOST_MISSES = 20  # listed one by one
 _VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
 

@@ -23,6 +23,7 @@ import torch
 
 from adapterkern import parity, testing
 from adapterkern.backends import get
+from adapterkern.grouped.call import OPERATION
 
 Event = dict[str, Any]
 
@@ -33,14 +34,19 @@ DTYPES = {
 }
 
 
-def cases_of(name: str, device: torch.device, arguments: argparse.Namespace) -> list[parity.Case]:
+def cases_of(
+    name: str, device: torch.device, arguments: argparse.Namespace
+) -> list[parity.AnyCase]:
     """Return the cases of one backend that --dtype and --case leave; --shard comes after that."""
     backend = get(name)
     dtypes = set(backend.dtypes)
     if arguments.dtype:
         dtypes &= {DTYPES[spelling] for spelling in arguments.dtype}
     small = device.type == "cpu"
-    cases = parity.grid(dtypes, backend.activations, arguments.level, small, backend.features)
+    declared = dtypes, backend.activations, arguments.level, small, backend.features
+    cases: list[parity.AnyCase] = [*parity.grid(*declared)]
+    if OPERATION in backend.operations:
+        cases += parity.grouped_cases(*declared)
     if arguments.case is None:
         return cases
     return [
@@ -50,12 +56,12 @@ def cases_of(name: str, device: torch.device, arguments: argparse.Namespace) -> 
     ]
 
 
-def shard_of(cases: list[parity.Case], shard: tuple[int, int] | None) -> list[parity.Case]:
+def shard_of(cases: list[parity.AnyCase], shard: tuple[int, int] | None) -> list[parity.AnyCase]:
     """Return the I-th of `cases`, and each N-th after it, for a shard (I, N)."""
     return cases if shard is None else cases[shard[0] - 1 :: shard[1]]
 
 
-def events(name: str, device: torch.device, cases: list[parity.Case]) -> Iterator[Event]:
+def events(name: str, device: torch.device, cases: list[parity.AnyCase]) -> Iterator[Event]:
     """Yield the backend's own event, then those of each case; a case that loses the device is
     the last."""
     unavailable = get(name).unavailable_reason()
@@ -102,7 +108,7 @@ def case_event(
     }
 
 
-def _run_case(case: parity.Case, name: str, device: torch.device) -> Event:
+def _run_case(case: parity.AnyCase, name: str, device: torch.device) -> Event:
     started = time.monotonic()
     note, rows = "", []
     try:
