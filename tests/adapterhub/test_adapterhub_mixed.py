@@ -51,6 +51,7 @@ SETUPS = {
     "stack_parallel": ac.Stack("d", ac.Parallel("a", "b")),
     # Alone, the library itself fails where a child has no adapter in a layer.
     "stack_parallel_with_a_gap": ac.Stack("d", ac.Parallel("a", "e", "b")),
+    "stack_parallel_with_a_gap_at_its_end": ac.Stack("d", ac.Parallel("a", "b", "e")),
     "stack_batch_split_with_a_gap": ac.Stack("d", ac.BatchSplit("a", "e", batch_sizes=2)),
     "stack_of_one_norm_with_a_gap": ac.Stack(
         "h", ac.BatchSplit("h", "i", "h", batch_sizes=[1, 2, 1])
@@ -255,6 +256,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*ln_after")  # which the adapter itself says
 @pytest.mark.parametrize("reason", UNFIT)
 def test_what_one_launch_does_not_take_runs_one_by_one_and_says_so(reason, launches, counted):
     setup, configs, fused = UNFIT[reason]

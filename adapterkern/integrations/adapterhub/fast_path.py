@@ -1,4 +1,5 @@
-"""The methods that stand in for three of the library's `BottleneckLayer` while a model is patched.
+"""The methods that stand in for three of the library's `BottleneckLayer` while a model is patched;
+`mixed` has two more, for children that one launch serves.
 
 `compose_single` (level ADAPTER) is the one place where the library calls an adapter, in whatever
 composition. `bottleneck_layer_forward` (level LAYER) is the whole layer for a single active
