@@ -37,8 +37,9 @@ def rank_of(slot, ranks_ptr, slots, bottleneck_size):
     if ranks_ptr is None:
         rank = tl.where(exists, bottleneck_size, 0)
     else:
-        rank = tl.load(ranks_ptr + slot, mask=exists, other=0)
-        rank = tl.maximum(tl.minimum(rank, bottleneck_size), 0)
+        # No mask: the interpreter of Triton 3.9 takes none with one truth value in it.
+        rank = tl.load(ranks_ptr + tl.where(exists, slot, 0))
+        rank = tl.where(exists, tl.maximum(tl.minimum(rank, bottleneck_size), 0), 0)
     return rank
 
 
@@ -54,4 +55,4 @@ def moved(ptr, slot, elements):
 def scale_of(scalings_ptr, slot, exists):
     """The scaling of a slot that exists, else 0; nothing, as `scaled` takes it, without any."""
     if scalings_ptr is not None:
-        return tl.load(scalings_ptr + slot, mask=exists, other=0.0)
+        return tl.where(exists, tl.load(scalings_ptr + tl.where(exists, slot, 0)), 0.0)
