@@ -24,10 +24,10 @@ def row_block_of(tiles_ptr, block, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def tokens_of(order_ptr, row, last, num_tokens):
-    """The tokens of rows of `order`; num_tokens, which every load and store masks, where a row is
-    not before `last`, and for a token that x does not have."""
+    """The tokens of rows of `order`; num_tokens, which every load and store masks, as it does what
+    is beyond, where a row is not before `last`."""
     token = tl.load(order_ptr + row, mask=row < last, other=-1)
-    return tl.where((token >= 0) & (token < num_tokens), token, num_tokens)
+    return tl.where(token < 0, num_tokens, token)
 
 
 @triton.jit
