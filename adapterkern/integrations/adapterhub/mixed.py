@@ -201,9 +201,8 @@ def _after(layer: Any, setup: Any, group: Group, state: Any, rows: tuple[int, ..
         return None
     state = layer.pre_block(setup, state)
     x, residual = state.hidden_states, state.adapter_residual
-    if fast_path.call_reason(x, residual) is not None or fast_path.differ_in_dtype(
-        x, group.parts[0][0]
-    ):
+    same_dtype = x.dtype == group.parts[0][0].dtype or torch.is_autocast_enabled(x.device.type)
+    if fast_path.call_reason(x, residual) is not None or not same_dtype:
         return None
     per_row = math.prod(x.shape[1:-1])
     tokens = tuple(n * per_row for n in rows)
