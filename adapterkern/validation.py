@@ -21,7 +21,6 @@ _WEIGHTS = (
     *("down_weights", "up_weights", "down_biases", "up_biases"),  # of many adapters
 )
 _REQUIRED = ("x", "down_weight", "up_weight")
-_GROUPED_REQUIRED = ("x", "down_weights", "up_weights")
 _OF_HIDDEN = ("up_bias", "norm_weight", "norm_bias")  # vectors of one element a feature
 
 
@@ -43,37 +42,19 @@ def validate(
         ValueError: shapes, dtypes or devices disagree, or a tensor is sparse; the message has a
             sentence for every cause, and at its end the likely cure of the first that has one.
     """
-    given = _given(tensors, _REQUIRED)
+    given = given_tensors(tensors, _REQUIRED)
     problems = (
-        _layout_problems(given)
+        layout_problems(given)
         + _shape_problems(given)
-        + _dtype_problems(given, compute_dtype)
-        + _device_problems(given)
+        + dtype_problems(given, compute_dtype)
+        + device_problems(given)
         + dropout_problems(dropout)
         + list(more)
     )
     refuse(problems)
 
 
-def grouped_problems(tensors: Tensors, compute_dtype: torch.dtype) -> list[str]:
-    """List what is wrong with the tensors of a call of many adapters, as `validate` does.
-
-    Raises:
-        TypeError: something that must be a tensor is not.
-    """
-    routing = ("token_slots", "order", "tiles", "slot_offsets")  # an AdapterRouting made these
-    given = _given(tensors, (*_GROUPED_REQUIRED, *routing))
-    floating = {n: t for n, t in given.items() if n not in (*routing, "ranks", "scalings")}
-    return (
-        _layout_problems(given)
-        + _grouped_shape_problems(given)
-        + _dtype_problems(floating, compute_dtype)
-        + _slot_dtype_problems(given, compute_dtype)
-        + _device_problems(given)
-    )
-
-
-def _given(tensors: Tensors, required: Sequence[str]) -> dict[str, Tensor]:
+def given_tensors(tensors: Tensors, required: Sequence[str]) -> dict[str, Tensor]:
     """The tensors that are there.
 
     Raises:
@@ -92,66 +73,6 @@ def _given(tensors: Tensors, required: Sequence[str]) -> dict[str, Tensor]:
                 "layout=torch.jagged works; nn.TransformerEncoder(enable_nested_tensor=False) pads."
             )
     return given
-
-
-def _grouped_shape_problems(given: dict[str, Tensor]) -> list[str]:
-    x, down, up = given["x"], given["down_weights"], given["up_weights"]
-    if x.dim() == 0:
-        return ["x must have shape [..., H], got a 0-dimensional tensor."]
-    if down.dim() != 3 or up.dim() != 3:
-        return [
-            "down_weights must have shape [S, R, H] and up_weights [S, H, R], "
-            f"got {list(down.shape)} and {list(up.shape)}."
-            f"{HINT}stack the weights of the adapters, as in torch.stack([a.weight, b.weight])."
-        ]
-    slots, bottleneck, hidden = *down.shape[:2], x.shape[-1]
-    if 0 in (slots, bottleneck, hidden):
-        return [
-            "the number of slots, bottleneck_size and hidden_size must be at least 1, got "
-            f"x {list(x.shape)} and down_weights {list(down.shape)}."
-        ]
-    shapes = {
-        "down_weights": ("[S, R, H]", (slots, bottleneck, hidden)),
-        "up_weights": ("[S, H, R]", (slots, hidden, bottleneck)),
-        "down_biases": ("[S, R]", (slots, bottleneck)),
-        "up_biases": ("[S, H]", (slots, hidden)),
-        "scalings": ("[S]", (slots,)),
-        "ranks": ("[S]", (slots,)),
-    }
-    problems = [
-        f"{name} must have shape {letters} = {list(shape)} to match x {list(x.shape)} and "
-        f"down_weights {list(down.shape)}, got {list(given[name].shape)}."
-        for name, (letters, shape) in shapes.items()
-        if name in given and tuple(given[name].shape) != shape
-    ]
-    if problems and tuple(up.shape) == (slots, bottleneck, hidden):
-        problems[0] += _transpose_hint("up_weights uses", "this looks like its transpose")
-    routed = given["slot_offsets"].shape[0] - 2
-    if routed != slots:
-        problems.append(
-            f"routing must be made for the {slots} slots of down_weights, got one for {routed}."
-            f"{HINT}AdapterRouting(max_tokens, {slots})."
-        )
-    tokens, most = math.prod(x.shape[:-1]), given["token_slots"].shape[0]
-    if tokens > most:
-        problems.append(
-            f"x must have at most the {most} tokens that routing was made for, got {tokens}."
-            f"{HINT}AdapterRouting(max_tokens={tokens}, slots={slots})."
-        )
-    return problems + _token_problems(given, hidden)
-
-
-def _slot_dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
-    """Of the tensors that hold a number for each slot."""
-    wide = torch.float64 if compute == torch.float64 else torch.float32
-    problems = []
-    for name, dtype in (("scalings", wide), ("ranks", torch.int32)):
-        if name in given and given[name].dtype != dtype:
-            problems.append(
-                f"{name} must be {name_of(dtype)}, got {name_of(given[name].dtype)}."
-                f"{HINT}use {name}.to(torch.{name_of(dtype)})."
-            )
-    return problems
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -225,7 +146,8 @@ def _tensors(kind: str, names: list[str]) -> str:
     return f"a {kind} tensor" if len(names) == 1 else f"{kind} tensors"
 
 
-def _layout_problems(given: dict[str, Tensor]) -> list[str]:
+def layout_problems(given: dict[str, Tensor]) -> list[str]:
+    """List the tensors whose layout no backend reads."""
     wrong = [(name, t.layout) for name, t in given.items() if t.layout not in LAYOUTS]
     return [
         f"{_all(names)} must be {_tensors('dense (strided)', names)}, "
@@ -263,8 +185,8 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
                     f"down_weight must have shape [R, H] and up_weight [H, R], with H = {hidden} "
                     f"to match x {list(x.shape)}, got {list(down.shape)} and {list(up.shape)}."
                 )
-                return [problem + _transpose_hint("they use", "these look like their transposes")]
-            problem += _transpose_hint("down_weight uses", "this looks like its transpose")
+                return [problem + transpose_hint("they use", "these look like their transposes")]
+            problem += transpose_hint("down_weight uses", "this looks like its transpose")
         elif up.shape[0] == down.shape[1]:  # then x is what does not fit, and all else may
             hidden = up.shape[0]
             problem += f"{HINT}both weights are for hidden_size {hidden}; is x the one meant?"
@@ -276,11 +198,11 @@ def _shape_problems(given: dict[str, Tensor]) -> list[str]:
             f"{list(x.shape)} and down_weight {list(down.shape)}, got {list(up.shape)}."
         )
         if tuple(up.shape) == (bottleneck, hidden):
-            problem += _transpose_hint("up_weight uses", "this looks like its transpose")
+            problem += transpose_hint("up_weight uses", "this looks like its transpose")
         elif not problems and up.shape[0] == hidden and not _vector_problems(given, *up.shape):
             vectors = []  # they fit the up_weight, so the down_weight alone may be another's
         problems.append(problem)
-    return problems + vectors + _token_problems(given, hidden)
+    return problems + vectors + token_problems(given, hidden)
 
 
 def _vector_problems(given: dict[str, Tensor], hidden: int, bottleneck: int) -> list[str]:
@@ -305,7 +227,8 @@ def _vector_problems(given: dict[str, Tensor], hidden: int, bottleneck: int) -> 
     return problems
 
 
-def _token_problems(given: dict[str, Tensor], hidden: int) -> list[str]:
+def token_problems(given: dict[str, Tensor], hidden: int) -> list[str]:
+    """List what is added and has not the shape of x."""
     x = given["x"]
     wanted = (*x.shape[:-1], hidden)
     wrong = [(name, given[name].shape) for name in ("residual", "skip") if name in given]
@@ -326,11 +249,13 @@ def _shape_hint(name: str, shape: torch.Size, wanted: tuple[int, ...]) -> str:
     return ""
 
 
-def _transpose_hint(what: str, looks: str) -> str:
+def transpose_hint(what: str, looks: str) -> str:
+    """The cure where a weight looks like the transpose of what is asked for."""
     return f"{HINT}{what} nn.Linear layout (out_features, in_features); {looks}."
 
 
-def _dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+def dtype_problems(given: dict[str, Tensor], compute: torch.dtype) -> list[str]:
+    """List the tensors that cannot take part in a computation in this dtype."""
     allowed = ", ".join(map(name_of, FLOAT_DTYPES))
     dtypes = {name: tensor.dtype for name, tensor in given.items()}
     problems = [
@@ -379,7 +304,8 @@ def _is_convertible(dtype: torch.dtype, given: torch.dtype, compute: torch.dtype
     return torch.float64 not in (dtype, compute) and (autocast or dtype == torch.float32)
 
 
-def _device_problems(given: dict[str, Tensor]) -> list[str]:
+def device_problems(given: dict[str, Tensor]) -> list[str]:
+    """List the devices where the tensors are not all on one."""
     devices = {name: tensor.device for name, tensor in given.items()}
     if len(set(devices.values())) == 1:
         return []
@@ -388,6 +314,10 @@ def _device_problems(given: dict[str, Tensor]) -> list[str]:
     hint = f"adapter.to({str(here)!r})."
     if here.type == "meta":
         hint = "x is on the meta device and has no values; make it where the adapter is."
+    elif away == ["routing"]:
+        hint = f"AdapterRouting(max_tokens, slots, device={str(here)!r})."
+    elif set(away) & {"down_weights", "up_weights"}:
+        hint = f"bank.to({str(here)!r})."
     elif not set(away) & {"down_weight", "up_weight"}:
         hint = f"use {away[0]}.to({str(here)!r})."
     found = ", ".join(f"{name} on {device}" for name, device in devices.items())

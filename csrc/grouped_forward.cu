@@ -32,9 +32,10 @@ struct Adapter {
 
   // The part of a stacked tensor that is this adapter's; none without an adapter.
   __device__ __forceinline__ View part_of(const View& stacked, int64_t slot_stride) const {
-    if (rank == 0 || stacked.data == nullptr) return {};
     const int64_t offset = slot * slot_stride * (stacked.dtype == kFloat32 ? 4 : 2);
-    return {to_global(static_cast<char*>(stacked.data) + offset), stacked.dtype, stacked.stride};
+    const bool exists = rank > 0 && stacked.data != nullptr;
+    void* const data = exists ? static_cast<char*>(stacked.data) + offset : nullptr;
+    return {to_global(data), stacked.dtype, stacked.stride};
   }
   __device__ __forceinline__ View down_weight(const GroupedForwardParams& params) const {
     return part_of(params.down_weights, params.down_slot_stride);
@@ -62,9 +63,9 @@ struct Adapter {
 
 // Computes y from u = a U^T, in float32 until the single store, for tensors of any dtype at any
 // address.
-__device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& params, View up_bias,
-                                                  float scaling, const float* from, int64_t token,
-                                                  int64_t feature) {
+__device__ __forceinline__ void write_output(const GroupedForwardParams& params, View up_bias,
+                                             float scaling, const float* from, int64_t token,
+                                             int64_t feature) {
   const auto of = [&](const View& view) -> Matrix {
     return {view, params.num_tokens, params.hidden_size};
   };
@@ -77,6 +78,13 @@ __device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& pa
   add_vector(u, of(params.residual), token, feature);
   add_vector(u, of(params.skip), token, feature);
   store_vector(of(params.y), token, feature, u);
+}
+
+// The same out of line, where tiles rarely come by.
+__device__ ADAPTERKERN_RARE void store_any_output(const GroupedForwardParams& params, View up_bias,
+                                                  float scaling, const float* from, int64_t token,
+                                                  int64_t feature) {
+  write_output(params, up_bias, scaling, from, token, feature);
 }
 
 // The policy of one tile: rows are places in it.
@@ -183,8 +191,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 }
 
 constexpr int kRowThreads = 256, kMostUnits = 256;
-constexpr int kRowsAtOnce = 4;  // of a weight, whose loads are under way together
-constexpr int kLanesIn = 16;    // that share a unit in the first kernel: 128 features at a time
+constexpr int kRowBlocksPerSm = 4;  // which bounds the registers to 64 a thread
+constexpr int kLanesIn = 16;        // that share a unit in the first kernel: 128 features at a time
 
 // Calls store(row, sum) with the product of each row of `weight`, from `first_row` on, and a vector
 // that load(v, column) loads, over the columns from `first_column` on. All threads come here;
@@ -193,6 +201,8 @@ template <typename Source, typename Scalar, typename Load, typename Store>
 __device__ __forceinline__ void multiply_rows(const Matrix& weight, int64_t first_row,
                                               int64_t first_column, int lanes, Load load,
                                               Store store) {
+  // The loads of 64 bytes a thread are under way together; rare ones come one after the other.
+  constexpr int kRowsAtOnce = std::is_void_v<Source> ? 1 : 8 / static_cast<int>(sizeof(Scalar));
   const int groups = kRowThreads / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
 #pragma unroll 1
   for (int64_t start = first_row; start < weight.rows; start += groups * kRowsAtOnce) {
@@ -248,7 +258,7 @@ __device__ __forceinline__ void with_source(const Matrix& weight, bool direct, B
 // Rows, first half: the sums of one token over one slice of H. Grid: tokens, slices. Global memory:
 // its part of the adapter's weight, once.
 template <typename Scalar>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     bottleneck_grouped_rows_first_kernel(const __grid_constant__ GroupedForwardParams params) {
   const int64_t token = blockIdx.x, first = blockIdx.y * params.features_per_split;
   const int64_t last = min(first + params.features_per_split, params.hidden_size);
@@ -305,7 +315,7 @@ __device__ __forceinline__ float finish_unit(const GroupedForwardParams& params,
 // Rows, second half: the output of one token over one slice of H. Grid: tokens, slices, of which
 // the first keeps z. Shared memory: | bottleneck | sums of the slice |, float32.
 template <typename Scalar>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSm)
     bottleneck_grouped_rows_second_kernel(const __grid_constant__ GroupedForwardParams params) {
   ADAPTERKERN_SHARED_MEMORY(shared);
   float* const a = reinterpret_cast<float*>(shared);
@@ -335,7 +345,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const View bias = adapter.up_bias(params).view;
   const float scaling = adapter.scaling(params);
   for (int64_t i = threadIdx.x * kVector; i < last - first; i += kRowThreads * kVector) {
-    store_any_output(params, bias, scaling, sums + i, token, first + i);
+    write_output(params, bias, scaling, sums + i, token, first + i);
   }
 }
 

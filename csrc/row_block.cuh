@@ -69,12 +69,14 @@ struct RowBlockShape {
   static_assert(kLeastBytes <= (kLarge ? 227 : 99) * 1024, "beyond what a block may have");
 };
 
-// Tiles of a routing have so many tokens, the TILE of adapterkern/grouped/call.py. Adapters that
-// share a bank have the width of its widest one, and the narrowest of these tiles serves two
-// widths.
+// Tiles of a routing have so many tokens, the TILE of adapterkern/grouped/call.py. One shape serves
+// several widths, to keep the extension small: a bank is as wide as its widest adapter, and units
+// that an adapter does not have are not read.
 constexpr int kTileTokens = 64;
 template <typename Scalar, int kBlockR>
-using GroupedShape = RowBlockShape<Scalar, larger(kBlockR, 32), false, kTileTokens>;
+using GroupedShape =
+    RowBlockShape<Scalar, kBlockR <= 64 ? 64 : (sizeof(Scalar) == 2 ? kBlockR : 256), false,
+                  kTileTokens>;
 
 // Calls body(the tiles of one dtype and width, which are large where asked for and there).
 template <typename Scalar, int kBlockR, typename Body>

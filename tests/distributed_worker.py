@@ -155,11 +155,104 @@ def dtensor(rank):
     }
 
 
+class Banked(nn.Module):
+    """A layer and a bank; row i of the whole batch takes the adapter that NAMES has for it.
+
+    "idle" is nobody's, "first" is taken by rows of the first process alone, and in the second batch
+    those of the second process take none.
+    """
+
+    NAMES = ("first", "both", None, "both", "both", "last", "both", None)
+
+    def __init__(self, units):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(HIDDEN, HIDDEN)
+        self.bank = ak.AdapterBank(HIDDEN, BOTTLENECK, slots=5)
+        for name, size in zip(("first", "both", "idle", "last"), units, strict=True):
+            adapter = ak.BottleneckAdapter(HIDDEN, size, scaling="learned", init="houlsby")
+            nn.init.normal_(adapter.up_proj.weight, std=0.3)
+            self.bank.add(name, adapter)
+        self.rows, self.quiet = range(BATCH), False
+
+    def forward(self, x):
+        there = [row for row in self.rows if not (self.quiet and row >= BATCH // 2)]
+        names = [self.NAMES[row] if row in there else None for row in self.rows]
+        ids = self.bank.ids(names)
+        return self.bank(self.layer(x), ak.AdapterRouting(BATCH, 5).update(ids))
+
+
+def trained_bank(model, rank, wrap):
+    """Weights and first gradients, zeros where there are none."""
+    banked = model
+    if rank is not None:
+        model.rows = range(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+        model = wrap(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    first = None
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for step in range(STEPS):
+        x, target = data(step)
+        if rank is not None:
+            half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+            x, target = x[half], target[half]
+        banked.quiet = step == 1
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        first = first or [
+            torch.zeros(p.shape) if p.grad is None else full(p.grad).clone()
+            for p in trained.values()
+        ]
+        optimizer.step()
+    idle = [n for n, p in trained.items() if "idle" in n and p.grad is not None]
+    return [full(p).detach().clone() for p in trained.values()], first, idle
+
+
+def compared_bank(rank, units, wrap):
+    weights, gradients, idle = trained_bank(Banked(units), rank, wrap)
+    expected_weights, expected_gradients, _ = trained_bank(Banked(units), None, wrap)
+    return {
+        "weights": largest_difference(weights, expected_weights),
+        "gradients": largest_difference(gradients, expected_gradients),
+        "size": largest_difference(expected_gradients, [torch.zeros(())] * len(gradients)),
+        "idle": idle,
+    }
+
+
+def bank_ddp(rank):
+    """Adapters of several ranks; DDP is told that some are in no batch."""
+    return compared_bank(
+        rank,
+        (4, 3, 2, 1),
+        lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    )
+
+
+def bank_fsdp(rank):
+    """Adapters of the bank's width; their parameters are no parts of the slots then."""
+
+    def wrap(model):
+        fully_shard(model.bank)
+        return fully_shard(model)
+
+    return compared_bank(rank, (4, 4, 4, 4), wrap)
+
+
+def bank_fsdp_narrow(rank):
+    """FSDP takes no parameter with gaps, and says so."""
+    try:
+        fully_shard(Banked((4, 3, 2, 1)).bank)
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return "accepted"
+
+
 def main(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     checks = (ddp, fsdp, fsdp_bf16, first_fsdp_from_meta, dtensor)
+    checks += (bank_ddp, bank_fsdp, bank_fsdp_narrow)
     results = {check.__name__: check(rank) for check in checks}
     if rank == 0:
         torch.save(results, folder / "results.pt")

@@ -84,6 +84,26 @@ def test_dtensor_runs_as_plain_operations_and_is_right(results):
     assert found["gradients"] < 1e-5
 
 
+def test_a_bank_under_ddp_gives_the_gradients_and_weights_of_one_process(results):
+    found = results["bank_ddp"]
+    assert found["size"] > 0.01
+    assert found["gradients"] < 1e-6
+    assert found["weights"] < 1e-5
+    assert found["idle"] == []  # in no batch of any process: no gradient
+
+
+def test_a_bank_under_fsdp_gives_the_gradients_and_weights_of_one_process(results):
+    found = results["bank_fsdp"]
+    assert found["size"] > 0.01
+    assert found["gradients"] < 1e-6
+    assert found["weights"] < 1e-5
+    assert len(found["idle"]) == 5  # zeros, for every process waits for them
+
+
+def test_fsdp_refuses_adapters_narrower_than_their_bank(results):
+    assert "contiguous" in results["bank_fsdp_narrow"]
+
+
 @pytest.mark.parametrize("method", ["DDP", "FSDP2"])
 def test_distributed_example_learns_its_task(method):
     command = [

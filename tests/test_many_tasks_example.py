@@ -40,7 +40,7 @@ def test_the_example_learns_in_mixed_batches_what_it_serves_in_mixed_batches():
 
     assert "mixed batch of 27 texts, 3 without adapter, against 9 switched runs" in printed
     apart, same = re.search(r"at most (\S+) apart, the same answers: (\w+)", printed).groups()
-    assert 0 < float(apart) < 1e-5  # sums in another order, and no more
+    assert float(apart) < 1e-5  # sums in another order, and no more
     assert same == "True"
     assert re.search(r"  \d+ ms mixed, \d+ ms switched, on cpu\n  \(plain PyTorch", printed)
 

@@ -207,8 +207,8 @@ QUICK_TOKENS = {"cuda": (128, 16384), "cpu": (128,)}
 QUICK_SHAPES = {"cuda": ((1024, 64),), "cpu": ((768, 48),)}
 DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 # Many adapters: decoding, which reads every adapter for one token, and prompts.
-ADAPTERS = (1, 4, 16, 64)
-ROWS = (1, 32, 128)
+ADAPTERS = {"cuda": (1, 4, 16, 64), "cpu": (1, 4, 16)}
+ROWS = {"cuda": (1, 32, 128), "cpu": (1, 32)}
 MANY_SHAPES = {"cuda": ((1024, 64), (4096, 64)), "cpu": QUICK_SHAPES["cpu"]}
 
 

@@ -58,23 +58,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="MODE",
         help="forward, backward, step (default: forward step)",
     )
-    parser.add_argument(
-        "--adapters",
-        type=int,
-        nargs="*",
-        metavar="N",
-        help="N >= 1 adapters in one batch (without N: 1 4 16 64)",
-    )
-    parser.add_argument(
-        "--rows", **sizes, help="with --adapters: tokens of each adapter (default: 1 32 128)"
-    )
-    parser.add_argument(
-        "--mix",
-        nargs="+",
-        metavar="MIX",
-        help="with --adapters: even, zipf, none: the same number of tokens for each adapter, fewer "
-        "for each further one, no token with an adapter (default: even zipf)",
-    )
+    _add_many(parser, sizes)
     norms = ("layer", "rms")
     parser.add_argument("--norm", choices=norms, help="norm(x + skip + adapter), in one pass")
     parser.add_argument(
@@ -110,6 +94,29 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="compare results of different devices")
     parser.set_defaults(run=run)
+
+
+def _add_many(parser: argparse.ArgumentParser, sizes: dict[str, Any]) -> None:
+    """Add the options of many adapters in one batch."""
+    parser.add_argument(
+        "--adapters",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="N >= 1 adapters in one batch (without N: 1 4 16 64, on a CPU 1 4 16)",
+    )
+    parser.add_argument(
+        "--rows",
+        **sizes,
+        help="with --adapters: tokens of each adapter (default: 1 32 128, on a CPU 1 32)",
+    )
+    parser.add_argument(
+        "--mix",
+        nargs="+",
+        metavar="MIX",
+        help="with --adapters: even, zipf, none: the same number of tokens for each adapter, fewer "
+        "for each further one, no token with an adapter (default: even zipf)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

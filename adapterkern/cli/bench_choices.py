@@ -32,8 +32,8 @@ def cases(arguments: argparse.Namespace, kind: str) -> list[BenchCase]:
             "--adapters goes with neither --tokens nor --norm.\n"
             "  hint: --rows says how many tokens each adapter has"
         )
-    adapters = arguments.adapters or ((16,) if quick else bench_cases.ADAPTERS)
-    rows = arguments.rows or ((32,) if quick else bench_cases.ROWS)
+    adapters = arguments.adapters or ((16,) if quick else bench_cases.ADAPTERS[kind])
+    rows = arguments.rows or ((32,) if quick else bench_cases.ROWS[kind])
     mixes = arguments.mix or ("even", "zipf")
     found = bench_cases.grid_of_many(shapes, adapters, rows, mixes, *of_all)
     if not found:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
+from adapterkern.grouped.validation import ROUTING, grouped_problems
 from adapterkern.spec import AdapterSpec, compute_dtype_of, has_values, shape_of
-from adapterkern.validation import grouped_problems, refuse
+from adapterkern.validation import refuse
 
 OPERATION = "grouped_bottleneck_adapter"
 # Tokens of one adapter that share a tile: every group of `order` begins at a multiple of it.
@@ -150,8 +151,7 @@ _hints = get_type_hints(GroupedCall)
 TENSOR_NAMES = tuple(n for n, hint in _hints.items() if hint in (Tensor, Tensor | None))
 OPTION_NAMES = tuple(name for name in _hints if name not in TENSOR_NAMES)
 assert GroupedCall._fields == TENSOR_NAMES + OPTION_NAMES, "the tensors of a call come first"
-_INTEGERS = ("ranks", "token_slots", "order", "tiles", "slot_offsets")
-ROUTING = ("token_slots", "order", "tiles", "slot_offsets")
+_INTEGERS = ("ranks", *ROUTING)
 
 tensor_values = operator.attrgetter(*TENSOR_NAMES)
 option_values = operator.attrgetter(*OPTION_NAMES)
@@ -266,7 +266,7 @@ def needs_gradient(call: GroupedCall) -> bool:
     """Whether autograd records the call for one of its tensors."""
     if not torch.is_grad_enabled():
         return False
-    given = tensor_values(call)[: len(GroupedNeeds._fields)]
+    given = call[: len(GroupedNeeds._fields)]  # torch.compile traces a slice, and no attrgetter
     return any(isinstance(t, Tensor) and t.requires_grad for t in given)
 
 

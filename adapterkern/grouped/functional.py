@@ -50,7 +50,8 @@ def grouped_bottleneck_adapter(
             where x has another number of tokens than the routing.
 
     Differentiable in x, residual, skip, the weights, the biases and scalings. Repeated runs give
-    the same bits, and those of a token depend on no other token of its batch but by their number.
+    the same bits. Kernels give a token the same bits wherever in the batch it is and whatever the
+    others are; the reference may not, for the BLAS rounds a row as its place in the product has it.
     Where plain PyTorch operations have to run (functorch, forward-mode AD, differentiated twice,
     exports), each adapter runs on all tokens.
 
@@ -73,7 +74,9 @@ def check_routing(x: Any, routing: Any) -> None:
     """
     if not isinstance(routing, AdapterRouting):
         raise TypeError(f"routing must be an AdapterRouting, got {type(routing).__name__}.")
-    if isinstance(x, Tensor) and x.dim() > 0 and not torch.compiler.is_compiling():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
+    if x.dim() > 0 and not torch.compiler.is_compiling():
         routing.check_tokens(x.shape[:-1].numel())
 
 

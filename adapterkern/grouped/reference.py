@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern import reference
+from adapterkern import _torch, reference
 from adapterkern.grouped.call import GroupedCall, GroupedGradients, GroupedNeeds
 from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.spec import AdapterCall, has_values, shape_of
@@ -35,16 +35,25 @@ def plain(call: GroupedCall) -> Tensor:
     """
     with reference.without_autocast(call.x):
         y = without_adapter(call)
-        slots = call.token_slots[: call.num_tokens].view(*call.x.shape[:-1], 1)
-        for slot in range(call.slots):
+        num_tokens, slots_there, units = _sizes(call)
+        slots = call.token_slots[:num_tokens].view(*call.x.shape[:-1], 1)
+        for slot in range(slots_there):
             one = of_slot(call, slot, None, None)
             if call.ranks is not None:
-                exists = torch.arange(call.bottleneck_size, device=y.device) < call.ranks[slot]
+                exists = torch.arange(units, device=y.device) < call.ranks[slot]
                 one = _masked(one, exists, call.ranks[slot] > 0)
             outputs, _ = reference.forward(one)
             assert outputs.y is not None
             y = torch.where(slots == slot, outputs.y.to(y.dtype), y)
         return y
+
+
+def _sizes(call: GroupedCall) -> tuple[int, int, int]:
+    """T, S and R, without the warnings of torch.jit.trace, which holds them fast."""
+    if torch.compiler.is_compiling() or not _torch.jit_is_tracing():
+        return call.num_tokens, call.slots, call.bottleneck_size
+    with _torch.jit_tracing_paused():
+        return call.num_tokens, call.slots, call.bottleneck_size
 
 
 def _masked(one: AdapterCall, exists: Tensor, any_exists: Tensor) -> AdapterCall:
@@ -118,7 +127,11 @@ def without_adapter(call: GroupedCall, copies: bool = True) -> Tensor:
 
 
 def groups(call: GroupedCall) -> Iterator[tuple[int, int, Tensor]]:
-    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device."""
+    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device; on the
+    meta device, where nothing tells them, there are none.
+    """
+    if call.slot_offsets.is_meta:
+        return
     starts = call.slot_offsets.tolist()
     ranks = None if call.ranks is None else call.ranks.tolist()
     for slot in range(call.slots):

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern import _torch
 from adapterkern.backends import NAMES, get
 from adapterkern.grouped.call import TILE
+from adapterkern.validation import name_of
 
 
 class AdapterRouting:
@@ -67,6 +69,7 @@ class AdapterRouting:
         self.num_tokens = 0
         self.used: tuple[int, ...] | None = ()
         self._ragged = False  # whether the device alone knows how many tokens there are
+        self._captured = False  # whether a CUDA graph holds the last update
         self._sort(torch.empty(0, dtype=torch.int32, device=self.device))
 
     @property
@@ -107,17 +110,20 @@ class AdapterRouting:
         found = _as_ids(ids)
         if seq_len is not None and cu_seqlens is not None:
             raise ValueError("seq_len and cu_seqlens both say how long sequences are; give one.")
-        if found.device.type in ("cpu", "meta"):
-            self.used = self._checked(found)
-        else:
-            self.used = None
-        tokens = self._of_tokens(found.to(self.device, torch.int32), seq_len, cu_seqlens)
-        if len(tokens) > self.max_tokens:
+        if found.is_meta and self.device.type != "meta":
             raise ValueError(
-                f"this routing is for at most {self.max_tokens} tokens, got {len(tokens)}.\n"
-                f"  hint: AdapterRouting(max_tokens={len(tokens)}, slots={self.slots})."
+                f"ids are on the meta device and have no values; this routing is on {self.device}."
             )
-        self.num_tokens = len(tokens)
+        used = self._checked(found)
+        if not found.is_cpu and found.dtype == torch.int64:
+            found = found.clamp(-1, self.slots)  # what int32 does not hold would become a slot
+        found = found.to(self.device, torch.int32)
+        tokens = self._of_tokens(found, seq_len, cu_seqlens)
+        count = _count(tokens)
+        self._check_room(count)
+        self.used, self.num_tokens = used, count
+        self._ragged = cu_seqlens is not None and not cu_seqlens.is_cpu
+        self._captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._sort(tokens)
         return self
 
@@ -137,10 +143,13 @@ class AdapterRouting:
 
     def used_slots(self) -> tuple[int, ...]:
         """The slots that tokens take; where only the device knows them, this waits for it."""
-        if self.used is None:
-            starts = self.slot_offsets.tolist()
-            self.used = tuple(s for s in range(self.slots) if starts[s + 1] > starts[s])
-        return self.used
+        if self.used is not None:
+            return self.used
+        starts = self.slot_offsets.tolist()
+        used = tuple(s for s in range(self.slots) if starts[s + 1] > starts[s])
+        if not self._captured:  # a CUDA graph changes them whenever it runs
+            self.used = used
+        return used
 
     def __repr__(self) -> str:
         return (
@@ -148,10 +157,12 @@ class AdapterRouting:
             f"num_tokens={self.num_tokens}, device={str(self.device)!r})"
         )
 
-    def _checked(self, ids: Tensor) -> tuple[int, ...]:
-        """The slots among ids that the host has."""
-        if ids.device.type == "meta":
+    def _checked(self, ids: Tensor) -> tuple[int, ...] | None:
+        """The slots among ids, where the host has these; any, where nothing has."""
+        if _is_traced(ids) or ids.is_meta:
             return tuple(range(self.slots))
+        if not ids.is_cpu:
+            return None
         named = ids.unique().tolist()
         wrong = [i for i in named if not -1 <= i < self.slots]
         if wrong:
@@ -161,37 +172,36 @@ class AdapterRouting:
             )
         return tuple(i for i in named if i >= 0)
 
-    def _of_tokens(self, ids: Tensor, seq_len: Any, bounds: Tensor | None) -> Tensor:
+    def _check_room(self, count: int, of: str = "") -> None:
+        if count > self.max_tokens:
+            raise ValueError(
+                f"this routing is for at most {self.max_tokens} tokens, got {count}{of}.\n"
+                f"  hint: AdapterRouting(max_tokens={count}, slots={self.slots})."
+            )
+
+    def _of_tokens(self, ids: Tensor, seq_len: Any, bounds: Any) -> Tensor:
         """The id of each token."""
-        self._ragged = bounds is not None and bounds.device.type != "cpu"
         if seq_len is not None:
             if not _is_integer(seq_len):
                 raise TypeError(f"seq_len must be an integer, got {seq_len!r}.")
             if seq_len < 0:
                 raise ValueError(f"seq_len must be at least 0, got {seq_len}.")
-            if len(ids) * int(seq_len) > self.max_tokens:  # before memory is asked for
-                raise ValueError(
-                    f"this routing is for at most {self.max_tokens} tokens, got "
-                    f"{len(ids)} sequences of {seq_len}."
-                )
+            sequences = _count(ids)  # before memory is asked for
+            self._check_room(sequences * int(seq_len), f", in {sequences} sequences of {seq_len}")
             return ids.repeat_interleave(int(seq_len))
         if bounds is None:
             return ids
-        if bounds.shape != (len(ids) + 1,):
-            raise ValueError(
-                f"cu_seqlens must have shape [{len(ids) + 1}] for {len(ids)} sequences, got "
-                f"{list(bounds.shape)}.\n  hint: it begins with 0 and ends with the tokens."
-            )
+        _check_bounds(bounds, _count(ids))
         count = self.max_tokens
-        if not self._ragged:
+        if bounds.is_cpu and not _is_traced(bounds):
             ends = bounds.tolist()
             if ends[0] != 0 or any(a > b for a, b in itertools.pairwise(ends)):
-                raise ValueError(f"cu_seqlens must begin with 0 and not fall, got {ends[:8]}.")
-            count = ends[-1]
-            if count > self.max_tokens:
                 raise ValueError(
-                    f"this routing is for at most {self.max_tokens} tokens, got {count}."
+                    f"cu_seqlens must begin with 0 and not fall, got {ends[:8]}.\n"
+                    "  hint: it has the sums of lengths, as in F.pad(lengths.cumsum(0), (1, 0))."
                 )
+            count = ends[-1]
+            self._check_room(count)
         tokens = torch.arange(count, device=self.device)
         bounds = bounds.to(self.device, torch.int64)
         sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
@@ -218,34 +228,63 @@ def _router(device: torch.device) -> Any:
     return None
 
 
+def _is_traced(ids: Tensor) -> bool:
+    """Whether the values of ids are those of no batch, or of one of many to come."""
+    tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
+    return tracing or type(ids) is not Tensor
+
+
+def _count(tokens: Tensor) -> int:
+    """How many there are. Not `len`: torch.export would hold it fast, as torch.jit.trace does."""
+    if torch.compiler.is_compiling() or not _torch.jit_is_tracing():
+        return tokens.shape[0]
+    with _torch.jit_tracing_paused():
+        return tokens.shape[0]
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and value is not True and value is not False
 
 
 def _as_ids(ids: Any) -> Tensor:
     """The ids as a vector of integers."""
-    if not isinstance(ids, Tensor):
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise TypeError(f"ids must be integers, got {ids!r}.")
-        numbers_of = list(ids)
-        if not all(map(_is_integer, numbers_of)):
-            raise TypeError(
-                f"ids must be integers, got {numbers_of[:8]!r}.\n"
-                "  hint: bank.ids(names) gives them."
-            )
-        return torch.tensor(numbers_of, dtype=torch.int64, device="cpu")
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+    if isinstance(ids, Tensor):
+        _check_integers("ids", ids)
+        return ids.reshape(-1)
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids must be integers, got {ids!r}.\n  hint: bank.ids(names) gives them.")
+    listed = list(ids)
+    if not all(map(_is_integer, listed)):
         raise TypeError(
-            f"ids must be integers, got a tensor of {str(ids.dtype).removeprefix('torch.')}."
+            f"ids must be integers, got {listed[:8]!r}.\n  hint: bank.ids(names) gives them."
         )
-    return ids.reshape(-1)
+    most = torch.iinfo(torch.int64).max  # no routing has as many slots; the range is told later
+    return torch.tensor(
+        [max(-most, min(int(i), most)) for i in listed], dtype=torch.int64, device="cpu"
+    )
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got a tensor of {name_of(tensor.dtype)}.")
+
+
+def _check_bounds(bounds: Any, sequences: int) -> None:
+    if not isinstance(bounds, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(bounds).__name__}.")
+    _check_integers("cu_seqlens", bounds)
+    if bounds.shape != (sequences + 1,):
+        raise ValueError(
+            f"cu_seqlens must have shape [{sequences + 1}] for {sequences} sequences, got "
+            f"{list(bounds.shape)}.\n  hint: it begins with 0 and ends with the tokens."
+        )
 
 
 def sort_tokens(
     ids: Tensor, slots: int, token_slots: Tensor, order: Tensor, tiles: Tensor, slot_offsets: Tensor
 ) -> None:
     """Fill the buffers for ids [T], in operations whose shapes do not depend on their values."""
-    device, count = ids.device, len(ids)
+    device, count = ids.device, _count(ids)
     group = torch.where((ids < 0) | (ids >= slots), slots, ids).long()  # the last: no adapter
     token_slots.fill_(-1)
     token_slots[:count] = torch.where(group == slots, -1, group)
@@ -265,7 +304,7 @@ def sort_tokens(
     order[place] = tokens.to(order.dtype)
     of_group = torch.div(filled + TILE - 1, TILE, rounding_mode="floor")
     last_tile = of_group.cumsum(0)
-    tile = torch.arange(len(tiles), device=device)
+    tile = torch.arange(tiles.shape[0], device=device)
     owner = torch.searchsorted(last_tile, tile, right=True)
     exists = owner <= slots
     owner = owner.clamp(max=slots)

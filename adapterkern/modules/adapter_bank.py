@@ -41,10 +41,15 @@ class AdapterBank(AdapterSlots):
         scalings: [S] float32 (float64 of a float64 bank).
         adapters: by name, `BottleneckAdapter`s whose parameters lie in the slots: one Parameter a
             slot, to be trained, frozen or run alone. Where an adapter has fewer units than R, its
-            up_proj.weight has gaps, which fused optimizers and FSDP do not take.
+            up_proj.weight has gaps, which fused optimizers and FSDP refuse. Their state dicts have
+            memory of their own, and scalings.NAME of each that learns none; an empty bank that
+            loads such a state dict makes the adapters.
 
     After a backward, an adapter that no token took has gradients None, so that an optimizer leaves
-    it alone; in graphs (torch.compile, CUDA graphs), which do not know, zeros.
+    it alone; in graphs (torch.compile, CUDA graphs), which do not know, and under FSDP, whose other
+    processes wait for them, zeros. DistributedDataParallel needs find_unused_parameters=True.
+
+    A bank reads the weights of its adapters and calls none: hooks on them do not run.
 
     Raises:
         TypeError, ValueError: a size is no integer or below 1, or a name is unknown.
@@ -66,6 +71,8 @@ class AdapterBank(AdapterSlots):
         dtype: torch.dtype | None = None,
     ) -> None:
         # These make the checks of all options, and no memory of weights.
+        if max_bottleneck_size is None:
+            raise TypeError("max_bottleneck_size must be an integer, got None.")
         BottleneckAdapter(
             hidden_size, max_bottleneck_size, backend=backend, device="meta", dtype=dtype
         )
@@ -109,10 +116,10 @@ class AdapterBank(AdapterSlots):
 
         Raises:
             KeyError: a name is unknown.
-            TypeError: names is a single string.
+            TypeError: names is a single string, or no list.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names must be a list of names, got the string {names!r}.")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"names must be a list of names, got {names!r}.")
         listed = list(names)
         self._check_known([name for name in listed if name is not None])
         slots = [-1 if name is None else self._slot_of[name] for name in listed]
@@ -186,7 +193,10 @@ class AdapterBank(AdapterSlots):
                 `adapterkern.grouped_bottleneck_adapter`.
         """
         call, leaves = self._prepared(x, routing, skip, residual)
-        if routing.used == () and not _in_graph(x):
+        # In this order, for a graph would be of that batch. Stacks that are not the bank's own are
+        # made of parameters that want their gradient at every call.
+        own = call.down_weights is self._buffers["down_weights"]
+        if not _in_graph(x) and own and routing.used == ():
             functional.validated(call)
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
@@ -216,7 +226,7 @@ class AdapterBank(AdapterSlots):
             self._last = weakref.ref(routing)
         adapters, are_slots = self._adapters_of()
         records = torch.is_grad_enabled()
-        if records and not in_graph:
+        if records and are_slots and not in_graph:
             used = routing.used_slots()  # waits for the device, if that alone knows
             adapters = [adapter for adapter in adapters if adapter[0] in used]
         records = records and any(
@@ -234,14 +244,15 @@ class AdapterBank(AdapterSlots):
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
         """The adapters, and whether their parameters lie in the slots."""
-        # Tensors that a graph is made of, and fake ones, have no address.
-        if torch.compiler.is_compiling() or type(self.down_weights) is not Tensor:
+        transformed = _torch.functorch_is_active()
+        fake = type(self._buffers["down_weights"]) is not Tensor
+        if transformed or fake or torch.compiler.is_compiling():  # then no tensor has an address
             for name in self._slot_of:
                 self._follow(name, self.adapters[name])
             every = [(slot, parameters_of(self.adapters[n])) for n, slot in self._slot_of.items()]
-            return every, not _torch.functorch_is_active()
+            return every, not transformed
         bindings = self._bound()
-        return bindings.adapters, bindings.are_in_slots and not _torch.functorch_is_active()
+        return bindings.adapters, bindings.are_in_slots
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -253,10 +264,10 @@ class AdapterBank(AdapterSlots):
 
     # Names
     def _check_known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in dict.fromkeys(names) if name not in self._slot_of]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self._slot_of]
         if unknown:
             raise KeyError(
-                f"unknown adapters: {', '.join(map(repr, unknown))} (this bank has "
+                f"unknown adapters: {', '.join(dict.fromkeys(map(repr, unknown)))} (this bank has "
                 f"{', '.join(self._slot_of) or 'none'})."
             )
 
@@ -269,7 +280,8 @@ class AdapterBank(AdapterSlots):
 
 def _in_graph(x: Tensor) -> bool:
     """Whether a graph is being made, whose batches are not the one at hand."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
+    return tracing or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _leaves_of(adapters: Adapters) -> ops.Leaves:

@@ -67,7 +67,7 @@ def parts_of(adapter: Any) -> Parts:
         raise ValueError(
             f"the state dict of an adapter has {', '.join(_WEIGHTS)} and, together, "
             f"{', '.join(_BIASES)}, and a learned scaling; got "
-            f"{', '.join(sorted(map(str, adapter)))}."
+            f"{', '.join(sorted(map(str, adapter))) or 'nothing'}."
             f"{HINT}BottleneckAdapter.state_dict() makes one."
         )
     return Parts(tensors)
@@ -112,7 +112,7 @@ def check_fit(
         )
     if parts.bias and not bias:
         problems.append(f"it has biases, and the bank has none.{HINT}AdapterBank(..., bias=True).")
-    if parts.bias:
+    if parts.bias and not problems:
         sizes = {"down_proj.bias": (size,), "up_proj.bias": (hidden_size,)}
         problems += [
             f"{key} must have shape {list(shape)}, got {list(tensors[key].shape)}."

@@ -1,18 +1,17 @@
 """`AdapterSlots`: the memory of a bank, and adapters whose parameters lie in it."""
 
-import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from adapterkern import _torch
 from adapterkern.grouped import ops
 from adapterkern.modules.bank_parts import Parts, check_fit, parts_of, scaling_of
 from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
+from adapterkern.modules.fused_steps import refuse_fused_steps
 
 # The stack of each parameter of an adapter, in the order of `ops.KINDS`.
 _STACK_OF = {
@@ -105,7 +104,7 @@ class AdapterSlots(nn.Module):
             view = self._view(key, slot, parameter.shape)
             adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
         if size < self.max_bottleneck_size:
-            _refuse_fused_optimizers()
+            refuse_fused_steps()
         self.adapters[name] = adapter
         self._slot_of[name], self._scales[name] = slot, parts.scaling
         self._write_facts([name])
@@ -157,9 +156,11 @@ class AdapterSlots(nn.Module):
             parameters = parameters_of(adapter)
             adapters.append((slot, parameters))
             for parameter, stack in zip(parameters, stacks, strict=True):
-                if parameter is not None:
+                if parameter is None:
+                    continue
+                are_in_slots &= stack is not None and lies_in(parameter, stack, slot)
+                if not _torch.is_subclass(parameter):
                     found.parameters.append(parameter)
-                    are_in_slots &= stack is not None and lies_in(parameter, stack, slot)
         found.objects.extend(places.get(key) for places, key in found.objects_in)
         found.addresses.extend(map(Tensor.data_ptr, found.parameters))
         return found._replace(adapters=adapters, are_in_slots=are_in_slots)
@@ -220,7 +221,7 @@ class AdapterSlots(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _refuse_fused_optimizers()
+        refuse_fused_steps()
         self._put_into_slots()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -340,6 +341,8 @@ def lies_in(parameter: Tensor, stack: Tensor, slot: int) -> bool:
     """Whether a parameter is a part of the stack, from the start of the slot."""
     if (parameter.dtype, parameter.device) != (stack.dtype, stack.device) or stack.is_meta:
         return False
+    if _torch.is_subclass(parameter):  # as FSDP and tensor parallelism have them
+        return False
     return parameter.data_ptr() == stack.data_ptr() + slot * stack.stride(0) * stack.itemsize
 
 
@@ -365,33 +368,3 @@ def _rebind(bank: Any, _: Any) -> None:
             setattr(bank, name, torch.zeros_like(stack, device=loaded[0].device))
         bank._write_facts(bank._slot_of)
     bank._put_into_slots()
-
-
-@functools.cache
-def _refuse_fused_optimizers() -> None:
-    """From now on, let no fused optimizer step where parameters have gaps.
-
-    Those of torch take a parameter and its state for one block each: they would write one slot's
-    update into another slot, and say nothing.
-    """
-    register_optimizer_step_pre_hook(_check_step)
-
-
-def _check_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        if not group.get("fused"):
-            continue
-        for parameter in group["params"]:
-            if parameter.grad is not None and _has_gaps(parameter):
-                raise RuntimeError(
-                    "a fused optimizer takes parameters without gaps, got one of shape "
-                    f"{list(parameter.shape)} with strides {list(parameter.stride())}: it has "
-                    "fewer units than its bank.\n  hint: fused=False, or an AdapterBank whose "
-                    "max_bottleneck_size is that of the adapters."
-                )
-
-
-def _has_gaps(tensor: Tensor) -> bool:
-    sizes, strides = tensor.shape, tensor.stride()
-    reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    return reach >= tensor.numel() > 0

@@ -274,12 +274,15 @@ def test_many_adapters_are_four_numbers_of_them_by_three_of_rows():
     asked = Namespace(
         **dict.fromkeys(names), hidden_size=None, bottleneck_size=None, adapters=[], quick=False
     )
-    found = cases(asked, "cpu")
+    found = cases(asked, "cuda")
     assert {(case.adapters, case.tokens // case.adapters) for case in found} == {
         (number, rows) for number in (1, 4, 16, 64) for rows in (1, 32, 128)
     }
-    assert len(found) == 2 * (12 + 6)
-    assert {case.hidden_size for case in found} == {768}
+    assert {case.hidden_size for case in found} == {1024, 4096}
+    assert len(found) == 2 * 2 * (12 + 6)
+    few = cases(asked, "cpu")  # in about a minute
+    assert max(case.tokens for case in few) == 512
+    assert [len(few), {case.hidden_size for case in few}] == [2 * (6 + 2), {768}]
     asked.quick = True
     assert [(c.adapters, c.tokens, c.mix) for c in cases(asked, "cpu")][:2] == [
         (16, 512, "even"), (16, 512, "zipf"),

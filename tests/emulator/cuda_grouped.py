@@ -15,7 +15,7 @@ from torch import Tensor
 from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.launch_config import Device
 from adapterkern.grouped import reference
-from adapterkern.grouped.call import GroupedCall, make_grouped_call
+from adapterkern.grouped.call import ROUTING, GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
 from adapterkern.parity import TruncatedProducts, judge
 
@@ -130,7 +130,7 @@ class GroupedCase:
 def permuted(call: GroupedCall, order: Tensor) -> GroupedCall:
     """The same call with its rows in another order."""
     routing = AdapterRouting(len(order), call.slots).update(call.token_slots[order])
-    buffers = dict(zip(("token_slots", "order", "tiles", "slot_offsets"), routing.buffers()))
+    buffers = dict(zip(ROUTING, routing.buffers(), strict=True))
     moved = {n: None if (t := getattr(call, n)) is None else t[order] for n in ("residual", "skip")}
     return call._replace(x=call.x[order], **moved, **buffers)
 
@@ -140,7 +140,8 @@ def missed(call: GroupedCall, cuda: CudaBackend, tf32: bool = False) -> list[str
     with tf32_products() if tf32 else contextlib.nullcontext():
         y, z = cuda.grouped_forward(call, True)
         alone, none = cuda.grouped_forward(call, False)
-    assert none is None and y.is_contiguous()
+    assert none is None
+    assert y.is_contiguous()
     eager_y, eager_z = reference.forward(call)
     rounded = ("x", "down_weights", "up_weights", "down_biases", "up_biases")
     wide = {}
@@ -156,7 +157,7 @@ def missed(call: GroupedCall, cuda: CudaBackend, tf32: bool = False) -> list[str
     yardsticks = [(eager_y, eager_z)]
     if tf32:
         with TruncatedProducts():
-            yardsticks.append(reference.forward(call))
+            yardsticks.append(reference.forward(oracle_call))
     rows = []
     if (y.dtype, y.shape, z.dtype, z.shape) != (
         eager_y.dtype, eager_y.shape, eager_z.dtype, eager_z.shape,

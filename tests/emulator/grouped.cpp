@@ -1,6 +1,5 @@
 // The launcher of many adapters as a shared library for ctypes, beside library.cpp: these kernels
 // take as long to compile as all of its forward.
-#include "facts.cpp"
 #include "grouped_forward.cu"
 #include "launch_bytes.h"
 

@@ -113,7 +113,7 @@ class CudaBackend(Backend):
     def unsupported_reasons(self, spec: AdapterSpec) -> list[str]:
         if self._unavailable is not None:  # the declarations of absent kernels would only repeat it
             return [self._unavailable]
-        return super().unsupported_reasons(spec)
+        return super().unsupported_reasons(spec) + grouped.declined(spec)
 
     def limits(self, spec: AdapterSpec) -> list[str]:
         reasons = []
@@ -134,7 +134,7 @@ class CudaBackend(Backend):
         if not reasons and spec.features & NORM_FEATURES:
             known = on_gpu or self._planned_device is not None
             reasons = norm.declined(spec, self._device(spec.device) if known else None)
-        return reasons + grouped.declined(spec)
+        return reasons
 
     def forward(self, call: AdapterCall, save: bool) -> tuple[Outputs, Saved]:
         self._check_loaded()
@@ -246,10 +246,8 @@ class CudaBackend(Backend):
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
-            "sum_norm_weight": rooms.columnrooms.sums(call, row_blocks)
-            if needs.norm_weight
-            else None,
-            "sum_norm_bias": rooms.columnrooms.sums(call, row_blocks) if needs.norm_bias else None,
+            "sum_norm_weight": rooms.column_sums(call, row_blocks) if needs.norm_weight else None,
+            "sum_norm_bias": rooms.column_sums(call, row_blocks) if needs.norm_bias else None,
             "dz": empty_units(call, num_tokens) if needs.down_weight or needs.down_bias else None,
             "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
             "partial": None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.base import empty_units, optional_rows, rows
+from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import (
     NO_SLICES,
     PANEL,
@@ -21,7 +22,6 @@ from adapterkern.backends.cuda.launch_config import (
     Slices,
     block_memory,
     cdiv,
-    facts,
     slice_length,
 )
 from adapterkern.backends.cuda.params import (
@@ -33,7 +33,7 @@ from adapterkern.backends.cuda.params import (
     indices,
     view,
 )
-from adapterkern.grouped.call import GroupedCall, num_tiles
+from adapterkern.grouped.call import TILE, GroupedCall, num_tiles
 from adapterkern.spec import AdapterSpec
 
 FEATURES = frozenset({"ranks"})  # and no "gradient": `declined` says why
@@ -66,7 +66,7 @@ def tile_facts(problem: Problem) -> RowBlockFacts:
     """The narrowest shape of tiles that holds R."""
     fits = [
         fact
-        for fact in facts().grouped
+        for fact in launch_config.facts().grouped
         if fact.half == problem.half and problem.bottleneck_size <= fact.width
     ]
     return min(fits, key=lambda fact: fact.width)
@@ -84,8 +84,8 @@ def grouped_plan(problem: Problem, slots: int, device: Device) -> GroupedPlan:
         length = slice_length(hidden, number, PANEL)
         return GroupedPlan(slices=Slices(cdiv(hidden, length), length))
     tiles, fact = num_tiles(tokens, slots), tile_facts(problem)
-    # Most tiles are empty where tokens share adapters: the full ones are as many as row blocks.
-    memory = block_memory(fact, problem.added, device, cdiv(tokens, fact.tokens))
+    # All have room at once as far as it goes, so that no last tile waits for the others.
+    memory = block_memory(fact, problem.added, device, tiles * (TILE // fact.tokens))
     return GroupedPlan(tiles, shared_bytes=memory)
 
 
@@ -126,7 +126,8 @@ def forward(
     integers |= {name: getattr(call, name) for name in ("token_slots", "order", "tiles")}
     outputs = {"y": y, "z": z, "partial": partial}
     down, up = inputs["down_weights"], inputs["up_weights"]
-    assert down is not None and up is not None
+    assert down is not None
+    assert up is not None
     params = GroupedForwardParams(
         num_tokens=num_tokens,
         hidden_size=call.hidden_size,

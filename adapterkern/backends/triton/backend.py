@@ -220,6 +220,8 @@ class TritonBackend(Backend):
         return y, z
 
     def route(self, ids: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        ids = ids.contiguous()
+
         def launch(recording) -> tuple[()]:
             grouped_launches.route(ids, buffers, recording)
             return ()

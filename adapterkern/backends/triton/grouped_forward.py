@@ -93,7 +93,7 @@ def store_slot_rows(
     OUT_STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y of a part of a tile, from a = act(z), or from a_ptr where that has more than one tile."""
+    """y of a part of a tile, from a = act(z), which is in a_ptr where it has more than one tile."""
     steps = tl.cdiv(hidden_size, BLOCK_H)
     for step in tl.range(0, steps, num_stages=OUT_STAGES):  # x backwards, as in the row block
         feature = (steps - 1 - step) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -107,14 +107,14 @@ def store_slot_rows(
         else:
             for first_unit in range(0, rank, BLOCK_R):
                 unit = first_unit + tl.arange(0, BLOCK_R)
-                a = load_units(
+                of_tile = load_units(
                     a_ptr, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
                 )
                 w_up = load_slot_up_tile(
                     up_weight_ptr, unit, feature, rank, bottleneck_size, hidden_size,
                     RAGGED, EVEN_R, EVEN_H,
                 )  # fmt: skip
-                u = plus_product(u, a, tl.trans(w_up).to(DTYPE), PRECISION)
+                u = plus_product(u, of_tile, tl.trans(w_up).to(DTYPE), PRECISION)
         y = output_tile(
             u, token, feature,
             x_ptr, residual_ptr, skip_ptr, up_bias_ptr, scaling_ptr, None,
@@ -204,15 +204,16 @@ def grouped_fwd_kernel(
         for first_unit in range(0, bottleneck_size, BLOCK_R):
             unit = first_unit + tl.arange(0, BLOCK_R)
             last = tl.where(first_unit < rank, hidden_size, 0)  # no product beyond the rank
-            a = slot_bottleneck(
+            of_tile = slot_bottleneck(
                 x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit, last,
                 num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
                 ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
             )  # fmt: skip
             store_units(
-                a_ptr, a, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+                a_ptr, of_tile, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
             )
         tl.debug_barrier()  # `norm.store_normed` says why this is enough
+        a = None
     # With a rank of whole vectors, which is nearly every one, the loop is that of the row block; a
     # ragged one takes a fifth more instructions.
     if R_MULTIPLE < 8 or EVEN_R:

@@ -86,7 +86,9 @@ def by_row(problem: Problem, device: Device) -> Split:
             elements //= 2
         return LaunchConfig(1, elements // block_r, block_r, 4, 1)
 
-    narrow, widen = tile(tokens * unit_blocks, 8192), tile(tokens, 16384)
+    # Odd rows come in single elements, whose addresses take registers.
+    narrow = tile(tokens * unit_blocks, 8192)
+    widen = tile(tokens, 16384 if problem.plain else 8192)
     blocks = cdiv(hidden, narrow.block_h)
     wanted = max(1, 4 * device.num_sms // (tokens * unit_blocks))
     each = cdiv(blocks, min(wanted, blocks, MOST_SPLITS_BY_ROW)) * narrow.block_h
@@ -97,16 +99,16 @@ def tiled(problem: Problem, device: Device) -> LaunchConfig:
     """The tallest row block within a tile of the routing that gives most SMs one, else the
     shortest: no second form waits for fewer tokens.
     """
-    one_tile = problem._replace(bottleneck_size=min(problem.bottleneck_size, 128))
+    widest = 64 if problem.ieee else 128  # tile of units; gathered rows leave fewer registers
+    one_tile = problem._replace(bottleneck_size=min(problem.bottleneck_size, widest))
     tall = row_blocks(one_tile, device)[0]
-    tall = replace(tall, block_t=min(tall.block_t, TILE))
-    for block_t in (64, 32, 16):
-        if block_t > tall.block_t:
-            continue
-        block_h = max(tall.block_h, 128) if problem.plain and block_t < 64 else tall.block_h
-        config = replace(tall, block_t=block_t, block_h=block_h)
-        if 4 * cdiv(problem.num_tokens, block_t) >= 3 * device.num_sms:
-            break
+    config = replace(tall, block_t=min(tall.block_t, TILE))
+    if problem.bottleneck_size > config.block_r:  # z and a of a tile beside u: for registers
+        config = replace(config, num_warps=8, blocks_per_sm=1)
+    while config.block_t > 16 and 4 * cdiv(problem.num_tokens, config.block_t) < 3 * device.num_sms:
+        wider = problem.plain and config.block_r < 128  # as many elements in flight
+        block_h = 128 if wider else config.block_h
+        config = replace(config, block_t=config.block_t // 2, block_h=block_h)
     return config
 
 
@@ -125,10 +127,14 @@ class GroupedForward:
         a = None if one_tile else self._own(empty_units(call, call.num_tokens))
         added = x if call.add_input else self._residual, self._skip
         row_bytes = sum(tensor.element_size() for tensor in added if tensor is not None)
-        down, up = packed(call.down_weights), packed(call.up_weights)
+        down, up = call.down_weights.contiguous(), call.up_weights.contiguous()
         stages = into_stages(config, self._device, x.element_size(), down.element_size())
-        tiles = tiles_of(call, config, stages)  # type: ignore[arg-type]  # it reads the sizes alone
+        tiles = tiles_of(call, config, stages)
         tiles["EVEN_R"] = tiles["EVEN_R"] and call.ranks is None
+        # The loop for ragged ranks writes its tile of the weight once more.
+        again = config.block_r * config.block_h * call.compute_dtype.itemsize
+        device = self._device
+        room = replace(device, shared_memory=device.shared_memory - config.blocks_per_sm * again)
         self._launch(
             fwd.grouped_fwd_kernel,
             (num_tiles(call.num_tokens, call.slots) * (TILE // config.block_t),),
@@ -136,10 +142,8 @@ class GroupedForward:
             self._residual, self._skip, packed(call.scalings), self._ranks,
             call.order, call.tiles, y, z, a, *sizes,
             ONE_TILE=one_tile, TILE=TILE,
-            OUT_STAGES=out_stages(
-                config, self._device, row_bytes, up.element_size(), y.element_size()
-            ),
-            **self._options(), **dtypes_of(call), **tiles,  # type: ignore[arg-type]
+            OUT_STAGES=out_stages(config, room, row_bytes, up.element_size(), y.element_size()),
+            **self._options(), **dtypes_of(call), **tiles,
         )  # fmt: skip
 
     def by_row(self, x: Tensor, y: Tensor, z: Tensor | None, plan: Split) -> None:
@@ -184,7 +188,7 @@ class GroupedForward:
         return {
             "ACTIVATION": VALUES[call.activation],
             "ADD_INPUT": call.add_input,
-            **units_of(call),  # type: ignore[arg-type]
+            **units_of(call),
         }
 
 

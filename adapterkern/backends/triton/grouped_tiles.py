@@ -44,16 +44,14 @@ def rank_of(slot, ranks_ptr, slots, bottleneck_size):
 
 @triton.jit
 def moved(ptr, slot, elements):
-    """The pointer to a slot, `elements` long each; of a tensor that may be absent."""
+    """The pointer to a slot, `elements` long each; nothing of an absent tensor: Triton 3.6 returns
+    no None by its name."""
     if ptr is not None:
-        ptr += slot.to(tl.int64) * elements
-    return ptr
+        return ptr + slot.to(tl.int64) * elements
 
 
 @triton.jit
 def scale_of(scalings_ptr, slot, exists):
-    """The scaling of a slot that exists, else 0; None, as `scaled` takes it, without scalings."""
-    scale = None
+    """The scaling of a slot that exists, else 0; nothing, as `scaled` takes it, without any."""
     if scalings_ptr is not None:
-        scale = tl.load(scalings_ptr + slot, mask=exists, other=0.0)
-    return scale
+        return tl.load(scalings_ptr + slot, mask=exists, other=0.0)

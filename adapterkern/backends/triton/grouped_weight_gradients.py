@@ -93,10 +93,9 @@ def grouped_bwd_dw_kernel(
         part_down_bias_ptr is not None, part_up_bias_ptr is not None,
         EVEN_H, False, BLOCK_T, BLOCK_H, BLOCK_R,
     )  # fmt: skip
-    # Beyond the rank a is not zero, and the padding of dz is nobody's.
+    # Beyond the rank a is not zero, and zero is no product of a dz of zero and an x of Inf.
     d_down = tl.where(unit[:, None] < rank, d_down, 0.0)
     d_up = tl.where(unit[:, None] < rank, d_up, 0.0)
-    dz_total = tl.where(unit[None, :] < rank, dz_total, 0.0)
     if WHOLE and is_whole:
         store_sums(
             d_down, d_up, dz_total, dy_total, None, scale_of(scalings_ptr, slot, True),

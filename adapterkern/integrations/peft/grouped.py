@@ -15,6 +15,7 @@ from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
 from adapterkern.modules.deferral import is_deferred
 from adapterkern.spec import compute_dtype_of
 
+_ABSENT = object()
 _MOST_ROUTINGS = 8  # kept: without a cache of keys and values, every step of generate has its own
 
 
@@ -109,11 +110,10 @@ class NamedBatch(list[str]):
             stored = tuple((weight.dtype, weight.device) for weight in weights)
             key = name in beside, adapter.activation, adapter.backend, stored
             alike.setdefault(key, []).append(name)
-        with torch.inference_mode(False), torch.no_grad():  # they may outlive an inference mode
-            groups = [
-                self._grouped({n: adapters[n] for n in names}, reads_input, kind, backend, wide)
-                for (reads_input, kind, backend, _), names in alike.items()
-            ]
+        groups = [
+            self._grouped({n: adapters[n] for n in names}, reads_input, kind, backend, wide)
+            for (reads_input, kind, backend, _), names in alike.items()
+        ]
         return Plan(state, groups, apart)
 
     def _grouped(
@@ -137,15 +137,16 @@ class NamedBatch(list[str]):
         sizes = [weight.shape[0] for weight in down]
         most, hidden = max(sizes), down[0].shape[1]
         device = down[0].device
-        stacks = (
-            _stacked(down, (most, hidden)), _stacked(up, (hidden, most)),
-            _stacked(down_bias, (most,)), _stacked(up_bias, (hidden,)),
-            _scalings([a.scaling for a in adapters.values()], wide, device),
-        )  # fmt: skip
+        with torch.inference_mode(False), torch.no_grad():  # they may outlive an inference mode
+            ranks = self._ranks_of(sizes, device) if min(sizes) < most else None
+            stacks = (
+                _stacked(down, (most, hidden)), _stacked(up, (hidden, most)),
+                _stacked(down_bias, (most,)), _stacked(up_bias, (hidden,)),
+                _scalings([a.scaling for a in adapters.values()], wide, device),
+            )  # fmt: skip
         return Group(
             tuple(adapters), beside, activation, backend,
-            tuple(slot_of.get(name, -1) for name in self),
-            stacks, self._ranks_of(sizes, device) if min(sizes) < most else None,
+            tuple(slot_of.get(name, -1) for name in self), stacks, ranks,
             ops.Leaves(tuple(kinds), tuple(slots), tuple(parameters)),
         )  # fmt: skip
 
@@ -204,22 +205,31 @@ def _reason_of(adapter: Any) -> str | None:
 
 
 def _state_of(adapter: Any) -> Any:
-    """Equal as long as the adapter is what it was."""
-    why = _reason_of(adapter)
-    if why is not None:
-        return why
-    down, up = adapter.down_proj, adapter.up_proj
-    tensors = (down.weight, up.weight, down.bias, up.bias, adapter.scaling)
-    return adapter.activation, adapter.backend, *map(_mark_of, tensors)
+    """Equal as long as the adapter is what it was. Asked of every adapter at every call, so it
+    reads dictionaries, through which nn.Module would search for each name.
+    """
+    down, up = adapter._modules["down_proj"], adapter._modules["up_proj"]
+    values = (
+        *(m._parameters.get(name, _ABSENT) for m in (down, up) for name in ("weight", "bias")),
+        adapter._parameters.get("scaling", vars(adapter).get("scaling", _ABSENT)),
+    )
+    return (
+        type(adapter), type(down), type(up), _torch.beyond_its_class(adapter, down, up),
+        adapter.training and adapter.dropout, is_deferred(adapter), adapter.activation,
+        adapter.backend, *map(_mark_of, values),
+    )  # fmt: skip
 
 
 def _mark_of(value: Any) -> Any:
-    """Equal as long as a tensor is the same one with the same values; numbers are themselves."""
+    """Equal as long as it is the same tensor with the same values; numbers are themselves."""
+    if value is _ABSENT:  # a parametrisation computes it, each time anew
+        return object()
     if not isinstance(value, Tensor):
         return value
-    if value.is_inference():  # it counts no versions
+    try:
+        return id(value), value._version, value.data_ptr()
+    except RuntimeError:  # one of an inference mode counts no versions
         return object()
-    return id(value), value._version, value.data_ptr()
 
 
 def _parameters_of(adapter: Any) -> tuple[Tensor | None, ...]:
