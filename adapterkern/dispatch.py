@@ -105,14 +105,15 @@ def wanted_backend(requested: str) -> str:
 
 
 def is_declared(feature: str, device_type: str) -> bool:
-    """Whether the backend that is named declares a feature, or under "auto" some kernel does: a
-    quick no for callers that have another way. A yes is not yet the choice, which reads the call.
+    """Whether the backend that is named declares a feature or an operation, or under "auto" some
+    kernel does: a quick no for callers that have another way. A yes is not yet the choice, which
+    reads the call.
     """
     wanted = wanted_backend("auto")
     for name in _KERNELS if wanted == "auto" else (wanted,):
         backend = get(name)
         runs_there = backend.devices is None or device_type in backend.devices
-        if runs_there and feature in backend.features:
+        if runs_there and (feature in backend.features or feature in backend.operations):
             return True
     return False
 
@@ -208,6 +209,16 @@ def report_unfused(device: torch.device, call: str, why: str, requested: str = "
     if wanted not in ("auto", "reference"):
         raise BackendUnsupportedError(_refusal(wanted, call, [why]))
     _report(device, f"the PyTorch reference runs {call}", why)
+
+
+def report_apart(what: str, why: str) -> None:
+    """For adapters of a mixed batch that no grouped call serves: log that once for each reason.
+
+    They run all the same, each on its inputs, so that no kernel is lost but the common launch.
+    """
+    mark = object()
+    if _logged.setdefault(f"{what}: {why}", mark) is mark:
+        logger.warning("%s runs apart from the others of its batch (%s)", what, why)
 
 
 @contextlib.contextmanager

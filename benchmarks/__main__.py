@@ -185,7 +185,7 @@ def _readme(_arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    from benchmarks import block_model, model
+    from benchmarks import block_model, many_model, model
 
     sizes = arguments.tokens, arguments.hidden_size, arguments.bottleneck_size
     columns = zip(*model.SHAPES, strict=True)
@@ -201,6 +201,7 @@ def _model(arguments: argparse.Namespace) -> int:
         print("\n" + model.kernel_table(rows, card))
     if not any(sizes):
         print("\n" + block_model.table(list(block_model.overheads(card))))
+        print("\n" + many_model.table(list(many_model.predictions(card, arguments.backend))))
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from adapterkern.backends import NAMES
+from adapterkern.bench import roofline
 from adapterkern.bench.cases import BenchCase
 from adapterkern.bench.results import ModelRow, Result, Row
 from benchmarks.judge import TF32, Judge, Verdict, over
@@ -33,7 +34,7 @@ def verdicts(result: Result) -> list[Verdict]:
             if other.met is not None:
                 others = (*judged[index].others, f"{name} {other.found}")
                 judged[index] = replace(judged[index], others=others)
-    bf16 = [row for row in rows if row.case.dtype == "bf16" and row.case.norm == "none"]
+    bf16 = [row for row in rows if row.case.dtype == "bf16" and row.case.kind == "one"]
     found = [*judged, _auto(bf16, auto, calibration)]
     if not result.on_gpu or DEVICE in result.device:
         return found
@@ -56,13 +57,15 @@ def auto_rows(rows: Iterable[Row], order: Sequence[str] = NAMES) -> list[Row]:
 def _verdicts(
     rows: list[Row], models: list[ModelRow], calibration: dict[str, float]
 ) -> list[Verdict]:
-    plain = [row for row in rows if row.case.norm == "none"]
-    normed = [row for row in rows if row.case.norm != "none"]
+    plain = [row for row in rows if row.case.kind == "one"]
+    normed = [row for row in rows if row.case.kind == "norm"]
+    many = [row for row in rows if row.case.kind == "many"]
     bf16 = Judge([row for row in plain if row.case.dtype == "bf16"], calibration)
     return [
         *_speed(bf16),
         *_block(models),
         *_norm(Judge(normed, calibration), models),
+        *_many(Judge(many, calibration)),
         *_decode(bf16),
         *_memory(bf16),
         _repeatable(rows),
@@ -163,6 +166,46 @@ def _norm(judge: Judge, models: Iterable[ModelRow]) -> list[Verdict]:
     ]
 
 
+def _many(judge: Judge) -> list[Verdict]:
+    """Judge many adapters in one batch: the time of one adapter on the same tokens where each has
+    so many that its weights are few, the weights' bandwidth where every token has its own, and that
+    of a copy where none has any.
+    """
+
+    def over(baseline: str) -> Callable[[Row], float | None]:
+        def times(row: Row) -> float | None:
+            ratio = row.ratios.get(baseline)
+            return None if ratio is None else 1 / ratio
+
+        return times
+
+    def shared(case: BenchCase) -> bool:
+        return case.mix == "even" and case.adapters == 16 and case.rows >= 128
+
+    def distinct(case: BenchCase) -> bool:
+        return case.mix == "even" and case.adapters >= 64 and case.rows == 1
+
+    def beyond_bytes(row: Row) -> float | None:
+        found = over("single")(row)
+        bytes_of_one = roofline.moved_bytes(row.case, "single") / roofline.moved_bytes(row.case)
+        return None if found is None else found * bytes_of_one
+
+    forward = judge.of("forward", shared)
+    decode = judge.of("forward", distinct)
+    promise = "16 adapters of 128 rows and more, of one adapter's time"
+    return [
+        forward.most("many", promise, over("single"), 1.10, "x"),
+        forward.most("many", f"{promise}, by their bytes", beyond_bytes, 1.10, "x"),
+        decode.least(
+            *("many", "decode with every token's own adapter, of the copy bandwidth"),
+            *(lambda row: row.floor_fraction, 0.80, _share),
+        ),
+        judge.of("forward", lambda case: case.mix == "none").most(
+            "many", "no token with an adapter, of a copy's time", over("limit"), 1.5, "x"
+        ),
+    ]
+
+
 def _decode(judge: Judge) -> list[Verdict]:
     chosen = judge.of(
         "forward", lambda c: c.tokens <= 16 and c.bottleneck_size <= 64 and c.hidden_size <= 4096
@@ -238,7 +281,7 @@ def _auto(rows: list[Row], auto: list[Row], calibration: dict[str, float]) -> Ve
     def against_best(row: Row) -> float | None:
         return fastest[row.case] / row.time.p50 if row.time and len(rows) > len(chosen) else None
 
-    chosen = [row for row in auto if row.case.dtype == "bf16" and row.case.norm == "none"]
+    chosen = [row for row in auto if row.case.dtype == "bf16" and row.case.kind == "one"]
     promise = "against the best of all backends and plain layers, on any shape"
     return Judge(chosen, calibration).least("auto", promise, against_best, 0.97, _times)
 

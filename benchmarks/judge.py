@@ -131,7 +131,8 @@ def _why(row: Row, machine: Machine | None) -> str:
     moved = roofline.moved_bytes(case) / 1e6
     if row.time is not None:
         facts.append(f"{moved:.3g} MB at least in {row.time.p50:.3g} us ({row.headline})")
-    return f"T{case.tokens}-{case.shape} on {row.provider}: {', '.join(facts)}"
+    many = f"-A{case.adapters}" if case.adapters else ""
+    return f"T{case.tokens}-{case.shape}{many} on {row.provider}: {', '.join(facts)}"
 
 
 def _later(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkern.bench.measure import failure
+from adapterkern.bench.built import failure
 from adapterkern.bench.results import ModelRow, Timing
 from adapterkern.bench.timing import CudaTimer, Subject, WallTimer, nothing
 from benchmarks import models

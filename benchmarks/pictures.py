@@ -51,7 +51,8 @@ def _panels(result: Result) -> dict[str, list[Row]]:
     for row in result.rows:
         if row.time is not None and row.provider != "no-adapter":
             case = row.case
-            key = case.mode, case.norm, case.dtype, case.activation, case.shape
+            many = case.adapters, case.mix
+            key = case.mode, case.norm, case.dtype, case.activation, case.shape, *many
             panels.setdefault(key, []).append(row)
     by_mode: dict[str, list[Row]] = {}
     for (mode, *_), rows in panels.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
 from adapterkern.bench.results import Result, ResultError, Row
-from benchmarks import block_model, goals, model, pictures, records, summary
+from benchmarks import block_model, goals, many_model, model, pictures, records, summary
 from benchmarks.gpu.output import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,8 @@ def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str
     card = model.CARDS["h200"]
     calls = model.table(list(model.predictions(card)))
     blocks = block_model.table(list(block_model.overheads(card)))
-    predicted = {MODEL: ("model", f"{calls}\n\n{blocks}")}
+    many = many_model.table(list(many_model.predictions(card)))
+    predicted = {MODEL: ("model", f"{calls}\n\n{blocks}\n\n{many}")}
     if folder is None:
         return predicted | {
             "README.md": ("performance", NO_RESULT),
@@ -102,7 +103,8 @@ def _telling(result: Result) -> list[Row]:
     kept = [
         row
         for row in rows
-        if row.case.tokens in TOKENS
+        if row.case.kind != "many"
+        and row.case.tokens in TOKENS
         and row.case.dtype == "bf16"
         and row.case.mode in ("forward", "step")
     ]

@@ -8,6 +8,7 @@ from benchmarks import goals, judge, models
 
 OF_NORM = ("separate", "no-adapter")  # of the cases with one
 BASELINES = ("plain", "adapterhub", "addmm", "compile", "compile-max", "cublaslt", "lora", *OF_NORM)
+OF_MANY = ("single", "loop", "lora-mixed")
 
 
 def summary(result: Result) -> str:
@@ -18,7 +19,11 @@ def summary(result: Result) -> str:
     ]
     if result.on_gpu:
         parts += ["## Goals", goals_table(result)]
-    parts += ["## One adapter", adapters(result.rows, result.on_gpu)]
+    many = [row for row in result.rows if row.case.kind == "many"]
+    one = [row for row in result.rows if row.case.kind != "many"]
+    parts += ["## One adapter", adapters(one, result.on_gpu)]
+    if many:
+        parts += ["## Many adapters in one batch", adapters(many, result.on_gpu, OF_MANY)]
     presets = {spec.name for spec in models.SPECS if spec.preset}
     own = [row for row in result.models if row.model not in presets]
     stock = [row for row in result.models if row.model in presets]

@@ -81,7 +81,8 @@ def run(bench: Bench, request: dict[str, Any]) -> Records:
 def _adapter(bench: Bench, request: dict[str, Any]) -> Records:
     case = BenchCase(**request["case"])
     if bench.tiny:
-        case = replace(case, hidden_size=32, bottleneck_size=4, tokens=8, dtype="fp32")
+        few = {"hidden_size": 32, "bottleneck_size": 4, "tokens": 8, "dtype": "fp32"}
+        case = replace(case, **few, adapters=min(2, case.adapters))
     names = request.get("backends")
     names = [*(bench.backends if names is None else names), *request["baselines"]]
     tf32 = bool(request.get("tf32"))

@@ -15,6 +15,7 @@
 #include "backward.h"
 #include "facts.h"
 #include "forward.h"
+#include "grouped_forward.h"
 #include "probe.h"
 #include "registry.h"
 
@@ -86,15 +87,20 @@ py::tuple kernels() {
   return names;
 }
 
-// Returns (panel, most stages, row blocks, clusters, gradients), the facts in the order of facts.h.
+// Returns (panel, most stages, row blocks, tiles of many adapters, clusters, gradients), the facts
+// in the order of facts.h.
 py::tuple facts() {
   const Facts all = launch_facts();
-  py::list row_blocks, clusters, gradients;
-  for (const RowBlockFacts& f : all.row_blocks) {
-    row_blocks.append(py::make_tuple(f.half, f.width, f.large, f.tokens, f.threads, f.blocks_per_sm,
-                                     f.least_bytes, f.in_bytes, f.out_bytes, f.added_bytes,
-                                     f.beside_bytes));
-  }
+  const auto listed = [](const std::vector<RowBlockFacts>& shapes) {
+    py::list list;
+    for (const RowBlockFacts& f : shapes) {
+      list.append(py::make_tuple(f.half, f.width, f.large, f.tokens, f.threads, f.blocks_per_sm,
+                                 f.least_bytes, f.in_bytes, f.out_bytes, f.added_bytes,
+                                 f.beside_bytes));
+    }
+    return list;
+  };
+  py::list clusters, gradients;
   for (const ClusterFacts& f : all.clusters) {
     clusters.append(py::make_tuple(f.width, f.tokens, f.threads, f.panel_bytes, f.beside_bytes,
                                    f.norm_panel_bytes, f.norm_beside_bytes));
@@ -102,7 +108,8 @@ py::tuple facts() {
   for (const GradientFacts& f : all.gradients) {
     gradients.append(py::make_tuple(f.half, f.units, f.features, f.stage_bytes));
   }
-  return py::make_tuple(all.panel, all.most_stages, row_blocks, clusters, gradients);
+  return py::make_tuple(all.panel, all.most_stages, listed(all.row_blocks), listed(all.grouped),
+                        clusters, gradients);
 }
 
 void probe(uintptr_t out, int device, uintptr_t stream) {
@@ -156,6 +163,10 @@ void backward(const py::bytes& packed, int device, uintptr_t stream) {
   run(launch_backward, "bottleneck_bwd", packed, device, stream);
 }
 
+void grouped_forward(const py::bytes& packed, int device, uintptr_t stream) {
+  run(launch_grouped_forward, "bottleneck_grouped", packed, device, stream);
+}
+
 }  // namespace
 }  // namespace adapterkern
 
@@ -179,4 +190,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "Launch the forward kernels; `packed` holds the bytes of ForwardParams.");
   m.def("backward", &backward, py::arg("packed"), py::arg("device"), py::arg("stream"),
         "Launch the backward kernels; `packed` holds the bytes of BackwardParams.");
+  m.def("grouped_forward", &grouped_forward, py::arg("packed"), py::arg("device"),
+        py::arg("stream"),
+        "Launch the forward kernels of many adapters; `packed` holds the bytes of "
+        "GroupedForwardParams.");
 }

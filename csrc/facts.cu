@@ -8,11 +8,10 @@ namespace adapterkern {
 namespace {
 
 template <typename Shape>
-void add_row_block(Facts& facts) {
-  facts.row_blocks.push_back({Shape::kHalf, Shape::kBlockR, Shape::kLarge, Shape::kBlockT,
-                              Shape::kThreads, Shape::kBlocksPerSm, Shape::kLeastBytes,
-                              Shape::kInBytes, Shape::kOutBytes, Shape::kRowsBytes,
-                              Shape::kBesideBytes});
+void add_row_block(std::vector<RowBlockFacts>& list) {
+  list.push_back({Shape::kHalf, Shape::kBlockR, Shape::kLarge, Shape::kBlockT, Shape::kThreads,
+                  Shape::kBlocksPerSm, Shape::kLeastBytes, Shape::kInBytes, Shape::kOutBytes,
+                  Shape::kRowsBytes, Shape::kBesideBytes});
 }
 
 template <typename Shape>
@@ -29,7 +28,7 @@ void add_gradient(Facts& facts) {
 }  // namespace
 
 Facts launch_facts() {
-  Facts facts{kPanel, kMostStages, {}, {}, {}};
+  Facts facts{kPanel, kMostStages, {}, {}, {}, {}};
   // Half precisions share their shapes, and so do TF32 and float32.
   for (const DType dtype : {kFloat32, kBFloat16}) {
     switch_dtype(dtype, [&](auto type) {
@@ -44,10 +43,12 @@ Facts launch_facts() {
           using Scalar = typename decltype(type)::type;
           constexpr int kBlockR = decltype(width)::value;
           using Small = RowBlockShape<Scalar, kBlockR, false>;
-          add_row_block<Small>(facts);
+          add_row_block<Small>(facts.row_blocks);
           if constexpr (Small::kHasTwoSizes) {
-            add_row_block<RowBlockShape<Scalar, kBlockR, true>>(facts);
+            add_row_block<RowBlockShape<Scalar, kBlockR, true>>(facts.row_blocks);
           }
+          using Grouped = GroupedShape<Scalar, kBlockR>;
+          if (kBlockR == Grouped::kBlockR) add_row_block<Grouped>(facts.grouped);
           for (const int64_t tokens : {16, 64}) {
             switch_cluster_shape<Scalar, kBlockR>(tokens, [&](auto shape) {
               add_cluster<typename decltype(shape)::type>(facts);

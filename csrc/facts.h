@@ -40,6 +40,7 @@ struct Facts {
   int64_t panel;        // features; slices of H in a cluster are multiples of it
   int64_t most_stages;  // of a pipeline
   std::vector<RowBlockFacts> row_blocks;
+  std::vector<RowBlockFacts> grouped;  // the shapes of the tiles of many adapters
   std::vector<ClusterFacts> clusters;
   std::vector<GradientFacts> gradients;
 };

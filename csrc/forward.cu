@@ -4,6 +4,7 @@
 #include "forward.h"
 
 #include "adapter_kernels.cuh"
+#include "forward_policy.cuh"
 
 namespace adapterkern {
 namespace {
@@ -26,24 +27,22 @@ __device__ ADAPTERKERN_RARE void store_any_output(const ForwardParams& params, c
 }
 
 template <typename ScalarT>
-struct Forward : PolicyBase<ForwardParams> {
+struct Forward : ForwardFormulas<ScalarT, ForwardParams> {
+  using Base = ForwardFormulas<ScalarT, ForwardParams>;
+  using Base::params;
+  using typename Base::Features;
+  using typename Base::Kept;
+  using typename Base::OfUnits;
   using Scalar = ScalarT;
-  static constexpr bool kTransposed = false, kReadsZ = false, kHasFeatures = true;
-  static constexpr bool kHasNorm = false;
-  static constexpr int kMostAdded = 2;
-  struct OfUnits {
-    float bias[kVector];
-  };
-  struct Kept {
-    float z[kVector];
-  };
 
   float factor_of_all;  // unless each feature has a factor of its own
 
   __device__ __forceinline__ explicit Forward(const ForwardParams& params)
-      : PolicyBase(params), factor_of_all(scaling_of(params).of_all()) {}
+      : Base(params), factor_of_all(scaling_of(params).of_all()) {}
 
-  __device__ __forceinline__ Matrix rows(int64_t last) const { return of_tokens(params.x, last); }
+  __device__ __forceinline__ Matrix rows(int64_t last) const {
+    return this->of_tokens(params.x, last);
+  }
   __device__ __forceinline__ Matrix into(int64_t last) const {
     return {params.down_weight, params.bottleneck_size, last};
   }
@@ -52,7 +51,6 @@ struct Forward : PolicyBase<ForwardParams> {
   }
   __device__ __forceinline__ int64_t features_in() const { return params.hidden_size; }
   __device__ __forceinline__ int64_t features_out() const { return params.hidden_size; }
-  __device__ __forceinline__ Unchanged transform() const { return {}; }
 
   __device__ __forceinline__ OfUnits of_units(int64_t unit) const {
     OfUnits found;
@@ -60,20 +58,13 @@ struct Forward : PolicyBase<ForwardParams> {
     return found;
   }
 
-  // z becomes a = act(z). Both are rounded where eager rounds, because backward recomputes a from
-  // the stored z.
   __device__ __forceinline__ void finish(float (&z)[kVector], const OfUnits& of_units,
                                          const float (&)[kVector], Kept& kept, int64_t unit) const {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) z[i] += of_units.bias[i];
-    round_to<Scalar>(z);
-    copy(kept.z, z);
-    apply_activation(z, params.activation);
-    clear_padded_units(z, unit, params.bottleneck_size);
+    this->finish_units(z, of_units, kept, unit, params.bottleneck_size);
   }
 
   __device__ __forceinline__ void keep(const Kept& kept, int64_t token, int64_t unit) const {
-    store_units<Scalar>(of_units_of(params.z), token, unit, kept.z);
+    store_units<Scalar>(this->of_units_of(params.z), token, unit, kept.z);
   }
 
   // x or the residual, and skip.
@@ -81,8 +72,8 @@ struct Forward : PolicyBase<ForwardParams> {
     const View first = choose(params.add_input, params.x, params.residual);
     const bool has_first = first.data != nullptr, has_skip = params.skip.data != nullptr;
     return {has_first + has_skip,
-            {of_tokens(choose(has_first, first, params.skip), params.hidden_size),
-             of_tokens(params.skip, params.hidden_size)}};
+            {this->of_tokens(choose(has_first, first, params.skip), params.hidden_size),
+             this->of_tokens(params.skip, params.hidden_size)}};
   }
   __device__ __forceinline__ Matrix bias() const {
     return as_matrix(params.up_bias, params.hidden_size);
@@ -91,30 +82,22 @@ struct Forward : PolicyBase<ForwardParams> {
     return params.channel_scaling ? as_matrix(params.scaling, params.hidden_size) : Matrix{};
   }
   __device__ __forceinline__ Matrix output() const {
-    return of_tokens(params.y, params.hidden_size);
+    return this->of_tokens(params.y, params.hidden_size);
   }
   __device__ __forceinline__ bool is_direct() const {
-    return writes_direct<Scalar>(params.y, added());
+    return this->template writes_direct<Scalar>(params.y, added());
   }
 
-  static __device__ __forceinline__ void load_feature(float (&v)[kVector], const View& view,
-                                                      const void* from, int column) {
-    with_type_of<Scalar>(view, [&](auto* type) {
-      load_whole(v, static_cast<const std::remove_pointer_t<decltype(type)>*>(from) + column);
-    });
-  }
-
-  struct Features {
-    float bias[kVector], factor[kVector];
-  };
   // Of the vector at `column` of a tile's bias and factor, which have the types of the tensors, or
   // in a cluster float32.
   __device__ __forceinline__ Features features(const void* bias, const void* factor,
                                                int column) const {
     Features found = {};
-    if (params.up_bias.data != nullptr) load_feature(found.bias, params.up_bias, bias, column);
+    if (params.up_bias.data != nullptr) {
+      this->load_feature(found.bias, params.up_bias, bias, column);
+    }
     if (params.channel_scaling) {
-      load_feature(found.factor, params.scaling, factor, column);
+      this->load_feature(found.factor, params.scaling, factor, column);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) found.factor[i] = factor_of_all;
@@ -127,10 +110,6 @@ struct Forward : PolicyBase<ForwardParams> {
     load_whole(found.bias, bias + column);
     load_whole(found.factor, factor + column);
     return found;
-  }
-  __device__ __forceinline__ void scale(float (&u)[kVector], const Features& of_feature) const {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) u[i] = (u[i] + of_feature.bias[i]) * of_feature.factor[i];
   }
   __device__ __forceinline__ void store_any(const float* from, int64_t token,
                                             int64_t feature) const {

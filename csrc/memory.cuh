@@ -234,6 +234,21 @@ struct Matrix {
   __device__ __forceinline__ bool is_direct_as() const {
     return is_direct<T>() || is_direct<float>();
   }
+
+  // Where in memory the row at a place of a tile is.
+  __device__ __forceinline__ int64_t row_of(int64_t place) const { return place; }
+};
+
+// Rows of a matrix that lie anywhere in it: `tile` names them, at so many `places`. What is
+// no row of the matrix is told as one past its end.
+struct Gathered : Matrix {
+  const int32_t* tile;
+  int64_t places;
+
+  __device__ __forceinline__ int64_t row_of(int64_t place) const {
+    const int64_t row = place < places ? tile[place] : -1;
+    return row < 0 || row > rows ? rows : row;
+  }
 };
 
 __device__ __forceinline__ Matrix as_matrix(const View& vector, int64_t size) {

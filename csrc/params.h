@@ -29,7 +29,7 @@ struct View {
   int64_t stride;  // elements from one row to the next
 };
 
-// Both structs begin with sizes, not with a view: of a choice between two views nvcc 13.0 always
+// All structs begin with sizes, not with a view: of a choice between two views nvcc 13.0 always
 // took the one at offset 0 (see `choose` in memory.cuh).
 
 // Equations (1) to (4) and (16) to (18) of docs/math.md.
@@ -90,6 +90,24 @@ struct BackwardParams {
   int64_t activation, compute_dtype, add_input, channel_scaling;
   int64_t norm, cast_before_weight, weight_offset;
   alignas(8) float scale;
+};
+
+// Equation (24) of docs/math.md, in which every token takes the adapter of its slot.
+struct GroupedForwardParams {
+  int64_t num_tokens, hidden_size, bottleneck_size, slots;
+  View x, down_weights, up_weights;          // in: [T, H], [S, R, H], [S, H, R]
+  View down_biases, up_biases;               // in or none: [S, R], [S, H]
+  View residual, skip;                       // in or none: [T, H]
+  View scalings;                             // in or none: [S] float32
+  View ranks;                                // in or none: [S] int32
+  View token_slots, order, tiles;            // in: int32, the buffers of a routing
+  View y, z;                                 // out: [T, H]; [T, R] or none
+  View partial;                              // work space of rows: [num_splits, T, R] float32
+  int64_t down_slot_stride, up_slot_stride;  // elements from one slot to the next
+  int64_t num_tiles;                         // of the routing, that T tokens can take; 0: rows
+  int64_t num_splits, features_per_split;    // slices of H, in both kernels of rows
+  int64_t shared_bytes;                      // of a block of tiles
+  int64_t activation, compute_dtype, add_input;
 };
 
 }  // namespace adapterkern

@@ -9,10 +9,12 @@ namespace adapterkern {
 constexpr int kMostStages = 5;
 
 // The tensors that are added to the output, rows of H: at most two.
-struct Added {
+template <typename MatrixT>
+struct AddedRows {
   int count;
-  Matrix rows[2];
+  MatrixT rows[2];
 };
+using Added = AddedRows<Matrix>;
 
 template <typename Scalar>
 __device__ __forceinline__ bool is_direct_or_none(const Matrix& matrix) {
@@ -67,8 +69,8 @@ struct PolicyBase {
 
   // Whether the output is written, and all that is added to it read, in whole vectors of Scalar or
   // float.
-  template <typename Scalar>
-  __device__ __forceinline__ bool writes_direct(const View& output, const Added& added) const {
+  template <typename Scalar, typename AddedT>
+  __device__ __forceinline__ bool writes_direct(const View& output, const AddedT& added) const {
     return params.hidden_size % kVector == 0 &&
            of_tokens(output, params.hidden_size).template is_direct_as<Scalar>() &&
            is_direct_or_none<Scalar>(added.rows[0]) && is_direct_or_none<Scalar>(added.rows[1]);

@@ -16,13 +16,15 @@ namespace adapterkern {
 // Tile sizes of one dtype and one width of the bottleneck. Each block reads both weights from L2:
 // with the tokens, (2 + 2 R / kBlockT) passes over x, balanced at kBlockT = 2 R. Small tiles fit
 // the 99 KB of shared memory that compute capability 8.6, 8.9 and 12.x give a block; the two widths
-// that gain by it have large ones too, for the 227 KB of 9.0 and 10.x.
-template <typename ScalarT, int kBlockRT, bool kLargeT>
+// that gain by it have large ones too, for the 227 KB of 9.0 and 10.x. Where tokens come in groups
+// of kMostTokens, blocks have no more of them, and one size.
+template <typename ScalarT, int kBlockRT, bool kLargeT, int kMostTokens = 128>
 struct RowBlockShape {
   using Scalar = ScalarT;
   static constexpr bool kHalf = sizeof(Scalar) == 2;
   static constexpr int kBlockR = kBlockRT;
-  static constexpr bool kHasTwoSizes = kHalf && (kBlockR == 64 || kBlockR == 128);
+  static constexpr bool kHasTwoSizes =
+      kHalf && (kBlockR == 64 || kBlockR == 128) && kMostTokens == 128;
   static constexpr bool kLarge = kLargeT;
   static_assert(kHasTwoSizes || !kLarge, "one size serves every device");
   // Whether this architecture has a use for the tiles; otherwise the kernels are empty.
@@ -30,7 +32,7 @@ struct RowBlockShape {
 
   static constexpr int kBlockT = kHalf ? (kHasTwoSizes ? 128 : 64) : (kBlockR == 256 ? 32 : 64);
   static constexpr int kBlockH =
-      kHalf ? (kLarge || kBlockR < 64 ? 64 : 32) : (kBlockR == 256 ? 16 : 32);
+      kHalf ? (kLarge || kBlockT * kBlockR < 64 * 128 ? 64 : 32) : (kBlockR == 256 ? 16 : 32);
 
   // A warp owns 16 tokens, and half the width where the sums of 256 units would fill its registers.
   static constexpr int kWarpsN = kBlockR == 256 ? 2 : 1;
@@ -66,6 +68,15 @@ struct RowBlockShape {
       2 * kInBytes, kBottleneckBytes + larger(kSumBytes, kWarps* kRoomBytes + 2 * kOutBytes));
   static_assert(kLeastBytes <= (kLarge ? 227 : 99) * 1024, "beyond what a block may have");
 };
+
+// Tiles of a routing have so many tokens, the TILE of adapterkern/grouped/call.py. One shape serves
+// several widths, to keep the extension small: a bank is as wide as its widest adapter, and units
+// that an adapter does not have are not read.
+constexpr int kTileTokens = 64;
+template <typename Scalar, int kBlockR>
+using GroupedShape =
+    RowBlockShape<Scalar, kBlockR <= 64 ? 64 : (sizeof(Scalar) == 2 ? kBlockR : 256), false,
+                  kTileTokens>;
 
 // Calls body(the tiles of one dtype and width, which are large where asked for and there).
 template <typename Scalar, int kBlockR, typename Body>
@@ -105,7 +116,8 @@ __device__ __forceinline__ void multiply_into_bottleneck(unsigned char* shared,
   using Scalar = typename Shape::Scalar;
   constexpr int kThreads = Shape::kThreads, kBlockH = Shape::kBlockH, kBlockR = Shape::kBlockR;
   const WarpPlace<Shape> place;
-  const Matrix rows = policy.rows(last), weight = policy.into(last);
+  const auto rows = policy.rows(last);
+  const Matrix weight = policy.into(last);
   float acc[Shape::kUnitsPerWarp / 8][4];
   clear(acc);
 
@@ -166,9 +178,9 @@ constexpr int kAddedBytes = tile_bytes<Type>(Shape::kBlockT, Shape::kBlockH);
 
 // Writes one step of the output, all of it direct, from a warp's product. A lane owns whole
 // vectors; all that it reads is in shared memory.
-template <typename Shape, typename Policy, int kTiles>
+template <typename Shape, typename Policy, typename AddedT, int kTiles>
 __device__ __forceinline__ void write_step(float* room, const float (&acc)[kTiles][4],
-                                           const Policy& policy, const Added& added,
+                                           const Policy& policy, const AddedT& added,
                                            const OutStage<Shape>& stage,
                                            const WarpPlace<Shape>& place, int64_t first_token,
                                            int64_t first_feature) {
@@ -198,11 +210,11 @@ __device__ __forceinline__ void write_step(float* room, const float (&acc)[kTile
         tile += kAddedBytes<Shape, Type>;
       });
     }
-    const Matrix output = policy.output();
+    const auto output = policy.output();
     with_type_of<Scalar>(output.view, [&](auto* type) {
       using Type = std::remove_pointer_t<decltype(type)>;
       rows.for_each_unrolled([&](int i, int row, const float*) {
-        const int64_t token = first_token + place.row + row;
+        const int64_t token = output.row_of(first_token + place.row + row);
         if (!exists || token >= num_tokens) return;
         store_whole_global(output.template at<Type>(token, feature), u[i]);
       });
@@ -225,7 +237,7 @@ __device__ __forceinline__ void multiply_out_of_bottleneck(unsigned char* shared
   float* const room =
       reinterpret_cast<float*>(shared + Shape::kBottleneckBytes + place.warp * Shape::kRoomBytes);
   const Matrix weight = policy.out();
-  const Added added = policy.added();
+  const auto added = policy.added();
   int per_stage = Shape::kOutBytes;
 #pragma unroll
   for (int i = 0; i < Policy::kMostAdded; ++i) {

@@ -53,6 +53,28 @@ __device__ __forceinline__ void copy_tile(Scalar* tile, const Matrix& matrix, in
   }
 }
 
+// The same for gathered rows, whose places in memory are all read before the first copy.
+template <int kRows, int kColumns, int kThreads, typename Scalar>
+__device__ __forceinline__ void copy_tile(Scalar* tile, const Gathered& matrix, int64_t first_row,
+                                          int64_t first_column) {
+  constexpr int kPer = 16 / sizeof(Scalar), kAcross = kColumns / kPer;
+  constexpr int kStride = kColumns + kPadding<Scalar>, kRowsApart = kThreads / kAcross;
+  static_assert(kThreads % kAcross == 0 && kRows % kRowsApart == 0, "a thread has whole rows");
+  const int first = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kPer;
+  int rows[kRows / kRowsApart];
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsApart; ++i) {
+    rows[i] = static_cast<int>(matrix.row_of(first_row + first + i * kRowsApart));
+  }
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsApart; ++i) {
+    const int count = matrix.count(rows[i], first_column + column, kPer);
+    copy_async_16(tile + (first + i * kRowsApart) * kStride + column,
+                  matrix.at<Scalar>(count > 0 ? rows[i] : 0, first_column + column),
+                  count * static_cast<int>(sizeof(Scalar)));
+  }
+}
+
 // A tile's size, and the threads that load it, for the one function that serves every shape.
 struct TileSize {
   int rows, columns, threads;
@@ -70,8 +92,8 @@ __device__ __forceinline__ void load_as(float (&v)[n], const Matrix& matrix, int
 }
 
 // convert_tile of one kind of source. A thread keeps its columns.
-template <typename Source, typename Scalar, typename Transform>
-__device__ __forceinline__ void convert_rows(Scalar* tile, TileSize size, const Matrix& matrix,
+template <typename Source, typename Scalar, typename MatrixT, typename Transform>
+__device__ __forceinline__ void convert_rows(Scalar* tile, TileSize size, const MatrixT& matrix,
                                              int64_t first_row, int64_t first_column,
                                              Transform transform) {
   constexpr int kPer = 16 / sizeof(Scalar);
@@ -82,7 +104,7 @@ __device__ __forceinline__ void convert_rows(Scalar* tile, TileSize size, const 
 #pragma unroll(std::is_void_v<Source> ? 1 : 4)
   for (int row = threadIdx.x / across; row < size.rows; row += apart) {
     float v[kPer] = {};
-    load_as<Source>(v, matrix, first_row + row, first_column + column);
+    load_as<Source>(v, matrix, matrix.row_of(first_row + row), first_column + column);
     if (transform.is_active()) multiply_by(v, factors);
     store_whole(tile + row * (size.columns + kPadding<Scalar>)+column, v);
   }
@@ -90,14 +112,15 @@ __device__ __forceinline__ void convert_rows(Scalar* tile, TileSize size, const 
 
 // load_tile through registers, for what cp.async cannot copy: another dtype, a transform, odd
 // addresses. One instance serves every tile of a kernel: it is rare, or bound by its conversions.
-template <typename Scalar, typename Transform>
-__device__ ADAPTERKERN_RARE void convert_tile(Scalar* tile, TileSize size, Matrix matrix,
+template <typename Scalar, typename MatrixT, typename Transform>
+__device__ ADAPTERKERN_RARE void convert_tile(Scalar* tile, TileSize size, MatrixT matrix,
                                               int64_t first_row, int64_t first_column,
                                               Transform transform) {
   const bool whole = matrix.columns % (16 / sizeof(Scalar)) == 0;
-  if (whole && matrix.is_direct<Scalar>()) {
+  if (whole && matrix.template is_direct<Scalar>()) {
     convert_rows<Scalar>(tile, size, matrix, first_row, first_column, transform);
-  } else if (sizeof(Scalar) == 2 && whole && matrix.is_direct<float>()) {  // mostly master weights
+  } else if (sizeof(Scalar) == 2 && whole &&
+             matrix.template is_direct<float>()) {  // mostly master weights
     convert_rows<float>(tile, size, matrix, first_row, first_column, transform);
   } else {
     convert_rows<void>(tile, size, matrix, first_row, first_column, transform);
@@ -106,10 +129,11 @@ __device__ ADAPTERKERN_RARE void convert_tile(Scalar* tile, TileSize size, Matri
 
 // Loads `matrix` from (first_row, first_column) on into a tile of the products' dtype, with zeros
 // out of bounds.
-template <int kRows, int kColumns, int kThreads, typename Scalar, typename Transform>
-__device__ __forceinline__ void load_tile(Scalar* tile, const Matrix& matrix, int64_t first_row,
+template <int kRows, int kColumns, int kThreads, typename Scalar, typename MatrixT,
+          typename Transform>
+__device__ __forceinline__ void load_tile(Scalar* tile, const MatrixT& matrix, int64_t first_row,
                                           int64_t first_column, Transform transform) {
-  if (!transform.is_active() && matrix.is_direct<Scalar>()) {
+  if (!transform.is_active() && matrix.template is_direct<Scalar>()) {
     copy_tile<kRows, kColumns, kThreads>(tile, matrix, first_row, first_column);
   } else {
     convert_tile(tile, {kRows, kColumns, kThreads}, matrix, first_row, first_column, transform);

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import cuda_sass
 from sass import Instruction
 
-from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, View
+from adapterkern.backends.cuda.params import (
+    BackwardParams,
+    ForwardParams,
+    GroupedForwardParams,
+    View,
+)
 
 # Where the parameters of a kernel start in the bank of constants, by the generation.
 FIRST = {"sm_8": 0x160, "sm_9": 0x210}
@@ -28,7 +33,8 @@ class Reads(NamedTuple):
 
     @classmethod
     def at(cls, mangled: str, offsets: Iterable[int], computed: Iterable[str]) -> "Reads":
-        names = _names(ForwardParams if "ForwardI" in mangled else BackwardParams)
+        kind = ForwardParams if "ForwardI" in mangled else BackwardParams
+        names = _names(GroupedForwardParams if "grouped" in mangled else kind)
         found = {names[offset // 8] for offset in offsets}
         return cls(frozenset(name for name in found if "." in name), tuple(computed))
 

@@ -94,7 +94,8 @@ def is_empty(arch: str, mangled: str) -> bool:
     """Whether the devices of an architecture have no use for an adapter kernel, which then traps:
     clusters and large tiles on 8.x, the small tiles of two sizes on 9.0. PTX is for any device."""
     unused = {"sm_8": r"ClusterShape|Li(64|128)ELb1E", "sm_9": r"Li(64|128)ELb0E"}.get(arch[:4])
-    is_half = re.search("__half|__nv_bfloat16", mangled) and "Gradient" not in mangled
+    is_half = re.search("__half|__nv_bfloat16", mangled)
+    is_half = is_half and not re.search("Gradient|grouped", mangled)  # whose tiles have one size
     return bool(unused and is_half and re.search(unused, mangled))
 
 

@@ -229,7 +229,7 @@ SIGNATURES = {
     "BottleneckAdapter.reset_parameters": "(self)",
     "BottleneckAdapter.unfused_reason": "(self)",
     "Explanation": "(call, backend, reasons)",
-    "ModelExplanation": "(rows)",
+    "ModelExplanation": "(rows, apart=())",
     "backends": "()",
     "bottleneck_adapter": "(x, down_weight, up_weight, down_bias=None, up_bias=None, *, "
     "residual='input', skip=None, activation='gelu', scaling=1.0, dropout=0.0, backend='auto')",
@@ -324,13 +324,14 @@ CSRC_ROOMS = (
     "ptx.cuh launch.cuh",
     "static_switch.h activations.cuh memory.cuh",
     "tiles.cuh policy.cuh",
-    "products.cuh",
+    "products.cuh forward_policy.cuh",
     "row_block.cuh cluster_tiles.cuh gradient_tiles.cuh",
     "norm.cuh",
     "cluster.cuh",
     "adapter_kernels.cuh",
-    "forward.h backward.h norm_gradients.h weight_gradients.h",
-    "forward.cu backward.cu norm_gradients.cu weight_gradients.cu probe.cu facts.cu",
+    "forward.h backward.h grouped_forward.h norm_gradients.h weight_gradients.h",
+    "forward.cu backward.cu grouped_forward.cu norm_gradients.cu weight_gradients.cu",
+    "probe.cu facts.cu",
     "bindings.cpp",
 )
 # What the emulator must stand in for, and the only files that hold it.

@@ -14,6 +14,7 @@ from adapterkern.backends.cuda import extension, launch_config, params
 from adapterkern.backends.cuda.launch_config import Device, Problem, read_facts
 from adapterkern.spec import NORMS
 
+KINDS = [params.ForwardParams, params.BackwardParams, params.GroupedForwardParams]
 FACTS = launch_config.facts  # before conftest.py puts those of the sources in its place
 HEADER = (Path(__file__).resolve().parents[1] / "csrc" / "params.h").read_text()
 
@@ -31,29 +32,32 @@ def enumerators_of(enum_name: str) -> list[str]:
     return [re.sub("^k", "", name.strip()) for name in body.split(",") if name.strip()]
 
 
-@pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
+@pytest.mark.parametrize("kind", KINDS)
 def test_params_have_the_fields_of_the_header_in_its_order(kind):
     types = {params.View: "View", int: "int64_t", float: "float"}
     ours = [(name, types[kind.__annotations__[name]]) for name in kind._fields]
     assert ours == fields_of(kind.__name__)
 
 
-@pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_view_is_at_the_start_of_a_struct(kind):
     """nvcc 13.0 lost choices between such a view and another one."""
     assert kind.__annotations__[kind._fields[0]] is int
 
 
-@pytest.mark.parametrize("kind", [params.ForwardParams, params.BackwardParams])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pack_puts_every_field_into_its_place(kind):
-    """Each is 8 bytes wide: three of a view, then integers, and the scale as the one float."""
+    """Each is 8 bytes wide: three of a view, then integers, and in two structs the scale as the one
+    float."""
     numbers, given = iter(range(1, 1000)), {}
     for name, field in fields_of(kind.__name__):
         view = tuple(next(numbers) for _ in range(3)) if field == "View" else None
         given[name] = view or (0.5 if field == "float" else next(numbers))
     packed = kind(**given).pack()
     count = next(numbers) - 1
-    assert struct.unpack(f"={count}qf4x", packed) == (*range(1, count + 1), 0.5)
+    scale = [0.5] if "scale" in kind._fields else []
+    layout = f"={count}q" + "f4x" * len(scale)
+    assert struct.unpack(layout, packed) == (*range(1, count + 1), *scale)
 
 
 def test_codes_are_those_of_the_header():
@@ -94,8 +98,9 @@ def test_extension_refuses_bytes_of_another_struct():
     module, problem = extension.load()
     if module is None:
         pytest.skip(f"needs the extension: {problem}")
-    for function, size in ((module.forward, 68 * 8), (module.backward, 113 * 8)):
-        with pytest.raises(ValueError, match=rf"expected the {size} bytes .* got 3"):
+    sizes = (module.forward, 68), (module.backward, 113), (module.grouped_forward, 58)
+    for function, words in sizes:
+        with pytest.raises(ValueError, match=rf"expected the {8 * words} bytes .* got 3"):
             function(b"abc", 0, 0)
 
 

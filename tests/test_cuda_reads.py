@@ -23,6 +23,10 @@ NORM_IN = "d_normed:d d_stream:d stream:d mean:d rstd:d norm_weight:dt"
 NORM_SUMS = "sum_norm_weight:ds sum_norm_bias:ds"
 SUMS = "sum_down:ds sum_up:ds sum_down_bias:ds sum_up_bias:ds"
 SUMS_OUT = "d_down_weight:dts d_up_weight:dts d_down_bias:dt d_up_bias:dt d_scaling:dt"
+GROUPED_IN = "x:dts down_weights:dts ranks:d"
+GROUPED_OUT = (
+    "up_weights:dts down_biases:dts up_biases:dts residual:dts skip:dts scalings:d y:dts z:ds"
+)
 READS = {
     "fwd row_block": f"{IN} down_bias:dt {FORWARD_OUT}",
     "fwd split_first": f"{IN} partial:d",
@@ -39,6 +43,9 @@ READS = {
     "bwd bwd_dw_sum": f"{SUMS} up_weight:dts up_bias:dt scaling:dt {SUMS_OUT}",
     "bwd bwd_norm": f"{NORM_IN} dy:d {NORM_SUMS}",
     "bwd bwd_norm_sum": f"{NORM_SUMS} d_norm_weight:dt d_norm_bias:dt",
+    "grouped tiles": f"{GROUPED_IN} {GROUPED_OUT} order:d tiles:d",
+    "grouped rows_first": f"{GROUPED_IN} token_slots:d partial:d",
+    "grouped rows_second": f"x:dts ranks:d {GROUPED_OUT} token_slots:d partial:d",
 }
 ARCHS = ["sm_80", "sm_90a", "compute_90"]
 
@@ -54,6 +61,8 @@ def reads(arch: str) -> dict[str, cuda_reads.Reads]:
 def kind_of(mangled: str) -> str:
     direction = "fwd" if "ForwardI" in mangled else "bwd"
     name = cuda_sass.kernel_name(mangled).removeprefix("bottleneck_").removesuffix("_kernel")
+    if name.startswith("grouped_"):
+        return name.replace("_", " ", 1)
     name += " norm" * ("NormForwardI" in mangled)
     return f"{direction} {name}" + " direct" * ("Gradient" in mangled and "ELb1EEEv" in mangled)
 

@@ -8,7 +8,7 @@ import cuda_sass
 import sass
 
 KB, MB = 1024, 1024 * 1024
-LARGEST_BINARY = 12 * MB
+LARGEST_BINARY = 13 * MB
 # This leaves out dynamic shared memory, which plans keep within what a device has.
 MOST_STATIC_SHARED = 0
 
@@ -17,8 +17,10 @@ def adapter_kernels(arch: str) -> dict[str, dict[str, int]]:
     kernels = {n: used for n, used in cuda_sass.resources()[arch].items() if "bottleneck_" in n}
     # Precisions, tiles, kernels; tiles of a second size: dtypes, tiles, kernels; clusters: dtypes,
     # tiles, tokens, forward, forward with a norm and backward; weight gradients: precisions, tiles,
-    # direct or not; their sums; gradients of a norm: dtypes, dtypes of normed; their sums.
-    assert len(kernels) == 4 * 5 * 6 + 2 * 2 * 6 + 2 * 4 * 2 * 3 + 4 * 2 * 2 + 1 + 2 * 2 + 1
+    # direct or not; their sums; gradients of a norm: dtypes, dtypes of normed; their sums. Of many
+    # adapters: dtypes, tiles, in half precision and in float32 and TF32; rows: dtypes, kernels.
+    of_one = 4 * 5 * 6 + 2 * 2 * 6 + 2 * 4 * 2 * 3 + 4 * 2 * 2 + 1 + 2 * 2 + 1
+    assert len(kernels) == of_one + 2 * 3 + 2 * 2 + 3 * 2
     return kernels
 
 
@@ -45,8 +47,10 @@ def test_products_run_on_tensor_cores_all_but_full_float32():
             if cuda_sass.kernel_name(name)
         }
         fast = {n for n in counts if re.search("__half|__nv_bfloat16|TFloat32", n)}
-        fast = {n for n in fast if "bwd_norm" not in n}  # which has no products
-        assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 2 * 6 + 2 * 4 * 2 * 3, arch
+        # The norm has no products, and those of single rows are too thin.
+        fast = {n for n in fast if not re.search("bwd_norm|grouped_rows", n)}
+        of_many = 2 * 3 + 2
+        assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 2 * 6 + 2 * 4 * 2 * 3 + of_many, arch
         fast = {n for n in fast if not cuda_sass.is_empty(arch, n)}
         assert {n for n, count in counts.items() if count} == fast, arch
 

@@ -399,7 +399,7 @@ def test_demo_runs_to_its_end_and_every_check_holds(demo_run):
     code, out = demo_run
     assert code == 0
     found = findings.Report.from_json((out / "report.json").read_text())
-    assert [check.passed for check in found.checks] == [True] * 4
+    assert [check.passed for check in found.checks] == [True] * 5
     assert [method.method for method in found.methods] == ["adapters", "lora", "full"]
     assert found.command["seed"] == 7
     assert found.versions["torch"] == torch.__version__

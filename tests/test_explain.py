@@ -9,6 +9,8 @@ from torch import nn
 import adapterkern as ak
 from adapterkern import dispatch
 from adapterkern.backends import get
+from adapterkern.grouped import functional, ops
+from adapterkern.grouped.call import make_grouped_call
 from adapterkern.modules.explain import table
 
 
@@ -179,3 +181,57 @@ def test_tables_show_ranges_of_layers():
 def test_explain_refuses_what_the_call_would_refuse():
     with pytest.raises(ValueError, match=r"down_weight must have shape \[R, H\] = \[R, 11\]"):
         ak.explain(ak.BottleneckAdapter(10, 4), torch.zeros(3, 11))
+
+
+class Served(nn.Module):
+    """Two banks, of which one is called, and one of its adapters once more on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bank, self.idle = ak.AdapterBank(10, 8, 2), ak.AdapterBank(10, 4, 2)
+        for bank in (self.bank, self.idle):
+            for name in ("fr", "de"):
+                bank.add(name, ak.BottleneckAdapter(10, 3))
+
+    def forward(self, x, routing):
+        return self.bank["de"](self.bank(self.bank(x, routing), routing))
+
+
+def test_explain_shows_a_bank_as_one_row(clean_dispatch):
+    routing = ak.AdapterRouting(3, 2).update([0, -1, 1])
+    model = Served()
+    table = ak.explain(model, torch.randn(3, 10), routing)
+    found = [(r.adapter, r.calls, r.bottleneck_size, r.dtype, r.backend) for r in table.rows]
+    assert found == [
+        ("bank", 2, 8, "float32", "reference"),
+        ("bank.adapters.de", 1, 3, "float32", "reference"),
+        ("idle", 0, 4, "float32", "not called"),
+    ]
+    with torch.no_grad():
+        assert ak.explain(model.bank, torch.randn(3, 10), routing) == table.rows[0].explanation
+
+
+def test_explain_names_calls_of_copied_weights_by_what_they_are_copies_of(clean_dispatch):
+    """And nothing of it stays for a call of weights that no module holds."""
+    adapter = ak.BottleneckAdapter(10, 4)
+    holder = nn.ModuleDict({"of": nn.ModuleList([adapter, ak.BottleneckAdapter(10, 4)])})
+    routing = ak.AdapterRouting(3, 1).update([0, -1, 0])
+    x = torch.randn(3, 10)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.holder = holder
+
+        def forward(self, x):
+            down, up = adapter.down_proj.weight, adapter.up_proj.weight
+            call = make_grouped_call(
+                x, down[None].clone(), up[None].clone(), None, None, "input", None, None, None,
+                routing.buffers(), "gelu", False,
+            )  # fmt: skip
+            x = functional.run_call(call, "auto", ops.Leaves((0, 1), (0, 0), (down, up)))
+            return ak.bottleneck_adapter(x, down.clone(), up.clone())
+
+    found = [(row.adapter, row.calls) for row in ak.explain(Model(), x).rows]
+    assert found == [("", 1), ("holder.of.0", 1), ("holder.of.1", 0)]
+    assert functional.run_call.__module__ == functional.__name__

@@ -7,9 +7,12 @@ Each backend's `traffic` module lists the kernels that its plans launch as `Traf
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from adapterkern.grouped.call import TILE
+
 # What an L2 of 50 MB keeps of one kernel's input for a second read: its two partitions hold copies
 # of each other's lines, and outputs pass through it too. An assumption that a GPU has to confirm.
 L2_KEEPS = 30e6
+INDEX, ENTRY = 4, 12  # bytes of a token in a routing's `order`, and of a row of its `tiles`
 
 
 class Traffic(NamedTuple):
@@ -33,6 +36,36 @@ class Traffic(NamedTuple):
     shared_cycles: float = 0.0
     flops: float = 0.0
     waits: float = 0.0
+
+
+class Batch(NamedTuple):
+    """Who takes what: the tokens of each slot, and those without an adapter."""
+
+    groups: tuple[int, ...]
+    rest: int = 0
+
+    @property
+    def used(self) -> int:
+        """The adapters that some token takes."""
+        return sum(count > 0 for count in self.groups)
+
+    @property
+    def taken(self) -> int:
+        """The tokens that take one."""
+        return sum(self.groups)
+
+    def row_blocks(self, block_t: int) -> int:
+        """The row blocks of all adapters."""
+        return sum(-(-count // block_t) for count in self.groups)
+
+    def segments(self, chunk_rows: int) -> list[int]:
+        """Into how many segments the chunks cut the rows of each slot."""
+        found, begin = [], 0
+        for count in self.groups:
+            end = begin + -(-count // TILE) * TILE
+            found.append((end - 1) // chunk_rows - begin // chunk_rows + 1 if count else 0)
+            begin = end
+        return found
 
 
 def misses(resident_bytes: float) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adapterkern.bench.built import Built, UnavailableError, parameters_of, share
 from adapterkern.bench.cases import BenchCase, Inputs
+from adapterkern.bench.many import parts
 
 
 def _import(module: str, package: str) -> Any:
@@ -43,16 +44,7 @@ def adapterhub(case: BenchCase, inputs: Inputs) -> Built:
 
 def lora(case: BenchCase, inputs: Inputs) -> Built:
     """PEFT's LoRA layer of rank R on a layer that returns its input: x + B (A x)."""
-    layers = _import("peft.tuners.lora.layer", "peft")
-    peft = _import("peft", "peft")
-    config = peft.LoraConfig(
-        r=case.bottleneck_size, lora_alpha=case.bottleneck_size, lora_dropout=0.0
-    )
-    # It carries the widths on a device without memory: its own product is not run.
-    base = nn.Linear(case.hidden_size, case.hidden_size, bias=False, device="meta")
-    layer = layers.Linear(
-        base, "bench", config=config, r=case.bottleneck_size, lora_alpha=case.bottleneck_size
-    )
+    layer, _ = _lora_layer(case, "bench")
     down = nn.Linear(case.hidden_size, case.bottleneck_size, bias=False, device="meta")
     up = nn.Linear(case.bottleneck_size, case.hidden_size, bias=False, device="meta")
     share(down, inputs, "down")
@@ -62,15 +54,55 @@ def lora(case: BenchCase, inputs: Inputs) -> Built:
     return Built(layer, parameters_of(down, up), "identity", note="no activation, no biases")
 
 
-class _Identity(nn.Module):
-    """Returns its input, with the widths that PEFT asks a layer for."""
+def lora_mixed(case: BenchCase, inputs: Inputs) -> Built:
+    """PEFT's LoRA layer with an adapter a sequence, which it takes in inference alone."""
+    if case.mode != "forward":
+        raise UnavailableError("PEFT refuses adapter_names in training")
+    layer, config = _lora_layer(case, "0")
+    stacks = ("down_weights", "up_weights")
+    leaves = parts(inputs, range(case.adapters), stacks)
+    for adapter in range(case.adapters):
+        name = str(adapter)
+        if adapter > 0:
+            layer.update_layer(
+                name, case.bottleneck_size, lora_alpha=case.bottleneck_size, config=config
+            )
+        for layers, stack in zip((layer.lora_A, layer.lora_B), stacks, strict=True):
+            # The leaf itself, so that the linear layer follows it to other memory.
+            layers[name].weight = nn.Parameter(leaves[f"{stack}.{adapter}"].detach())
+            leaves[f"{stack}.{adapter}"] = layers[name].weight
+    layer.base_layer = _Identity(case.hidden_size, copies=True)
+    chosen = ["__base__" if i < 0 else str(i) for i in case.adapter_of_sequences()]
 
-    def __init__(self, hidden_size: int) -> None:
+    def forward(x: Tensor) -> Tensor:
+        sequences = x.view(case.sequences, case.rows, case.hidden_size)
+        return layer(sequences, adapter_names=chosen).view_as(x)
+
+    note = "no activation, no biases; a copy in place of the base's product"
+    return Built(forward, leaves, "identity", note=note, in_graph=False)
+
+
+def _lora_layer(case: BenchCase, name: str) -> tuple[Any, Any]:
+    """A LoRA layer of PEFT with one adapter, and its configuration."""
+    layers = _import("peft.tuners.lora.layer", "peft")
+    peft = _import("peft", "peft")
+    rank = {"r": case.bottleneck_size, "lora_alpha": case.bottleneck_size}
+    config = peft.LoraConfig(**rank, lora_dropout=0.0)
+    # It carries the widths on a device without memory: its own product is not run.
+    base = nn.Linear(case.hidden_size, case.hidden_size, bias=False, device="meta")
+    return layers.Linear(base, name, config=config, **rank), config
+
+
+class _Identity(nn.Module):
+    """Returns its input, or a copy to be added to, with the widths that PEFT asks a layer for."""
+
+    def __init__(self, hidden_size: int, copies: bool = False) -> None:
         super().__init__()
         self.in_features = self.out_features = hidden_size
+        self.copies = copies
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return x.clone() if self.copies else x
 
 
 _CUBLASLT_ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_tanh": "gelu_tanh"}

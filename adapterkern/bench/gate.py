@@ -13,7 +13,9 @@ from torch import Tensor
 
 from adapterkern import parity, reference
 from adapterkern.backends.base import allow_tf32
-from adapterkern.bench.cases import EPS, BenchCase, Inputs
+from adapterkern.bench.cases import EPS, BenchCase, Inputs, parameter
+from adapterkern.grouped.functional import grouped_bottleneck_adapter
+from adapterkern.grouped.routing import AdapterRouting
 from adapterkern.results import given_of
 from adapterkern.spec import AdapterCall, make_call, with_norm
 
@@ -69,7 +71,8 @@ class Gate:
         """Return the oracle, and the results whose errors bound what is allowed, eager first."""
         key = activation, parameters
         if key not in self._truths:
-            tensors = {name: self.inputs.parameters[name] for name in parameters}
+            found = {name: parameter(self.inputs.parameters, name) for name in parameters}
+            tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
             tensors["x"] = self.inputs.x
             widened = {name: tensor.double() for name, tensor in tensors.items()}
             gradients, wide_dy = self.case.mode != "forward", self.inputs.dy.double()
@@ -89,7 +92,10 @@ def _reference(
     case: BenchCase, tensors: Tensors, dy: Tensor, activation: str, gradients: bool
 ) -> Tensors:
     leaves = {name: t.detach().requires_grad_(gradients) for name, t in tensors.items()}
-    y = given_of(reference.forward(_call_of(case, leaves, activation))[0])
+    if case.kind == "many":
+        y = _of_many(case, leaves, activation)
+    else:
+        y = given_of(reference.forward(_call_of(case, leaves, activation))[0])
     if not gradients:
         return {"y": y}
     computed = torch.autograd.grad(y, list(leaves.values()), dy)
@@ -104,6 +110,26 @@ def _call_of(case: BenchCase, tensors: Tensors, activation: str) -> AdapterCall:
     if case.norm == "none":
         return call
     return with_norm(call, weight, bias, case.norm, EPS, 0.0, False, False)
+
+
+def _of_many(case: BenchCase, tensors: Tensors, activation: str) -> Tensor:
+    """y of stacks, or of the parts of stacks that a provider's leaves are; a provider that has the
+    parts of one adapter alone gives it every token.
+    """
+    given = dict(tensors)
+    x = given.pop("x")
+    stacks: dict[str, list[Tensor]] = {}
+    for name, tensor in given.items():
+        stack, _, slot = name.partition(".")
+        stacks.setdefault(stack, []).append(tensor[None] if slot else tensor)
+    joined: dict[str, Any] = {name: torch.cat(parts) for name, parts in stacks.items()}
+    slots = len(joined["down_weights"])
+    ids = case.ids(x.device)
+    routing = AdapterRouting(case.tokens, slots, device=x.device)
+    routing.update(ids if slots == case.adapters else torch.zeros_like(ids))
+    return grouped_bottleneck_adapter(
+        x, routing=routing, activation=activation, backend="reference", **joined
+    )
 
 
 def _compare(

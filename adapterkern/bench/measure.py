@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from adapterkern import _torch
-from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.bench import memory, roofline, rotation
-from adapterkern.bench.built import Built, UnavailableError
+from adapterkern.bench.built import Built, UnavailableError, failure
 from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.bench.gate import Gate, repeats
@@ -27,6 +26,9 @@ FEW_TOKENS = 4096
 # weights that did not arrive are wrong by half.
 EXCHANGE_SLACK = 4
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
+_CASES = {"one": "a case of one adapter", "norm": "a norm", "many": "many adapters in a batch"}
+# What does not compute y: its time over ours is no ratio of like with like.
+_NO_RATIO = ("no-adapter", "routing")
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,13 @@ class _Run:
     def _admit(self, entry: _Entry) -> None:
         """Build a provider and send it through the parity gate."""
         self.progress(f"{self.case}: checking {entry.provider.name}")
+        if self.case.kind not in entry.provider.kinds:
+            raise UnavailableError(f"it is not for {_CASES[self.case.kind]}")
         row, built = entry.row, entry.provider.build(self.case, self.inputs)
         row.note = built.note
         if built.checked:
             outputs = outputs_of(built, self.case, self.inputs)
-            names = tuple(name for name in self.inputs.parameters if name in built.parameters)
+            names = self.inputs.named(built.parameters)
             verdict = self.gate.judge(outputs, built.activation, names)
             row.error, row.tolerance = verdict.error, verdict.tolerance
             if not verdict.passed:
@@ -150,7 +154,7 @@ class _Run:
     def _count_kernels(self, entry: _Entry) -> None:
         assert entry.built is not None
         assert isinstance(self.timer, CudaTimer)
-        if entry.provider.name in self.timer.not_captured:
+        if not entry.built.in_graph or entry.provider.name in self.timer.not_captured:
             raise RuntimeError("its call cannot be captured")
         call = prepared_call(entry.built, self.case, self.inputs.x, self.inputs.dy)
         entry.row.kernels = memory.kernels_launched(call, self.timer)
@@ -165,6 +169,9 @@ class _Run:
             name, broken = entry.provider.name, {}
             if kind == "graph" and isinstance(self.timer, CudaTimer):
                 broken = self.timer.not_captured
+            if kind == "graph" and entry.built is not None and not entry.built.in_graph:
+                _add_note(rows[name], "graph: none can hold what waits for the host")
+                continue
             if name in broken:  # one more try may cost the process
                 _add_note(rows[name], f"graph: not tried, as it failed before: {broken[name]}")
                 continue
@@ -219,7 +226,7 @@ class _Run:
         if not built.parameters or not built.checked:
             return
         halved = self.halved
-        names = tuple(name for name in halved.parameters if name in built.parameters)
+        names = halved.named(built.parameters)
         with rotation.exchanged(built.parameters, halved.parameters):
             outputs = outputs_of(built, self.case, halved)
         verdict = self.gate_of_halved.judge(outputs, built.activation, names)
@@ -337,7 +344,7 @@ def _derive(
     limit = next((row for row in rows if row.provider == "limit"), None)
     in_l2 = limit and limit.headline == "graph" and (limit.buffer_bytes or 0) < l2_bytes
     copy = limit.time if limit and not in_l2 else None
-    timed = [(row, row.time) for row in rows if row.time and row.provider != "no-adapter"]
+    timed = [(row, row.time) for row in rows if row.time and row.provider not in _NO_RATIO]
     for row, time in timed:
         rate = roofline.moved_bytes(case, _bytes_of(row)) / (time.p50 * 1e-6)
         row.gb_per_s = rate / 1e9
@@ -356,8 +363,9 @@ def _share(rate: float, whole: float | None) -> float | None:
 
 
 def _bytes_of(row: Row) -> str:
-    """Return whose bytes a row is judged by: a limit's are its own, all others' the floor's."""
-    return "limit" if row.provider == "limit" else "floor"
+    """Return whose bytes a row is judged by: those of a limit and of a single adapter are their
+    own, all others' the floor's."""
+    return row.provider if row.provider in ("limit", "single") else "floor"
 
 
 def _add_note(row: Row, text: str) -> None:
@@ -368,24 +376,6 @@ def _record(row: Row, error: Exception, kind: str = "") -> None:
     """Record an error in a row, which ends it or one kind of timing."""
     row.status, note = failure(error)
     _add_note(row, f"{kind}: {note}" if kind else note)
-
-
-def failure(error: Exception) -> tuple[str, str]:
-    """Return (status, note) of a row whose measurement ended in this error."""
-    if isinstance(error, UnavailableError | BackendUnsupportedError):
-        return "unavailable", _sentence(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return "out_of_memory", _sentence(error)
-    return "failed", _sentence(error)
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    kinds = (UnavailableError, BackendUnsupportedError)
-    return text if isinstance(error, kinds) else f"{type(error).__name__}: {text}"
 
 
 def _release(timer: WallTimer | CudaTimer) -> None:

@@ -12,6 +12,7 @@ from adapterkern.bench.results import Result, Row
 _OURS = ("#D55E00", "#0072B2", "#009E73")
 _BASELINE_COLORS = ("#555555", "#E69F00", "#56B4E9", "#CC79A7", "#999999", "#B8A400", "#8C564B")
 _MARKERS = "sv^D<>P*X"
+_UNDRAWN = ("no-adapter", "routing")
 
 
 def refusal(path: Path) -> str | None:
@@ -37,7 +38,7 @@ def plot(result: Result, path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: no row has a time.
     """
-    rows = [row for row in result.rows if row.time is not None and row.provider != "no-adapter"]
+    rows = [row for row in result.rows if row.time is not None and row.provider not in _UNDRAWN]
     if not rows:
         raise ValueError("no row has a time, so there is nothing to plot.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,7 +69,8 @@ def plot(result: Result, path: Path) -> None:
 
 def _panel(row: Row) -> tuple[str, ...]:
     case = row.case
-    return case.mode, case.norm, case.dtype, case.activation, case.shape
+    many = (f"{case.adapters} {case.mix}",) if case.adapters else ()
+    return case.mode, case.norm, case.dtype, case.activation, case.shape, *many
 
 
 def _title(result: Result) -> str:
@@ -132,6 +134,7 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
     axes.set_ylabel(f"us a call ({', '.join(headlines)})")
     title = f"{case.mode}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}"
     title += "" if case.norm == "none" else f", {case.norm} norm"
+    title += f", {case.adapters} adapters ({case.mix})" if case.adapters else ""
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import NAMES, get
-from adapterkern.bench import external
+from adapterkern.bench import external, many
 from adapterkern.bench.built import Built, UnavailableError, parameters_of, share
 from adapterkern.bench.cases import EPS, BenchCase, Inputs
 from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
@@ -25,14 +25,15 @@ from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 
 @dataclass(frozen=True)
 class Provider:
-    """A name on the command line and how it is built; ours: one of this package's backends."""
+    """A name on the command line and how it is built; ours: one of this package's backends; kinds:
+    of the cases that it computes (`BenchCase.kind`)."""
 
     name: str
     summary: str
     build: Callable[[BenchCase, Inputs], Built]
     ours: bool = False
     compiled: bool = False  # takes seconds to minutes to build
-    of_norm: bool = False  # of the cases with a norm alone
+    kinds: tuple[str, ...] = ("one", "norm")
 
 
 class _Layers(nn.Module):
@@ -64,6 +65,8 @@ def _backend(name: str) -> Callable[[BenchCase, Inputs], Built]:
         reason = get(name).unavailable_reason()
         if reason is not None:
             raise UnavailableError(reason)
+        if case.kind == "many":
+            return many.grouped(case, inputs, name)
         leaves = _leaves(inputs)
         weights = leaves["down_weight"], leaves["up_weight"]
         biases = leaves["down_bias"], leaves["up_bias"]
@@ -85,8 +88,6 @@ def _backend(name: str) -> Callable[[BenchCase, Inputs], Built]:
 
 def _separate(case: BenchCase, inputs: Inputs) -> Built:
     """Build this package's operation with the skip in it, and torch's norm behind it."""
-    if case.norm == "none":
-        raise UnavailableError("the case has no norm")
     leaves = _leaves(inputs)
     of_norm = {name: leaves[name] for name in leaves if name.startswith("norm_")}
     adapter: dict[str, Any] = {name: leaves[name] for name in leaves if name not in of_norm}
@@ -262,8 +263,9 @@ def _limit_of_norm(case: BenchCase, inputs: Inputs) -> Built:
     return Built(nn.Identity(), {"skip": leaf}, checked=False, note=note, alone=prepare)
 
 
+KINDS = ("one", "norm", "many")
 BACKENDS = tuple(
-    Provider(name, f"this package on its {name} backend", _backend(name), ours=True)
+    Provider(name, f"this package on its {name} backend", _backend(name), ours=True, kinds=KINDS)
     for name in NAMES
 )
 BASELINES = (
@@ -286,10 +288,21 @@ BASELINES = (
         _before_norm(external.lora),
     ),
     Provider(
-        "separate", "this package's operation, torch's norm behind it", _separate, of_norm=True
+        "separate", "this package's operation, torch's norm behind it", _separate, kinds=("norm",)
+    ),
+    Provider("single", "one fused adapter for all tokens", many.single, kinds=("many",)),
+    Provider("loop", "a fused call for each adapter's tokens", many.loop, kinds=("many",)),
+    Provider(
+        "lora-mixed",
+        "PEFT's LoRA of equal rank, adapter_names",
+        external.lora_mixed,
+        kinds=("many",),
+    ),
+    Provider(
+        "routing", "the sort of a batch's tokens, once a batch", many.routing, kinds=("many",)
     ),
     Provider("no-adapter", "y is x; with a norm, that of x + skip", _before_norm(_no_adapter)),
-    Provider("limit", "copy x to y; for the backward dx = dy + x", _limit),
+    Provider("limit", "copy x to y; for the backward dx = dy + x", _limit, kinds=KINDS),
 )
 PROVIDERS = {provider.name: provider for provider in (*BACKENDS, *BASELINES)}
 

@@ -1,14 +1,14 @@
 """The least time that a call can take: bytes over bandwidth, FLOPs over matrix rate, launches.
 
 Units: Ud = T H b, one activation of b-byte elements; Ur = T R b, one bottleneck tensor; R H b, one
-weight. An implementation is a list of kernels; each takes the longest of its bytes at the
-copy bandwidth, its FLOPs at the matrix rate, and the time of a near-empty kernel. Every
-implementation gets full bandwidth and full rate, so ratios are what fusion alone can buy. Reads
-that hit L2 count as reads from memory. The parameters of a norm and its statistics, one number a
-token each, count as nothing.
+weight, with many adapters in a batch that of each of them. An implementation is a list of kernels;
+each takes the longest of its bytes at the copy bandwidth, its FLOPs at the matrix rate, and the
+time of a near-empty kernel. Every implementation gets full bandwidth and full rate, so ratios are
+what fusion alone can buy. Reads that hit L2 count as reads from memory. The parameters of a norm
+and its statistics, one number a token each, count as nothing, and so do the buffers of a routing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from adapterkern.bench.cases import BenchCase
 
@@ -47,12 +47,13 @@ class Kernel:
     def bytes(self, case: BenchCase) -> float:
         """Bytes to and from memory."""
         row = self.ud * case.hidden_size + self.ur * case.bottleneck_size
-        weight = self.weights * case.hidden_size * case.bottleneck_size
+        weight = self.weights * case.hidden_size * case.bottleneck_size * case.used_adapters
         return (case.tokens * row + weight) * case.element_size
 
     def flops(self, case: BenchCase) -> float:
         """FLOPs of the matrix products."""
-        return 2.0 * self.products * case.tokens * case.hidden_size * case.bottleneck_size
+        tokens = case.tokens if case.used_adapters else 0
+        return 2.0 * self.products * tokens * case.hidden_size * case.bottleneck_size
 
     def seconds(self, case: BenchCase, machine: Machine) -> float:
         """Return the longest of the three bounds."""
@@ -131,12 +132,42 @@ _THEN_NORM = [Kernel(3), Kernel(2)]
 MODELS = tuple(_FORWARD)
 
 
+def _loop(case: BenchCase) -> list[Kernel]:
+    """Return the kernels of a loop over the adapters of a batch: x in the order of the adapters, a
+    floor's for each, the results joined, and again in the order of the tokens. The backward of
+    either order adds to zeros.
+    """
+    share = 1 / case.adapters
+
+    def each(kernels: list[Kernel]) -> list[Kernel]:
+        (one,) = kernels
+        return [Kernel(*(share * part for part in astuple(one)))] * case.adapters
+
+    undone = [Kernel(1), Kernel(3)]
+    backward = [*undone, *each(_BACKWARD["floor"]), Kernel(2), *undone]
+    if case.mode == "backward":
+        return backward
+    of = _FORWARD if case.mode == "forward" else _RECORDING
+    forward = [Kernel(2), *each(of["floor"]), Kernel(2), Kernel(2)]
+    return forward if case.mode == "forward" else forward + backward
+
+
+def _seen(case: BenchCase, implementation: str) -> tuple[BenchCase, str]:
+    """Return the case as the implementation sees it: a single adapter for all tokens has no more
+    weights than that."""
+    if implementation != "single":
+        return case, implementation
+    return replace(case, adapters=0, mix="even"), "floor"
+
+
 def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
     """Return the kernels of one call in the case's mode.
 
     Raises:
         KeyError: the implementation is none of MODELS, nor known for a case with a norm.
     """
+    if implementation == "loop":
+        return _loop(case)
     if case.norm == "none":
         forward, recording, backward = _FORWARD, _RECORDING, _BACKWARD
     elif implementation in _NORM_FORWARD:
@@ -153,11 +184,13 @@ def kernels(case: BenchCase, implementation: str = "floor") -> list[Kernel]:
 
 def moved_bytes(case: BenchCase, implementation: str = "floor") -> float:
     """Return the bytes to and from memory of one call."""
+    case, implementation = _seen(case, implementation)
     return sum(kernel.bytes(case) for kernel in kernels(case, implementation))
 
 
 def seconds(case: BenchCase, machine: Machine, implementation: str = "floor") -> float:
     """Return the least time of one call."""
+    case, implementation = _seen(case, implementation)
     return sum(kernel.seconds(case, machine) for kernel in kernels(case, implementation))
 
 
@@ -170,4 +203,4 @@ def bound(case: BenchCase, machine: Machine) -> str:
         return "launch"
     if compute > memory:
         return "compute"
-    return "weights" if case.tokens < case.bottleneck_size else "memory"
+    return "weights" if case.tokens < case.bottleneck_size * case.used_adapters else "memory"

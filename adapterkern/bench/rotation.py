@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern.bench.cases import BenchCase, Inputs
+from adapterkern.bench.cases import BenchCase, Inputs, parameter
 from adapterkern.bench.timing import CALLS_IN_GRAPH, CudaTimer, WallTimer
 
 DISTINCT_L2S = 3  # L2 caches that all sets together fill
@@ -32,14 +32,16 @@ class FixedWeightsError(RuntimeError):
 def activation_bytes(case: BenchCase) -> int:
     """Count the bytes of one call's x and y, or dy and dx: the least that is distinct in a set; and
     of the skip that a norm comes behind."""
-    passes = 2 if case.norm == "none" else 3
+    passes = 3 if case.kind == "norm" else 2
     return passes * case.tokens * case.hidden_size * case.element_size
 
 
 def weight_bytes(case: BenchCase) -> int:
-    """Return the bytes of both weights and both biases; a norm's are no more than a bias."""
+    """Return the bytes of both weights and both biases of every adapter that is used; a norm's are
+    no more than a bias."""
     weights = 2 * case.hidden_size * case.bottleneck_size
-    return (weights + case.hidden_size + case.bottleneck_size) * case.element_size
+    one = (weights + case.hidden_size + case.bottleneck_size) * case.element_size
+    return case.used_adapters * one
 
 
 def set_count(case: BenchCase, timer: WallTimer | CudaTimer) -> int:
@@ -62,7 +64,9 @@ def sets(case: BenchCase, inputs: Inputs, timer: WallTimer | CudaTimer) -> list[
     with contextlib.suppress(torch.OutOfMemoryError):
         for _ in range(1, set_count(case, timer)):
             dy = inputs.dy if case.mode == "forward" else inputs.dy.clone()
-            parameters = {name: tensor.clone() for name, tensor in inputs.parameters.items()}
+            parameters = inputs.parameters
+            if case.used_adapters:
+                parameters = {name: tensor.clone() for name, tensor in parameters.items()}
             found.append(Inputs(inputs.x.clone(), dy, parameters))
     return found
 
@@ -78,17 +82,19 @@ def exchanged(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Ite
     Raises:
         FixedWeightsError: a leaf has another shape or dtype than its namesake, or has none.
     """
+    given = {}
     for name, leaf in leaves.items():
-        value = values.get(name)
+        value = parameter(values, name)
         if value is None or (leaf.shape, leaf.dtype) != (value.shape, value.dtype):
             wanted = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
             raise FixedWeightsError(
                 f"its {name} is {leaf.dtype} {list(leaf.shape)}, the case has {wanted}"
             )
+        given[name] = value
     held = {name: leaf.data for name, leaf in leaves.items()}
     try:
         for name, leaf in leaves.items():
-            leaf.data = values[name]
+            leaf.data = given[name]
         yield
     finally:
         for name, leaf in leaves.items():

@@ -63,6 +63,11 @@ def render(result: Result) -> str:
 
 
 _NORMS = {"layer": "LayerNorm", "rms": "RMSNorm"}
+_MIXES = {
+    "even": "  adapters {} of {} tokens each",
+    "zipf": "  adapters {} by Zipf's law, sequences of {} tokens",
+    "none": "  adapters {}, which no token takes",
+}
 _LEGEND = (
     "times in us; cold: L2 overwritten before each call; hot: input just written; graph: per call,",
     "in a CUDA graph over activations and weights in turn; eager: wall time. GB/s: bytes of the",
@@ -79,6 +84,7 @@ def _render_case(rows: list[Row], result: Result) -> list[str]:
         f"hidden {case.hidden_size}  bottleneck {case.bottleneck_size}"
     )
     title += "" if case.norm == "none" else f"  {_NORMS[case.norm]} in the same pass"
+    title += _MIXES[case.mix].format(case.adapters, case.rows) if case.adapters else ""
     facts = _facts(rows, result) if on_gpu else []
     title += f"  ({', '.join(facts)})" if facts else ""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.timings))

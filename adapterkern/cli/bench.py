@@ -8,12 +8,14 @@ from typing import Any
 
 EPILOG = """\
 baselines: plain, adapterhub, addmm, compile, compile-max, cublaslt, lora, no-adapter, limit; all
+with --adapters: single, loop, lora-mixed, routing, limit; all
 presets: bert-base, roberta-large, gpt2-medium, llama-7b, llama-70b
 
 examples:
   adapterkern bench --quick
   adapterkern bench --preset bert-base gpt2-medium --mode forward step --json mine.json
   adapterkern bench --hidden-size 1024 --bottleneck-size 64 --tokens 16 2048 16384 --plot times.png
+  adapterkern bench --adapters 4 16 --rows 1 128 --mode forward
   adapterkern bench --compare before.json after.json
   adapterkern bench --quick --compare before.json
 
@@ -56,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="MODE",
         help="forward, backward, step (default: forward step)",
     )
+    _add_many(parser, sizes)
     norms = ("layer", "rms")
     parser.add_argument("--norm", choices=norms, help="norm(x + skip + adapter), in one pass")
     parser.add_argument(
@@ -91,6 +94,29 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="compare results of different devices")
     parser.set_defaults(run=run)
+
+
+def _add_many(parser: argparse.ArgumentParser, sizes: dict[str, Any]) -> None:
+    """Add the options of many adapters in one batch."""
+    parser.add_argument(
+        "--adapters",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="N >= 1 adapters in one batch (without N: 1 4 16 64, on a CPU 1 4 16)",
+    )
+    parser.add_argument(
+        "--rows",
+        **sizes,
+        help="with --adapters: tokens of each adapter (default: 1 32 128, on a CPU 1 32)",
+    )
+    parser.add_argument(
+        "--mix",
+        nargs="+",
+        metavar="MIX",
+        help="with --adapters: even, zipf, none: the same number of tokens for each adapter, fewer "
+        "for each further one, no token with an adapter (default: even zipf)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -147,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
 # A comparison of two files, which measures nothing, has no use for these options.
 _MEASURING = (
     *("hidden_size", "bottleneck_size", "tokens", "preset", "dtype", "activation", "mode"),
-    *("norm", "backend", "baseline", "quick", "seconds", "json", "plot"),
+    *("norm", "adapters", "rows", "mix", "backend", "baseline", "quick", "seconds", "json", "plot"),
 )
 
 
@@ -233,11 +259,11 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     """
     import torch
 
-    from adapterkern.bench import cases as bench_cases
     from adapterkern.bench import environment, plot
     from adapterkern.bench.measure import Settings
     from adapterkern.bench.providers import providers
     from adapterkern.bench.results import unwritable
+    from adapterkern.cli import bench_choices as choices
 
     for path in filter(None, (arguments.json, arguments.plot)):
         problem = unwritable(path.parent)
@@ -254,73 +280,12 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     if not 0 < seconds < math.inf:
         raise ValueError(f"--seconds must be above 0 and finite, got {seconds:g}.")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = _shapes(arguments, kind)
-    tokens = arguments.tokens or (
-        bench_cases.QUICK_TOKENS[kind] if arguments.quick else bench_cases.TOKENS[kind]
+    cases = choices.cases(arguments, kind)
+    chosen = providers(
+        choices.backend_names(arguments, kind) + choices.baseline_names(arguments, kind)
     )
-    cases = bench_cases.grid(
-        shapes,
-        tokens,
-        arguments.mode or ("forward", "step"),
-        arguments.dtype or (bench_cases.DTYPE[kind],),
-        arguments.activation or ("gelu",),
-        arguments.norm or "none",
-    )
-    chosen = providers(_backend_names(arguments, kind) + _baseline_names(arguments, kind))
     header = environment.header(torch.device(kind), environment.command_line("adapterkern"))
     return _Plan(header, cases, chosen, Settings(seconds=seconds))
-
-
-def _shapes(arguments: argparse.Namespace, kind: str) -> list[tuple[int, int]]:
-    from adapterkern.bench import cases as bench_cases
-
-    hidden, bottleneck = arguments.hidden_size, arguments.bottleneck_size
-    if (hidden is None) != (bottleneck is None):
-        raise ValueError("--hidden-size and --bottleneck-size go together.")
-    if hidden is not None and arguments.preset:
-        raise ValueError("--preset fixes the sizes; leave out --hidden-size and --bottleneck-size.")
-    if hidden is not None:
-        return [(h, r) for h in hidden for r in bottleneck]
-    if arguments.preset:
-        return bench_cases.preset_shapes(arguments.preset)
-    return list(bench_cases.QUICK_SHAPES[kind] if arguments.quick else bench_cases.SHAPES)
-
-
-def _backend_names(arguments: argparse.Namespace, kind: str) -> list[str]:
-    from adapterkern.backends import NAMES, get
-
-    if arguments.backend:
-        for name in arguments.backend:
-            if name not in NAMES:
-                known = ", ".join(NAMES)
-                raise ValueError(f"unknown backend {name!r}.\n  hint: known backends are {known}.")
-        reasons = {name: get(name).unavailable_reason() for name in arguments.backend}
-        if all(reasons.values()):
-            lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
-            raise ValueError(f"no backend that --backend names can run here:{lines}")
-        return arguments.backend
-    fused = [name for name in NAMES if name != "reference" and not get(name).unavailable_reason()]
-    return fused if kind == "cuda" and fused else ["reference"]
-
-
-def _baseline_names(arguments: argparse.Namespace, kind: str) -> list[str]:
-    from adapterkern.bench.providers import BASELINES
-
-    applicable = [provider for provider in BASELINES if arguments.norm or not provider.of_norm]
-    if "all" in (arguments.baseline or []):
-        return [provider.name for provider in applicable]
-    if arguments.baseline:
-        known = [provider.name for provider in BASELINES] + ["all"]
-        for name in arguments.baseline:
-            if name not in known:
-                raise ValueError(
-                    f"unknown baseline {name!r}.\n  hint: known baselines are {', '.join(known)}."
-                )
-        return arguments.baseline
-    if kind == "cpu":
-        return ["plain", *(["separate", "no-adapter"] if arguments.norm else [])]
-    names = [entry.name for entry in applicable if not (arguments.quick and entry.compiled)]
-    return [name for name in names if name != "compile-max"]
 
 
 def _calibration_lines(result: Any) -> list[str]:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapterkern import _torch, dispatch
 from adapterkern.backends import NAMES, get
+from adapterkern.grouped import functional
+from adapterkern.grouped.ops import NO_LEAVES
+from adapterkern.modules.adapter_bank import AdapterBank
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.warmup import undisturbed
 from adapterkern.spec import AdapterSpec
@@ -67,6 +70,7 @@ class ModelExplanation:
     """Every adapter of a model, what its calls ran on, and why; str() makes a table of it."""
 
     rows: tuple[AdapterRow, ...]
+    apart: tuple[str, ...] = ()  # which adapters of a mixed batch no grouped call served, and why
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [
@@ -80,7 +84,7 @@ class ModelExplanation:
         lines = [COLUMNS, *lines]
         if not any(r.norm for r in self.rows):  # a column that would be empty
             lines = [(*line[:-2], line[-1]) for line in lines]
-        return "\n".join([*table(lines[0], lines[1:]), *why])
+        return "\n".join([*table(lines[0], lines[1:]), *why, *self.apart])
 
 
 @overload
@@ -96,8 +100,9 @@ def explain(adapter: Any, *args: Any, **kwargs: Any) -> Explanation | ModelExpla
         adapter: a `BottleneckAdapter` (or any module with its `as_call`), or a call that `as_call`
             made: gives an `Explanation`, and nothing is computed. Or a whole model, or any other
             callable: it runs once, without gradients, and every adapter that it holds or calls is
-            a row of a `ModelExplanation`. The state of the model and of the random generators is
-            afterwards what it was.
+            a row of a `ModelExplanation`; a call of many adapters is one row, named after the bank,
+            or else after the module that holds them. The state of the model and of the random
+            generators is afterwards what it was.
         args, kwargs: what `adapter` is called with, as in `explain(model, **tokenizer(text))`.
 
     Raises:
@@ -140,21 +145,13 @@ def _explanation(spec: AdapterSpec, wanted: str) -> Explanation:
 
 def _explain_model(model: Callable, args: Sequence, kwargs: dict) -> ModelExplanation:
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    adapters = {name: m for name, m in modules.items() if isinstance(m, BottleneckAdapter)}
-    owners = {id(p): name for name, m in modules.items() for p in m.parameters(recurse=False)}
-    chosen: Counter[tuple[str, AdapterSpec, str]] = Counter()
+    adapters = {
+        name: m for name, m in modules.items() if isinstance(m, BottleneckAdapter | AdapterBank)
+    }
+    seen = _Seen(modules)
     unfused: Counter[tuple[str, str]] = Counter()
-
-    def note(call: dispatch.Call, requested: str) -> None:
-        holders = [
-            owners[id(t)]
-            for name, t in call.tensors().items()
-            if id(t) in owners and not name.startswith("norm_")
-        ]
-        chosen[_common_parent(holders), call.spec(), dispatch.wanted_backend(requested)] += 1
-
     with ExitStack() as stack:
-        stack.enter_context(_observed(note))
+        stack.enter_context(_observed(seen))
         for name, adapter in adapters.items():
             reason = adapter.unfused_reason()
             if reason is not None:  # dispatch is not asked, so a hook counts the calls
@@ -166,17 +163,48 @@ def _explain_model(model: Callable, args: Sequence, kwargs: dict) -> ModelExplan
             stack.enter_context(undisturbed(model, args, kwargs))
         stack.enter_context(torch.no_grad())
         model(*args, **kwargs)
-    rows = [_row_of_call(*key, count) for key, count in chosen.items()]
+    rows = [_row_of_call(*key, count) for key, count in seen.calls.items()]
     rows += [
         _row_of_module(name, adapters[name], count, _called(adapters[name], reason))
         for (name, reason), count in unfused.items()
     ]
-    seen = {row.adapter for row in rows}
-    rows += [_row_of_module(name, adapters[name], 0, None) for name in adapters if name not in seen]
+    told = {row.adapter for row in rows} | seen.grouped
+    for name, m in adapters.items():
+        if isinstance(m, AdapterBank):  # its row tells of its adapters
+            told.update(f"{name}.adapters.{one}".removeprefix(".") for one in m.names)
+    rows += [_row_of_module(name, adapters[name], 0, None) for name in adapters if name not in told]
     if not rows:
         raise LookupError(f"{model!r} called no adapter, so there is nothing to explain.")
     order = {name: place for place, name in enumerate(modules)}
-    return ModelExplanation(tuple(sorted(rows, key=lambda row: order.get(row.adapter, -1))))
+    rows.sort(key=lambda row: order.get(row.adapter, -1))
+    return ModelExplanation(tuple(rows), tuple(seen.apart))
+
+
+class _Seen:
+    """What dispatch is asked and told while a model runs."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.calls: Counter[tuple[str, AdapterSpec, str]] = Counter()
+        self.grouped: set[str] = set()  # modules of adapters that a grouped call served
+        self.apart: dict[str, None] = {}
+        self.leaves: Sequence[Tensor] = ()  # of the grouped call that is being made
+        self._owners = {
+            id(tensor): name
+            for name, module in modules.items()
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        }
+
+    def note(self, call: dispatch.Call, requested: str) -> None:
+        """A call of the module that holds its weights, or else those that they are copies of."""
+        tensors = call.tensors()
+        holders = self._names(tensors[n] for n in tensors if not n.startswith("norm_"))
+        if not holders:
+            holders = self._names(self.leaves)
+            self.grouped.update(holders, (name.rpartition(".")[0] for name in holders))
+        self.calls[_common_parent(holders), call.spec(), dispatch.wanted_backend(requested)] += 1
+
+    def _names(self, tensors: Iterable[Tensor | None]) -> list[str]:
+        return [self._owners[id(tensor)] for tensor in tensors if id(tensor) in self._owners]
 
 
 def _row_of_call(name: str, spec: AdapterSpec, wanted: str, calls: int) -> AdapterRow:
@@ -187,12 +215,13 @@ def _row_of_call(name: str, spec: AdapterSpec, wanted: str, calls: int) -> Adapt
 
 
 def _row_of_module(
-    name: str, adapter: BottleneckAdapter, calls: int, explanation: Explanation | None
+    name: str, adapter: Any, calls: int, explanation: Explanation | None
 ) -> AdapterRow:
-    parameter = next(adapter.parameters(), None)
+    tensor = next(chain(adapter.parameters(), adapter.buffers()), None)
+    most = "max_" if isinstance(adapter, AdapterBank) else ""
     return AdapterRow(
-        name, calls, adapter.hidden_size, adapter.bottleneck_size, adapter.activation,
-        "?" if parameter is None else name_of(parameter.dtype), "", explanation,
+        name, calls, adapter.hidden_size, getattr(adapter, f"{most}bottleneck_size"),
+        adapter.activation, "?" if tensor is None else name_of(tensor.dtype), "", explanation,
     )  # fmt: skip
 
 
@@ -208,22 +237,40 @@ def _common_parent(names: list[str]) -> str:
 
 
 @contextmanager
-def _observed(note: Callable[[dispatch.Call, str], None]) -> Iterator[None]:
-    """Tell `note` of every call for which this thread asks dispatch, which need not know it."""
+def _observed(seen: _Seen) -> Iterator[None]:
+    """Tell `seen` of all for which this thread asks dispatch, which need not know it."""
     thread = threading.get_ident()
     with _observing:
-        select = dispatch.select
+        select, run_call, report_apart = (
+            dispatch.select, functional.run_call, dispatch.report_apart
+        )  # fmt: skip
 
-        def observing(call: dispatch.Call, requested: str = "auto") -> dispatch.Decision:
+        def observed_select(call: dispatch.Call, requested: str = "auto") -> dispatch.Decision:
             if threading.get_ident() == thread:
-                note(call, requested)
+                seen.note(call, requested)
             return select(call, requested)
 
-        dispatch.select = observing
+        def observed_run(call: Any, backend: str = "auto", leaves: Any = NO_LEAVES) -> Tensor:
+            if threading.get_ident() != thread:
+                return run_call(call, backend, leaves)
+            seen.leaves = leaves.parameters
+            try:
+                return run_call(call, backend, leaves)
+            finally:
+                seen.leaves = ()
+
+        def observed_report(what: str, why: str) -> None:
+            if threading.get_ident() == thread:
+                seen.apart[f"{what} runs apart from the others of its batch: {why}"] = None
+            report_apart(what, why)
+
+        dispatch.select, dispatch.report_apart = observed_select, observed_report
+        functional.run_call = observed_run
         try:
             yield
         finally:
-            dispatch.select = select
+            dispatch.select, dispatch.report_apart = select, report_apart
+            functional.run_call = run_call
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -39,8 +39,10 @@ class Task:
         return 10 + 3 * self.seconds
 
     def narrowed(self, backend: str) -> "Task":
-        """Return the task for one backend, beside plain layers and the copy, which end with it."""
-        request = {**self.request, "backends": [backend], "baselines": ["plain", "limit"]}
+        """Return the task for one backend, beside plain layers (of many adapters: a single one) and
+        the copy, which end with it."""
+        plain = "single" if self.request.get("case", {}).get("adapters") else "plain"
+        request = {**self.request, "backends": [backend], "baselines": [plain, "limit"]}
         request.pop("fault", None)  # a dry run's fault belongs to the full task
         return replace(self, name=f"{self.name} ({backend} alone)", request=request, alone=backend)
 

@@ -88,9 +88,10 @@ def _verify() -> list[Step]:
                 "wrappers": _pytest("tests/emulator/test_wrappers.py"),
             },
         ),
-        Commands("gpu tests", 45, {"gpu tests": _gpu_tests()}),
+        Commands("gpu tests", 54, {"gpu tests": _gpu_tests()}),
         Measure("calibration", 25, (workload.CALIBRATE,)),
-        Measure("adapters", 117, workload.VERIFIED),
+        Measure("adapters", 89, workload.VERIFIED),
+        Measure("many adapters", 20, workload.VERIFIED_MANY),
         Measure("compiled", 68, (*workload.VERIFIED_COMPILED, workload.CALIBRATE_AGAIN)),
         Measure("blocks", 38, workload.BLOCKS),
         Commands("memcheck", 62, _sanitized("memcheck", workload.MEMCHECKED), UNCACHED, gpu=True),
@@ -106,8 +107,9 @@ def _report() -> list[Step]:
         # Most processes are for Triton's, which compiles.
         Commands("parity", 55, {**_shards("cuda", 3), **_shards("triton", PROCESSES - 3)}),
         Measure("calibration", 20, (workload.CALIBRATE,)),
-        Measure("compiled", 118, workload.COMPARED),
-        Measure("adapters", 138, workload.REPORTED + workload.SPECIAL + workload.NORMED),
+        Measure("compiled", 97, workload.COMPARED),
+        Measure("adapters", 128, workload.REPORTED + workload.SPECIAL + workload.NORMED),
+        Measure("many adapters", 31, workload.MANY),
         Measure("models", 87, (workload.CALIBRATE_AGAIN, *workload.MODELS)),
         Measure("autotuned", 48, (workload.AUTOTUNED,)),
         Measure("host", 15, (Task("host", 12, {"do": "host"}),)),
@@ -213,8 +215,9 @@ def _pytest(path: str, *words: str, parallel: bool = False) -> tuple[str, ...]:
 
 
 def _gpu_tests() -> tuple[str, ...]:
-    """Test all but parity, which ran before: graphs, streams, repeatability, offsets, autocast."""
-    words = ("tests/test_cuda_extension.py", "-k", "not match_float64")
+    """Test all but parity, which ran before: graphs, streams, repeatability, offsets, autocast, and
+    the routing of many adapters."""
+    words = ("tests/test_gpu_many.py", "tests/test_cuda_extension.py", "-k", "not match_float64")
     return _pytest("tests/test_gpu.py", *words, f"--junitxml={{out}}/{JUNIT}", parallel=True)
 
 

@@ -9,6 +9,7 @@ from benchmarks.gpu.measuring import Task
 QUICK = ("plain", "adapterhub", "addmm", "cublaslt", "lora", "limit")
 COMPILED = (*QUICK, "compile")
 WITH_NORM = ("separate", "plain", "adapterhub", "no-adapter", "limit")
+OF_MANY = ("single", "loop", "lora-mixed", "routing", "limit")
 FEW_TOKENS_SECONDS = 2.5
 
 
@@ -23,6 +24,8 @@ def adapter(
     seconds: float,
     baselines: Sequence[str] = QUICK,
     norm: str = "none",
+    adapters: int = 0,
+    mix: str = "even",
     **more: Any,
 ) -> Task:
     """Return the task of one adapter on every backend beside the baselines. With few tokens a graph
@@ -36,6 +39,8 @@ def adapter(
         "activation": activation,
         "mode": mode,
         "norm": norm,
+        "adapters": adapters,
+        "mix": mix,
     }
     name = str(BenchCase(**case))
     if more.get("tf32"):  # nvmath's products of float32 are never TF32
@@ -54,6 +59,17 @@ def normed(*sizes: Any, seconds: float, norm: str = "layer") -> Task:
     return adapter(*sizes, seconds=seconds, baselines=WITH_NORM, norm=norm)
 
 
+def mixed(
+    hidden: int, bottleneck: int, adapters: int, rows: int, mode: str = "forward",
+    mix: str = "even", *, seconds: float,
+) -> Task:  # fmt: skip
+    """Return the task of many adapters in one batch, with so many tokens each."""
+    return adapter(
+        *(hidden, bottleneck, adapters * rows, mode),
+        seconds=seconds, baselines=OF_MANY, adapters=adapters, mix=mix,
+    )  # fmt: skip
+
+
 def model(spec: str, mode: str, execution: str, seconds: float = 7.5) -> Task:
     """Return the task of a whole model in every variant."""
     request = {"do": "model", "spec": spec, "mode": mode, "execution": execution}
@@ -65,7 +81,7 @@ CALIBRATE_AGAIN = Task("calibrate again", 3, {"do": "calibrate again"})
 
 _BASE, _WIDE = (1024, 64), (4096, 64)
 VERIFIED = tuple(
-    adapter(*sizes, seconds=7)
+    adapter(*sizes, seconds=5)  # on an H200: 1.2 to 3.5, and the first 12.7
     for sizes in (
         *((*_BASE, 16384, mode) for mode in ("forward", "backward", "step")),
         *((*shape, 16, "forward") for shape in (_BASE, _WIDE)),
@@ -76,6 +92,10 @@ VERIFIED = tuple(
         (4096, 256, 16384, "forward"),
     )
 ) + tuple(normed(*_BASE, 16384, mode, seconds=6) for mode in ("forward", "step"))
+VERIFIED_MANY = tuple(
+    mixed(*sizes, seconds=5)
+    for sizes in ((*_BASE, 16, 128), (*_WIDE, 64, 1), (*_BASE, 16, 128, "step"))
+)
 VERIFIED_COMPILED = tuple(
     compiled(*sizes, seconds=21)
     for sizes in (
@@ -85,7 +105,7 @@ VERIFIED_COMPILED = tuple(
 )
 # Ten are timed with torch.compile, whose ratios the README shows.
 COMPARED = tuple(
-    compiled(*sizes, seconds=11)
+    compiled(*sizes, seconds=9)  # on an H200: 5.2
     for sizes in (
         *((*_BASE, 16384, mode) for mode in ("forward", "step")),
         *((*_WIDE, 16384, mode) for mode in ("forward", "step")),
@@ -105,9 +125,9 @@ REPORTED = tuple(
         *((*_BASE, tokens, "backward") for tokens in (2048, 4096)),
         *((*_WIDE, 2048, mode) for mode in ("step", "backward")),
         *((*_BASE, tokens, "forward") for tokens in (1, 128, 512)),
-        *((768, 48, tokens, "forward") for tokens in (16, 2048)),
+        (768, 48, 2048, "forward"),
         *((*_WIDE, 65536, mode) for mode in ("forward", "step")),
-        *((8192, 128, tokens, "forward") for tokens in (16, 2048)),
+        (8192, 128, 2048, "forward"),
         (4096, 256, 2048, "forward"),
         # No launch configuration is searched on these; a gap to the others would show an overfit.
         (1280, 24, 4097, "forward"),
@@ -130,6 +150,19 @@ NORMED = (
     *(normed(*_WIDE, 16384, mode, seconds=2.3) for mode in ("forward", "step")),
     normed(*_BASE, 2048, "forward", seconds=2.3),
     normed(*_WIDE, 16384, "forward", seconds=2.3, norm="rms"),
+)
+# Many adapters in one batch: what the goals ask for, then popular and less popular ones, and many.
+MANY = tuple(
+    mixed(*sizes, seconds=2.6)
+    for sizes in (
+        *((*shape, 16, 128, "forward") for shape in (_BASE, _WIDE)),
+        (*_WIDE, 64, 1, "forward"),
+        (*_BASE, 16, 128, "forward", "none"),
+        *((*_BASE, 16, 128, "step", mix) for mix in ("even", "zipf")),
+        (*_WIDE, 16, 1, "forward"),
+        (*_BASE, 64, 32, "forward", "zipf"),
+        (*_BASE, 16, 1024, "forward"),
+    )
 )
 AUTOTUNED = adapter(
     *_BASE, 16384, "forward", "bf16", "gelu_tanh", seconds=45,

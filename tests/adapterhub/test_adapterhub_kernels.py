@@ -12,12 +12,15 @@ pytest.importorskip("adapters", reason="patching needs the adapters library", ex
 pytest.importorskip("triton", reason="needs Triton's interpreter")
 
 ROOT = Path(__file__).parents[2]
-# Each preset in a post-LN and a pre-LN model, and compositions that slice, stack and repeat.
+# Each preset in a post-LN and a pre-LN model, compositions that slice, stack and repeat, and some
+# whose children run as one.
 CASES = (
     "cpu and (float32 or autocast) and "
-    "(agree and (bert- or gpt2-) and not roberta and not distilbert and not hooks "
-    "and (seq_bn or par_bn or adapter_plus or split or stack_parallel or stack_fuse)"
-    " or wrong_maths and gpt2 and layer)"
+    "(agree and not one_launch and (bert- or gpt2-) and not roberta and not distilbert "
+    "and not hooks and (seq_bn or par_bn or adapter_plus or split or stack_parallel or stack_fuse)"
+    " or wrong_maths and gpt2 and layer"
+    " or one_launch and (bert-float32-parallel_learned or bert-autocast-parallel_of_four"
+    " or gpt2-float32-stack_parallel_with_a_gap))"
 )
 
 

@@ -112,15 +112,18 @@ def test_help_names_every_dtype_and_the_bounds(capsys):
 
 def test_all_among_the_baselines_is_all_of_them():
     from adapterkern.bench.providers import BASELINES
-    from adapterkern.cli import bench
+    from adapterkern.cli.bench_choices import baseline_names
 
-    def named(*words, norm=None):
-        asked = Namespace(baseline=list(words), quick=True, norm=norm)
-        return bench._baseline_names(asked, "cuda")
+    def named(*words, norm=None, adapters=None):
+        asked = Namespace(baseline=list(words), quick=True, norm=norm, adapters=adapters)
+        return baseline_names(asked, "cuda")
 
-    assert named("all", norm="layer") == [entry.name for entry in BASELINES]
-    without_a_norm = [entry.name for entry in BASELINES if entry.name != "separate"]
-    assert named("all") == named("all", "plain") == without_a_norm
+    many = ["single", "loop", "lora-mixed", "routing", "limit"]
+    of_one = [entry.name for entry in BASELINES if entry.name not in many[:-1]]
+    assert named("all", norm="layer") == of_one
+    of_one.remove("separate")
+    assert named("all") == named("all", "plain") == of_one
+    assert named("all", adapters=[]) == named(adapters=[16]) == many
     assert named("plain", "lora") == ["plain", "lora"]
 
 

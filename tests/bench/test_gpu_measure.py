@@ -314,3 +314,35 @@ def test_the_headline_is_the_graph_for_few_tokens():
     assert measure.headline(BenchCase(64, 8, 4096), cuda) == "graph"
     assert measure.headline(BenchCase(64, 8, 4097), cuda) == "cold"
     assert measure.headline(BenchCase(64, 8, 4097), cpu) == "eager"
+
+
+def test_a_batch_of_many_adapters_is_timed_in_a_graph_but_where_the_host_has_to_be_asked(
+    gpu, limit, monkeypatch
+):
+    """Its weights are exchanged, and one that cannot be captured spoils no other case."""
+    pytest.importorskip("peft")
+    monkeypatch.setitem(measure.PROVIDERS, "limit", limit)
+    case = BenchCase(32, 4, 16, "fp32", "gelu", "forward", adapters=4)
+    names = ("reference", "single", "loop", "routing")
+    chosen = [clocked(gpu, name, base=name) for name in names[:3]]
+    routing = providers.PROVIDERS["routing"]
+
+    def build(case, inputs):
+        built = routing.build(case, inputs)
+        return replace(
+            built, alone=lambda x, dy: lambda: (gpu.work("routing", 0.5), built.alone(x, dy)())
+        )
+
+    chosen += [replace(routing, build=build), clocked(gpu, "lora-mixed", base="lora-mixed")]
+    timer = gpu.timer()
+    rows = {r.provider: r for r in measure_case(case, chosen, timer, Calibration(), FAST)}
+    assert {row.status for row in rows.values()} == {"ok"}
+    for name in (*names, "limit"):
+        assert "graph" in rows[name].timings
+    mixed = rows["lora-mixed"]
+    assert list(mixed.timings) == ["cold", "eager"]
+    assert "graph: none can hold what waits for the host" in mixed.note
+    assert "kernels not counted: RuntimeError: its call cannot be captured" in mixed.note
+    assert timer.not_captured == {}
+    weights = 4 * (2 * 32 * 4 + 32 + 4) * 4
+    assert rows["reference"].buffer_bytes == 4 * (2 * 16 * 32 * 4 + weights)

@@ -65,7 +65,29 @@ def test_adapter_tasks_name_cases_and_providers_that_exist():
         case = BenchCase(**task.request["case"])
         assert task.name.startswith(str(case))
         assert set(task.request["baselines"]) <= set(PROVIDERS)
-        assert {"plain", "limit"} <= set(task.request["baselines"])
+        assert {"single" if case.adapters else "plain", "limit"} <= set(task.request["baselines"])
+        kinds = {case.kind} & set().union(*(PROVIDERS[n].kinds for n in task.request["baselines"]))
+        assert kinds == {case.kind}
+
+
+def test_many_adapters_are_verified_and_reported():
+    """What the goals are judged by, popular and unpopular adapters, and steps."""
+
+    def found(stage):
+        (step,) = (s for s in STAGES[stage] if s.name == "many adapters")
+        return {task.name for task in step.tasks}
+
+    assert found("verify") == {
+        "forward-bf16-gelu-T2048-H1024-R64-A16",
+        "forward-bf16-gelu-T64-H4096-R64-A64",
+        "step-bf16-gelu-T2048-H1024-R64-A16",
+    }
+    assert found("verify") < found("report")
+    assert {name.partition("-H")[2] for name in found("report")} >= {
+        "1024-R64-A16_none", "1024-R64-A16_zipf", "4096-R64-A16",
+    }  # fmt: skip
+    (tests,) = (s for s in STAGES["verify"] if s.name == "gpu tests")
+    assert "tests/test_gpu_many.py" in tests.commands["gpu tests"]
 
 
 def test_model_tasks_name_models_that_exist():

@@ -67,7 +67,7 @@ def test_a_provider_without_a_part_of_the_sum_gets_no_time(dropped):
 
 def test_a_separate_norm_needs_a_case_with_one():
     (row,) = rows_of("separate", case=replace(CASE, norm="none"))
-    assert (row.status, row.note) == ("unavailable", "the case has no norm")
+    assert (row.status, row.note) == ("unavailable", "it is not for a case of one adapter")
 
 
 def test_the_limit_computes_with_the_skip_that_is_exchanged():

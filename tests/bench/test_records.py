@@ -8,7 +8,7 @@ import pytest
 
 from adapterkern.bench import results
 from adapterkern.bench.results import ResultError
-from benchmarks import block_model, goals, model, pictures, readme, records, summary
+from benchmarks import block_model, goals, many_model, model, pictures, readme, records, summary
 from benchmarks.__main__ import main
 
 
@@ -168,7 +168,8 @@ def test_without_a_gpu_result_the_readme_says_so_and_the_docs_have_the_goals(gpu
     assert text == page_of("performance", readme.NO_RESULT)
     card = model.CARDS["h200"]
     calls = model.table(list(model.predictions(card)))
-    predicted = f"{calls}\n\n{block_model.table(list(block_model.overheads(card)))}"
+    blocks = block_model.table(list(block_model.overheads(card)))
+    predicted = f"{calls}\n\n{blocks}\n\n{many_model.table(list(many_model.predictions(card)))}"
     assert (root / readme.MODEL).read_text() == page_of("model", predicted)
     assert ". " not in readme.NO_RESULT  # it is one sentence
     table = summary.goals_table(results.Result())

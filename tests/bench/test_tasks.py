@@ -44,6 +44,15 @@ def test_an_adapter_on_the_cpu_is_measured_for_every_provider(cpu):
     assert rows["reference"]["case"]["hidden_size"] == 32
 
 
+def test_many_adapters_on_the_cpu_are_two(cpu):
+    found = [content["content"] for _, content in tasks.run(cpu, asked(workload.MANY[5]))]
+    assert workload.MANY[5].name == "step-bf16-gelu-T2048-H1024-R64-A16_zipf"
+    rows = {row["provider"]: row for row in found}
+    assert set(rows) == {"reference", *workload.OF_MANY}
+    assert {(row["case"]["adapters"], row["case"]["mix"]) for row in found} == {(2, "zipf")}
+    assert {name for name, row in rows.items() if row["status"] != "ok"} == {"lora-mixed"}
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("block-1024", "forward"), ("gpt2-medium-16x256-seq_bn", "decode")]
 )

@@ -100,7 +100,7 @@ def facts_of(library: ctypes.CDLL) -> tuple:
     def rows(width: int) -> list[tuple]:
         return [tuple(itertools.islice(numbers, width)) for _ in range(next(numbers))]
 
-    return next(numbers), next(numbers), rows(11), rows(7), rows(4)
+    return next(numbers), next(numbers), rows(11), rows(11), rows(7), rows(4)
 
 
 def _check(error: bytes | None) -> None:

@@ -14,6 +14,7 @@ extern "C" void launch_facts(int64_t* room) {
   *room++ = facts.panel;
   *room++ = facts.most_stages;
   room = write_list(room, facts.row_blocks);
+  room = write_list(room, facts.grouped);
   room = write_list(room, facts.clusters);
   write_list(room, facts.gradients);
 }

@@ -3,13 +3,17 @@
 Usage: python sanitized.py LIBRARY
 """
 
+import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cuda_facts
 import torch
 from conftest import emulated
 from cuda_emulator import Emulator
+from cuda_grouped import GroupedCase, GroupedEmulator, backend
+from cuda_grouped import missed as wrong_groups
 from cuda_norms import CLUSTERS, NormCase
 from cuda_norms import missed as wrong_norms
 
@@ -35,10 +39,22 @@ NORMS = (
 OPTIONS = ({"scaling": "channel", "skip": True}, {"layout": "rows", "bias": "none"})
 
 
+# Units and slots that no adapter has are NaN; the weights of the last slot end where its rank does.
+GROUPS = (
+    (Device(1), GroupedCase(tokens=70, hidden=75, bottleneck=20, ranks=(20, 0, 20))),
+    (Device(1), GroupedCase(tokens=70, hidden=72, bottleneck=24, ranks=None, gaps=True)),
+    (Device(64), GroupedCase(tokens=37, hidden=72, bottleneck=24, ranks=None)),
+    (Device(64), GroupedCase(tokens=5, hidden=530, bottleneck=20, ranks=(20, 0, 20))),
+)
+
+
 def main() -> int:
     torch.set_num_threads(1)
     launch_config.facts = cuda_facts.of_the_sources
-    kernels = Emulator(Path(sys.argv[1]))
+    library = Path(sys.argv[1])
+    if not hasattr(ctypes.CDLL(str(library)), "emulated_forward"):
+        return run_groups(GroupedEmulator(library))
+    kernels = Emulator(library)
     missed = []
     for index, (device, tokens, hidden, bottleneck) in enumerate(SIZES):
         for dtype in (torch.bfloat16, torch.float32):
@@ -53,6 +69,16 @@ def main() -> int:
         kernels.seed = index % 3
         with emulated(kernels, CLUSTERS):
             missed += wrong_norms(case)
+    print(*missed, sep="\n")
+    return bool(missed)
+
+
+def run_groups(kernels: GroupedEmulator) -> int:
+    missed = []
+    for index, (device, case) in enumerate(GROUPS):
+        kernels.seed = index % 3
+        for dtype in (torch.bfloat16, torch.float32):
+            missed += wrong_groups(replace(case, dtype=dtype).draw(), backend(kernels, device))
     print(*missed, sep="\n")
     return bool(missed)
 

@@ -10,7 +10,9 @@ import cuda_emulator
 import pytest
 
 
-def run_sanitized(folder: Path, changes: dict) -> subprocess.CompletedProcess:
+def run_sanitized(
+    folder: Path, changes: dict, source: str = "library.cpp"
+) -> subprocess.CompletedProcess:
     if cuda_emulator.missing() is not None:
         pytest.skip(cuda_emulator.missing())
     asked = [cuda_emulator.COMPILER, "-print-file-name=libasan.so"]
@@ -18,7 +20,8 @@ def run_sanitized(folder: Path, changes: dict) -> subprocess.CompletedProcess:
     if shutil.which(runtime) is None and not Path(runtime).is_absolute():
         pytest.skip("needs libasan")
     changes = {**cuda_emulator.narrowed("__nv_bfloat16", "float"), **changes}
-    library = cuda_emulator.build(folder, flags=cuda_emulator.SANITIZER_FLAGS, changes=changes)
+    flags = cuda_emulator.SANITIZER_FLAGS
+    library = cuda_emulator.build(folder, source, flags=flags, changes=changes)
     environ = {
         **os.environ,
         "LD_PRELOAD": runtime,
@@ -30,8 +33,9 @@ def run_sanitized(folder: Path, changes: dict) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environ, capture_output=True, text=True)
 
 
-def test_kernels_stay_within_their_tensors(tmp_path):
-    done = run_sanitized(tmp_path, {})
+@pytest.mark.parametrize("source", ["library.cpp", "grouped.cpp"])
+def test_kernels_stay_within_their_tensors(tmp_path, source):
+    done = run_sanitized(tmp_path, {}, source)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -66,4 +70,10 @@ def test_kernels_stay_within_their_tensors(tmp_path):
 )
 def test_mask_off_by_one_is_reported(tmp_path, file, mask, off_by_one):
     done = run_sanitized(tmp_path, {file: [(mask, off_by_one)]})
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+def test_row_of_a_tile_beyond_the_tokens_is_reported(tmp_path):
+    change = ("row < 0 || row > rows ? rows", "row > rows ? rows")
+    done = run_sanitized(tmp_path, {"memory.cuh": [change]}, "grouped.cpp")
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -197,9 +197,3 @@ def test_inputs_repeated_by_the_model_itself_are_an_error_with_a_cure(mixed, bat
 def test_unknown_names_are_an_error(mixed, batch, output, names, message):
     with pytest.raises(ValueError, match=message):
         output(mixed("bert"), batch("bert"), adapter_names=names)
-
-
-def test_mixed_batch_is_for_inference(mixed, batch):
-    """The same holds for PEFT's LoRA."""
-    with pytest.raises(ValueError, match=r"training mode.\n.*model.eval"):
-        mixed("bert").train()(**batch("bert"), adapter_names=NAMES)

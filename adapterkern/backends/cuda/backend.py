@@ -25,7 +25,7 @@ from adapterkern.backends.base import (
     scaling_gradient,
     zero_gradients,
 )
-from adapterkern.backends.cuda import extension, launch_config, norm
+from adapterkern.backends.cuda import extension, grouped, launch_config, norm, rooms
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     MAX_BOTTLENECK_SIZE,
@@ -44,7 +44,6 @@ from adapterkern.backends.cuda.params import (
     DTYPES,
     FORWARD,
     NORMS,
-    NOTHING,
     TFLOAT32,
     BackwardParams,
     ForwardParams,
@@ -53,6 +52,8 @@ from adapterkern.backends.cuda.params import (
     view,
 )
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
+from adapterkern.grouped.call import OPERATION, GroupedCall, option_values
+from adapterkern.grouped.call import tensor_values as grouped_tensor_values
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
@@ -79,9 +80,10 @@ class Launches(Recording):
 def _send(
     function: Callable, layout: struct.Struct, device: int, stream: int, *fields: float
 ) -> None:
-    *numbers, scale = fields
-    scale = ctypes.c_float(scale).value  # beyond float32 it is infinite, as in eager
-    function(layout.pack(*numbers, scale), device, stream)
+    *numbers, last = fields
+    if isinstance(last, float):  # the scale, which beyond float32 is infinite, as in eager
+        last = ctypes.c_float(last).value
+    function(layout.pack(*numbers, last), device, stream)
 
 
 class CudaBackend(Backend):
@@ -91,7 +93,8 @@ class CudaBackend(Backend):
     devices = frozenset({"cuda"})
     dtypes = frozenset(DTYPES)
     activations = frozenset(ACTIVATIONS)
-    features = FIRST_FEATURES | NORM_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES | grouped.FEATURES
+    operations = frozenset({"bottleneck_adapter", OPERATION})
 
     def __init__(self, kernels: Any = None, device: Device | None = None) -> None:
         """Run the extension, or CPU tensors on `kernels` in its place, planned for `device`."""
@@ -110,7 +113,7 @@ class CudaBackend(Backend):
     def unsupported_reasons(self, spec: AdapterSpec) -> list[str]:
         if self._unavailable is not None:  # the declarations of absent kernels would only repeat it
             return [self._unavailable]
-        return super().unsupported_reasons(spec)
+        return super().unsupported_reasons(spec) + grouped.declined(spec)
 
     def limits(self, spec: AdapterSpec) -> list[str]:
         reasons = []
@@ -170,7 +173,7 @@ class CudaBackend(Backend):
         }
         added = call.x if call.add_input else call.residual, call.skip
         plan = choose(_problem(call, num_tokens, *added), self._device(call.x.device))
-        room = results | {"partial": _partial(plan, call, num_tokens)}
+        room = results | {"partial": rooms.partial(plan, call, num_tokens)}
         for tensor in room.values():
             recording.own(tensor)
         params = ForwardParams(
@@ -243,15 +246,15 @@ class CudaBackend(Backend):
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
         room = {
-            "sum_norm_weight": _column_sums(call, row_blocks) if needs.norm_weight else None,
-            "sum_norm_bias": _column_sums(call, row_blocks) if needs.norm_bias else None,
+            "sum_norm_weight": rooms.column_sums(call, row_blocks) if needs.norm_weight else None,
+            "sum_norm_bias": rooms.column_sums(call, row_blocks) if needs.norm_bias else None,
             "dz": empty_units(call, num_tokens) if needs.down_weight or needs.down_bias else None,
             "a": empty_units(call, num_tokens) if needs.up_weight or needs.scaling else None,
             "partial": None,
         }
         plan = (token_plan if needs.dz else row_block_plan)(problem, device)
-        room["partial"] = _partial(plan, call, num_tokens)
-        sums, sum_views = _sums(call, needs, tokens.number)
+        room["partial"] = rooms.partial(plan, call, num_tokens)
+        sums, sum_views = rooms.sums(call, needs, tokens.number)
         for tensor in (*out, d_sum, d_scaling, *room.values(), sums):
             recording.own(tensor)
         params = BackwardParams(
@@ -266,6 +269,20 @@ class CudaBackend(Backend):
         )
         recording.launch(self._kernels.backward, BACKWARD, params, call.x.device)
         return *out, d_sum if needs.added else None, d_scaling
+
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        self._check_loaded()
+        if call.x.numel() == 0:
+            return grouped.empty_outputs(call, save)
+        tf32 = call.compute_dtype == torch.float32 and allow_tf32()
+        device = self._device(call.x.device)
+        y, z = self._run(
+            grouped_tensor_values(call),
+            (OPERATION, save, tf32, option_values(call)),
+            lambda recording: grouped.forward(self._kernels, recording, call, save, tf32, device),
+            1.0,
+        )
+        return y, z
 
     def _device(self, device: torch.device) -> Device:
         return self._planned_device or _gpu(device)
@@ -319,52 +336,6 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
         "large_tiles": plan.large_tiles,
         "shared_bytes": plan.shared_bytes,
     }
-
-
-def _whole(size: int) -> int:
-    """`size`, rounded up to whole vectors of eight elements."""
-    return -(-size // 8) * 8
-
-
-def _partial(plan: TokenPlan, call: AdapterCall, num_tokens: int) -> Tensor | None:
-    """Work space of the split form, [S, T, R] with R filled up to the width of a tile."""
-    if plan.output_slices.number == 0:
-        return None
-    shape = plan.slices.number, num_tokens, plan.width
-    return torch.empty(shape, dtype=torch.float32, device=call.x.device)
-
-
-def _column_sums(call: AdapterCall, count: int) -> Tensor:
-    """Work space [count, H] of a parameter of the norm."""
-    return call.x.new_empty(count, call.hidden_size, dtype=torch.float32)
-
-
-def _sums(call: AdapterCall, needs: Needs, count: int) -> tuple[Tensor, dict[str, Any]]:
-    """Work space in one piece: for dW_down and G^T [S, R, H], and the column sums of dz [S, R] and
-    dy [S, H]. Rows are filled up to whole tiles of eight, so that sums are stored in vectors.
-
-    d(scaling) needs G and the sums of dy even where dW_up and db_up are not asked for.
-    """
-    bottleneck, hidden = call.bottleneck_size, _whole(call.hidden_size)
-    up_bias = needs.up_bias or (needs.scaling and call.up_bias is not None)
-    wanted = (
-        ("sum_down", needs.down_weight, bottleneck, hidden),
-        ("sum_up", needs.up_weight or needs.scaling, bottleneck, hidden),
-        ("sum_down_bias", needs.down_bias, 1, _whole(bottleneck)),
-        ("sum_up_bias", up_bias, 1, hidden),
-    )
-    offsets, size = {}, 0
-    for name, want, height, width in wanted:
-        if want:
-            offsets[name] = size
-            size += count * height * width
-    room = torch.empty(size, dtype=torch.float32, device=call.x.device)
-    address, code = room.data_ptr(), DTYPES[torch.float32]
-    views = {
-        name: (address + 4 * offsets[name], code, width) if name in offsets else NOTHING
-        for name, _, _, width in wanted
-    }
-    return room, views
 
 
 def _problem(call: AdapterCall, num_tokens: int, *added: Tensor | None) -> Problem:

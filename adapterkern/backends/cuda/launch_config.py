@@ -123,6 +123,7 @@ class Facts(NamedTuple):
 
     most_stages: int
     row_blocks: tuple[RowBlockFacts, ...]
+    grouped: tuple[RowBlockFacts, ...]  # the tiles of many adapters
     clusters: tuple[ClusterFacts, ...]
     gradients: tuple[GradientFacts, ...]
 
@@ -164,11 +165,12 @@ def facts() -> Facts:
 
 def read_facts(told: tuple) -> Facts:
     """The facts as `adapterkern._cuda.facts` tells them."""
-    panel, most_stages, row_blocks, clusters, gradients = told
+    panel, most_stages, row_blocks, grouped, clusters, gradients = told
     assert panel == PANEL
     return Facts(
         most_stages,
         tuple(RowBlockFacts(*row) for row in row_blocks),
+        tuple(RowBlockFacts(*row) for row in grouped),
         tuple(ClusterFacts(*row) for row in clusters),
         tuple(GradientFacts(*row) for row in gradients),
     )
@@ -246,20 +248,19 @@ def _busiest(problem: Problem, plan: TokenPlan) -> float:
 def row_block_plan(problem: Problem, device: Device) -> TokenPlan:
     """The row-block form, at any number of tokens."""
     fact = facts().row_block(problem, device)
-    memory = _block_memory(problem, device, cdiv(problem.num_tokens, fact.tokens))
+    memory = block_memory(fact, problem.added, device, cdiv(problem.num_tokens, fact.tokens))
     return TokenPlan(NO_SLICES, large_tiles=fact.large, shared_bytes=memory)
 
 
-def _block_memory(problem: Problem, device: Device, blocks: int) -> int:
+def block_memory(fact: RowBlockFacts, added: int, device: Device, blocks: int) -> int:
     """The shared memory of a block: all that its pipelines can use, or the share that lets as many
     blocks as there are for an SM run on it at once.
     """
-    fact = facts().row_block(problem, device)
     sm_memory = device.block_memory + SYSTEM_MEMORY
-    useful = fact.bytes_for(facts().most_stages, problem.added)
+    useful = fact.bytes_for(facts().most_stages, added)
     for number in range(min(fact.blocks_per_sm, cdiv(blocks, device.num_sms)), 1, -1):
         share = sm_memory // number // MEMORY_UNIT * MEMORY_UNIT - SYSTEM_MEMORY
-        if fact.bytes_for(SHARED_STAGES, problem.added) <= share:
+        if fact.bytes_for(SHARED_STAGES, added) <= share:
             return min(share, useful)
     return min(device.block_memory, useful)
 
@@ -277,7 +278,7 @@ def _split(problem: Problem, device: Device) -> TokenPlan:
     while wanted > 1 and split_passes(problem, fact, wanted, wanted) > _most_passes(problem, fact):
         wanted -= 1
     slices = _slices(hidden, wanted, SLICE_FEATURES, PANEL)
-    memory = _block_memory(problem, device, blocks * slices.number)
+    memory = block_memory(fact, problem.added, device, blocks * slices.number)
     return TokenPlan(
         slices,
         output_slices=slices,

@@ -38,6 +38,11 @@ def view(tensor: Tensor | None) -> View:
     return tensor.data_ptr(), DTYPES[tensor.dtype], stride
 
 
+def indices(tensor: Tensor | None) -> View:
+    """The view of int32 indices, which have no dtype to choose from."""
+    return NOTHING if tensor is None else (tensor.data_ptr(), 0, 0)
+
+
 def float_bits(value: float) -> int:
     """The bits of `value` as a float32, which cross as an integer: of the floats of a launch only
     the scale may differ from call to call. Beyond float32 it is infinite, as in eager.
@@ -160,6 +165,43 @@ class BackwardParams(NamedTuple):
         return BACKWARD.pack(*flat(self))
 
 
+class GroupedForwardParams(NamedTuple):
+    """The parameters of one forward launch of many adapters."""
+
+    num_tokens: int
+    hidden_size: int
+    bottleneck_size: int
+    slots: int
+    x: View
+    down_weights: View
+    up_weights: View
+    down_biases: View
+    up_biases: View
+    residual: View
+    skip: View
+    scalings: View
+    ranks: View
+    token_slots: View
+    order: View
+    tiles: View
+    y: View
+    z: View
+    partial: View
+    down_slot_stride: int
+    up_slot_stride: int
+    num_tiles: int
+    num_splits: int
+    features_per_split: int
+    shared_bytes: int
+    activation: int
+    compute_dtype: int
+    add_input: int
+
+    def pack(self) -> bytes:
+        """The bytes of the struct."""
+        return GROUPED_FORWARD.pack(*flat(self))
+
+
 def _layout(kind: type) -> struct.Struct:
     """The layout of a struct, from the annotations of its fields."""
     codes = {View: "qqq", int: "q", float: "f4x"}  # the scale is padded to 8 bytes
@@ -168,3 +210,4 @@ def _layout(kind: type) -> struct.Struct:
 
 FORWARD = _layout(ForwardParams)
 BACKWARD = _layout(BackwardParams)
+GROUPED_FORWARD = _layout(GroupedForwardParams)

@@ -152,10 +152,10 @@ def _row_block(
     problem: Problem, plan: TokenPlan, fact: RowBlockFacts, device: Device, read: int, kept: int
 ) -> Traffic:
     tokens, hidden, bottleneck, *_ = problem
-    blocks, per_sm = cdiv(tokens, fact.tokens), _per_sm(plan, fact, device)
+    blocks, per_sm = cdiv(tokens, fact.tokens), blocks_per_sm(plan.shared_bytes, fact, device)
     rows, weights = tokens * hidden * ELEMENT, 2 * hidden * bottleneck * ELEMENT
     running = min(blocks, per_sm * device.num_sms) * fact.tokens * hidden * ELEMENT
-    into, out = _shared_bytes(fact, hidden)
+    into, out = shared_bytes(fact, hidden)
     return Traffic(
         "bottleneck_row_block_kernel",
         blocks,
@@ -163,7 +163,7 @@ def _row_block(
         memory=(2 + misses(running)) * rows + weights + read + kept,
         loads=2 * rows + blocks * weights + read,
         stores=rows + kept,
-        in_flight=min(_in_flight(problem, plan, fact)),
+        in_flight=min(in_flight(problem.added, plan.shared_bytes, fact)),
         shared_cycles=blocks * (into + out) / CYCLE_BYTES,
         flops=4.0 * tokens * hidden * bottleneck,
     )
@@ -173,12 +173,12 @@ def _split(
     problem: Problem, plan: TokenPlan, fact: RowBlockFacts, device: Device, read: int, kept: int
 ) -> list[Traffic]:
     tokens, hidden, bottleneck, *_ = problem
-    token_blocks, per_sm = cdiv(tokens, fact.tokens), _per_sm(plan, fact, device)
+    token_blocks, per_sm = cdiv(tokens, fact.tokens), blocks_per_sm(plan.shared_bytes, fact, device)
     rows, weight = tokens * hidden * ELEMENT, hidden * bottleneck * ELEMENT
     sums = plan.slices.number * tokens * plan.width * FLOAT
     outputs = plan.output_slices.number
-    into, out = _shared_bytes(fact, hidden)
-    flight_in, flight_out = _in_flight(problem, plan, fact)
+    into, out = shared_bytes(fact, hidden)
+    flight_in, flight_out = in_flight(problem.added, plan.shared_bytes, fact)
     flops = 2.0 * tokens * hidden * bottleneck
     first = Traffic(
         "bottleneck_split_first_kernel",
@@ -227,20 +227,21 @@ def _cluster(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffic
     )
 
 
-def _per_sm(plan: TokenPlan, fact: RowBlockFacts, device: Device) -> int:
+def blocks_per_sm(shared: int, fact: RowBlockFacts, device: Device) -> int:
+    """How many blocks of so much shared memory an SM holds."""
     memory = device.block_memory + SYSTEM_MEMORY
-    return max(1, min(fact.blocks_per_sm, memory // (plan.shared_bytes + SYSTEM_MEMORY)))
+    return max(1, min(fact.blocks_per_sm, memory // (shared + SYSTEM_MEMORY)))
 
 
-def _in_flight(problem: Problem, plan: TokenPlan, fact: RowBlockFacts) -> tuple[int, int]:
+def in_flight(added: int, shared: int, fact: RowBlockFacts) -> tuple[int, int]:
     """Bytes under way in the pipelines into and out of the bottleneck: all stages but one."""
-    stage = fact.out_bytes + problem.added * fact.added_bytes
-    stages_in = min(facts().most_stages, plan.shared_bytes // fact.in_bytes)
-    stages_out = min(facts().most_stages, (plan.shared_bytes - fact.beside_bytes) // stage)
+    stage = fact.out_bytes + added * fact.added_bytes
+    stages_in = min(facts().most_stages, shared // fact.in_bytes)
+    stages_out = min(facts().most_stages, (shared - fact.beside_bytes) // stage)
     return max(1, stages_in - 1) * fact.in_bytes, max(1, stages_out - 1) * stage
 
 
-def _shared_bytes(fact: RowBlockFacts, features: int) -> tuple[int, int]:
+def shared_bytes(fact: RowBlockFacts, features: int) -> tuple[int, int]:
     """Bytes that one block writes to and reads from shared memory, into and out of the bottleneck:
     a warp reads its rows once and the whole weight.
     """

@@ -8,10 +8,12 @@ from torch import Tensor
 from adapterkern import _env
 from adapterkern.backends.base import (
     FIRST_FEATURES,
+    GROUPED_FEATURES,
     NORM_FEATURES,
     Backend,
     allow_tf32,
     empty_gradients,
+    empty_grouped_gradients,
     empty_outputs,
     empty_units,
     rows,
@@ -29,13 +31,21 @@ from adapterkern.backends.triton.launch_config import (
     Split,
 )
 from adapterkern.backends.triton.tuned import device_of, token_plan, weight_gradient_plan
+from adapterkern.grouped.call import (
+    OPERATION,
+    GroupedCall,
+    GroupedGradients,
+    GroupedNeeds,
+    option_values,
+)
+from adapterkern.grouped.call import tensor_values as grouped_tensor_values
 from adapterkern.results import Gradients, Needs, Outputs, Saved, added_gradients, given_of
 from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 
 try:
     from triton import knobs
 
-    from adapterkern.backends.triton import launcher
+    from adapterkern.backends.triton import grouped_gradient_launches, grouped_launches, launcher
     from adapterkern.backends.triton.activations import VALUES
     from adapterkern.backends.triton.norm_launches import NormLaunches, stream_of
 
@@ -48,6 +58,8 @@ except ImportError as error:
     _IMPORT_ERROR = f"triton cannot be imported ({error})"
     VALUES = {}
 
+MOST_SLOTS = 65535  # of a grid's last dimension
+
 # The device that CPU tensors are planned for. Triton's interpreter gets few SMs, so that small
 # tests reach both forms; `compile_only` sets the GPU that it compiles for.
 cpu_device = Device(num_sms=4, shared_memory=227 * 1024)
@@ -57,10 +69,12 @@ class TritonBackend(Backend):
     """Triton kernels on NVIDIA GPUs; on CPU tensors only in Triton's interpreter."""
 
     name = "triton"
+    operations = Backend.operations | {OPERATION}
     devices = frozenset({"cuda", "cpu"} if _env.TRITON_INTERPRET else {"cuda"})
     dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
     activations = frozenset(VALUES)
-    features = FIRST_FEATURES | NORM_FEATURES
+    features = FIRST_FEATURES | NORM_FEATURES | GROUPED_FEATURES
+    routes = True
 
     def unavailable_reason(self) -> str | None:
         if _IMPORT_ERROR is not None:
@@ -74,6 +88,8 @@ class TritonBackend(Backend):
         return None
 
     def limits(self, spec: AdapterSpec) -> list[str]:
+        if spec.slots is not None and spec.slots > MOST_SLOTS:
+            return [f"{spec.slots} slots exceed the {MOST_SLOTS} of a launch"]
         if spec.device.type != "cuda" or not torch.cuda.is_available():
             return []
         major, minor = torch.cuda.get_device_capability(spec.device)
@@ -179,6 +195,62 @@ class TritonBackend(Backend):
             sums = launches.weight_gradients(dy, dz, a, out, needs, weights)
         return *out, sums, ds if needs.added else None
 
+    def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+        y, z = launcher.run(
+            grouped_tensor_values(call),
+            ("grouped", save, allow_tf32(), option_values(call)),
+            lambda recording: self._grouped_forward(call, save, recording),
+        )
+        return y, z
+
+    def _grouped_forward(
+        self, call: GroupedCall, save: bool, recording
+    ) -> tuple[Tensor | None, ...]:
+        x, device = rows(call.x), _device(call.x.device)
+        y = recording.own(x.new_empty(call.x.shape, dtype=call.output_dtype))
+        z = recording.own(empty_units(call, call.num_tokens)) if save else None
+        if call.x.numel() == 0:
+            return y, z
+        plan = grouped_launches.forward_plan(grouped_launches.grouped_problem(call, device), device)
+        launches = grouped_launches.GroupedForward(call, recording, device)
+        if isinstance(plan, RowBlock):
+            launches.tiled(x, y, z, plan.kernel)
+        else:
+            launches.by_row(x, y, z, plan)
+        return y, z
+
+    def route(self, ids: Tensor, buffers: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        ids = ids.contiguous()
+
+        def launch(recording) -> tuple[()]:
+            grouped_launches.route(ids, buffers, recording)
+            return ()
+
+        launcher.run((ids, *buffers), ("route",), launch)
+
+    def grouped_backward(
+        self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
+    ) -> GroupedGradients:
+        if dy.numel() == 0:
+            empty = empty_grouped_gradients(call, needs)
+            return GroupedGradients(*[None if t is None else t.zero_() for t in empty])
+
+        def launch(recording) -> tuple[Tensor | None, ...]:
+            device = _device(dy.device)
+            flat = rows(dy)
+            launches = grouped_gradient_launches.GradientLaunches(call, flat, recording, device)
+            tokens = _problem(call, device, flat, call.down_weights, call.up_weights)
+            out, sums = launches.gradients(z, needs, tokens, _problem(call, device, flat, call.x))
+            return *out, sums
+
+        *computed, sums = launcher.run(
+            (*grouped_tensor_values(call), z, dy),
+            ("grouped", needs, tuned.generation, allow_tf32(), option_values(call)),
+            launch,
+        )
+        scalings = None if sums is None else sums.sum(1)
+        return GroupedGradients(*computed)._replace(scalings=scalings)
+
 
 def forward_norm_plan(
     call: AdapterCall, plan: RowBlock | Split, problem: Problem, device: Device
@@ -218,7 +290,7 @@ def weights_problem(call: AdapterCall, x: Tensor, dy: Tensor, device: Device) ->
     return _problem(call, device, dy, x)
 
 
-def _problem(call: AdapterCall, device: Device, *staged: Tensor) -> Problem:
+def _problem(call: AdapterCall | GroupedCall, device: Device, *staged: Tensor) -> Problem:
     """`staged` tensors wait in shared memory in their own dtype: where that is small, one of
     float32 beside a half-precision x takes the wide tiles too.
     """

@@ -29,6 +29,7 @@ def bottleneck_gradient(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHANNEL_SCALING: tl.constexpr,
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_up_feature=None,
 ):  # fmt: skip
     """da = (scaling * dy) W_up over the features `first` to `last`, [BLOCK_T, BLOCK_R] float32.
 
@@ -41,8 +42,9 @@ def bottleneck_gradient(
         feature = start + tl.arange(0, BLOCK_H)
         dy = load_rows(dy_ptr, token, feature, stride_dy_token, num_tokens, hidden_size, EVEN_H)
         w_up = load_up_tile(
-            up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H
-        )
+            up_weight_ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R, EVEN_H,
+            stride_up_feature,
+        )  # fmt: skip
         if CHANNEL_SCALING:
             w_up = scaled(w_up, scaling_ptr, scale, feature[:, None], hidden_size, True)
         da = tl.dot(dy.to(DTYPE), w_up.to(DTYPE), da, input_precision=PRECISION)

@@ -188,18 +188,18 @@ def token_plan(problem: Problem, device: Device) -> RowBlock | Split:
     R > 128, or R > 256 in half precision on Hopper.
     """
     config = _row_block(problem, device)
-    return RowBlock(config) if config is not None else _split(problem, device)
+    return RowBlock(config) if config is not None else split_form(problem, device)
 
 
 def _row_block(problem: Problem, device: Device) -> LaunchConfig | None:
     """Return the tallest row block of which most SMs get one; None if there is none."""
-    for config in _row_blocks(problem, device):
+    for config in row_blocks(problem, device):
         if 4 * cdiv(problem.num_tokens, config.block_t) >= 3 * device.num_sms:
             return config
     return None
 
 
-def _row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
+def row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
     """Return the row blocks for a problem, the tallest first.
 
     Those of half precision were measured, on an H200 (docs/performance.md): four warps are one
@@ -228,7 +228,7 @@ def _row_blocks(problem: Problem, device: Device) -> list[LaunchConfig]:
     return blocks
 
 
-def _split(problem: Problem, device: Device) -> Split:
+def split_form(problem: Problem, device: Device) -> Split:
     """Return the split form, whose tiles of half precision were measured as those above were."""
     tokens, bottleneck = problem.num_tokens, problem.bottleneck_size
     few = tokens <= 16

@@ -29,6 +29,7 @@ from adapterkern.backends.triton.launch_config import (
     out_stages,
     sum_stages,
 )
+from adapterkern.grouped.call import GroupedCall
 from adapterkern.results import Gradients, Needs
 from adapterkern.spec import AdapterCall, shape_of
 
@@ -256,7 +257,7 @@ def scale_of(call: AdapterCall) -> float | None:
     return None if call.scaling is not None or call.scale == 1.0 else call.scale
 
 
-def dtypes_of(call: AdapterCall) -> dict:
+def dtypes_of(call: AdapterCall | GroupedCall) -> dict:
     """Of the products: their operands' dtype, and how exact those of float32 are."""
     tf32 = call.compute_dtype == torch.float32 and allow_tf32()
     return {"DTYPE": TYPES[call.compute_dtype], "PRECISION": "tf32" if tf32 else "ieee"}
@@ -267,17 +268,17 @@ def channel_of(call: AdapterCall) -> dict:
     return {"CHANNEL_SCALING": call.scaling is not None and call.scaling.numel() > 1}
 
 
-def activations_of(call: AdapterCall) -> dict:
+def activations_of(call: AdapterCall | GroupedCall) -> dict:
     """The activation and its gradient."""
     return {"ACTIVATION": VALUES[call.activation], "GRADIENT": GRADIENTS[call.activation]}
 
 
-def units_of(call: AdapterCall) -> dict:
+def units_of(call: AdapterCall | GroupedCall) -> dict:
     """Rows of W_up begin at multiples of this many elements: vectors of so many load it."""
     return {"R_MULTIPLE": math.gcd(call.bottleneck_size, 8)}
 
 
-def tiles_of(call: AdapterCall, config: LaunchConfig, stages: int) -> dict:
+def tiles_of(call: AdapterCall | GroupedCall, config: LaunchConfig, stages: int) -> dict:
     """The tile of a kernel, and which sizes of the call it divides."""
     return {
         "EVEN_H": call.hidden_size % config.block_h == 0,

@@ -147,10 +147,13 @@ def load_down_tile(
 
 @triton.jit
 def load_up_tile(
-    ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr
+    ptr, unit, feature, bottleneck_size, hidden_size, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr,
+    stride_feature=None,
 ):  # fmt: skip
-    """Load [BLOCK_H, BLOCK_R] of W_up [H, R]; zeros out of bounds."""
-    offsets = feature[:, None] * bottleneck_size + unit[None, :]
+    """Load [BLOCK_H, BLOCK_R] of W_up [H, R], whose rows are `stride_feature` elements apart if not
+    R; zeros out of bounds."""
+    stride = bottleneck_size if stride_feature is None else stride_feature
+    offsets = feature[:, None] * stride + unit[None, :]
     if EVEN_R and EVEN_H:
         tile = tl.load(ptr + offsets)
     else:

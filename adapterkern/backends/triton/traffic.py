@@ -123,7 +123,7 @@ def _row_block(
         memory=(2 + again) * rows + weights + read + kept,
         loads=2 * rows + blocks * weights + 2 * read,
         stores=rows + kept,
-        in_flight=min(into_flight(config, device, element), _out_flight(config, device, element)),
+        in_flight=min(into_flight(config, device, element), out_flight(config, device, element)),
         flops=4.0 * tokens * hidden * bottleneck,
     )
 
@@ -165,7 +165,7 @@ def _split(
         memory=(1 + misses(rows + sums)) * rows + weight + (read + kept if summed else 0),
         loads=out - rows + (read * (repeats + stored) if summed else 0),
         stores=rows + (kept * stored if summed else 0),
-        in_flight=_out_flight(widen, device, element),
+        in_flight=out_flight(widen, device, element),
         flops=flops,
     )
     return [first, second]
@@ -177,7 +177,7 @@ def into_flight(config: LaunchConfig, device: Device, element: int) -> int:
     return (into_stages(config, device, element, element) - 1) * tile * element
 
 
-def _out_flight(config: LaunchConfig, device: Device, element: int) -> int:
+def out_flight(config: LaunchConfig, device: Device, element: int) -> int:
     """Bytes that the loop out of the bottleneck has under way."""
     stages = out_stages(config, device, element, element, element)
     return max(1, stages - 1) * (config.block_t + config.block_r) * config.block_h * element

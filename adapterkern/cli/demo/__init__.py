@@ -12,8 +12,8 @@ DESCRIPTION = """\
 Puts bottleneck adapters into all sublayers of a pre-trained MiniLM-L6 and trains them on two tasks,
 one after the other: the topic of a module and the kind of an object, told from docstrings of
 Python's standard library. Full fine-tuning and LoRA of the same size do the same. Reports held-out
-accuracies and checks that switching and reloading adapters gives the same bits and that the fused
-gradients are those of eager PyTorch.
+accuracies and checks that switching and reloading adapters gives the same bits, that the fused
+gradients are those of eager PyTorch, and that a batch of many adapters gives what each alone gives.
 """
 
 EPILOG = """\

@@ -1,11 +1,12 @@
 """The demo's checks of the trained model: switching, reloading, gradients, cost of a step."""
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from adapterkern.parity import metric
 # 1e-6; a wrong term in the backward shows as 1e-2 or more.
 GRADIENT_TOLERANCE = 1e-5
 Ways = dict[str, Callable[[], AbstractContextManager]]
+Time = TypeVar("Time")  # StepTime or MixedTime
 
 
 def check_switching(
@@ -90,7 +92,7 @@ def eager_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Within the block every adapter runs as separate torch operations with autograd."""
     adapters = [module for module in model.modules() if isinstance(module, BottleneckAdapter)]
     for adapter in adapters:
-        adapter.forward = functools.partial(_eager_forward, adapter)  # type: ignore[method-assign]
+        adapter.forward = partial(_eager_forward, adapter)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -127,40 +129,42 @@ def time_steps(
         optimizer.step()
 
     ways: Ways = {"fused_ms": nullcontext, "eager_ms": lambda: eager_adapters(model)}
-    return times_in_turn(step, ways, model, data, list(ids.shape), repeats)
+    return times_in_turn(step, ways, StepTime, partial(fused_backend, model, data), ids, repeats)
 
 
 def times_in_turn(
     run: Callable[[AbstractContextManager], None],
     ways: Ways,
-    model: TextClassifier,
-    data: Encoded,
-    tokens: list[int],
+    made: Callable[..., Time],
+    backend_under: Callable[[torch.dtype | None], str],
+    ids: Tensor,
     repeats: int,
-) -> list[StepTime]:
+) -> list[Time]:
     """Median times of `run`, in each of `ways` in turn: float32, on a GPU bfloat16 as well.
 
     Args:
         run: gets the autocast under which the model is to be called.
-        ways: by field of `StepTime`, a context in which its time is taken.
+        ways: by field of what is `made`, a context in which its time is taken.
+        backend_under: which backend runs the adapters, under autocast to this dtype.
+        ids: [B, L], the batch.
     """
-    is_gpu = data.device.type == "cuda"
+    is_gpu = ids.is_cuda
     results = []
     for dtype in (None, torch.bfloat16) if is_gpu else (None,):
         times: dict[str, list[float]] = {field: [] for field in ways}
         for _ in range(repeats + 1):
             for field, way in ways.items():
                 with way():
-                    _wait(data.device)
+                    _wait(ids.device)
                     start = time.perf_counter()
-                    run(_autocast(data.device, dtype))
-                    _wait(data.device)
+                    run(_autocast(ids.device, dtype))
+                    _wait(ids.device)
                     times[field].append(time.perf_counter() - start)
-        backend = fused_backend(model, data, dtype)
+        backend = backend_under(dtype)
         results.append(
-            StepTime(
+            made(
                 dtype="float32" if dtype is None else "bfloat16 autocast",
-                tokens=tokens,
+                tokens=list(ids.shape),
                 backend=backend,
                 repeats=repeats,
                 is_speed_claim=is_gpu and backend != "reference",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.bench.environment import versions
-from adapterkern.cli.demo import checks, norms
+from adapterkern.cli.demo import checks, mixed, norms
 from adapterkern.cli.demo.corpus import TASKS, Corpus, Task, load_corpus
 from adapterkern.cli.demo.findings import MethodResult, Report, TaskResult, write_atomically
 from adapterkern.cli.demo.memory import peak_bytes, peak_is_per_part, reset_peak
@@ -101,10 +101,13 @@ def run(options: Options) -> Report:
         checks.check_gradients(model, task, texts, options.batch_size),
         norms.check_norms(model, task, texts, options.batch_size),
     ]
+    with mixed.open_mixed_batch(model, texts) as batch:
+        verdicts.append(mixed.check_mixed(batch))
+        mixed_times = mixed.time_mixed(batch, options.timing_repeats)
     timing = model, task, texts, options.batch_size, options.timing_repeats
     step_times = [*norms.time_forwards(*timing), *checks.time_steps(*timing)]
     base_bytes = 4 * model.num_base  # float32
-    del model, adapters.model
+    del model, batch, adapters.model
     rank = lora_rank_for(adapters.result.trained, options.model)
     others = [run_method(m, options, data, rank).result for m in METHODS if m != "adapters"]
     report = Report(
@@ -117,6 +120,7 @@ def run(options: Options) -> Report:
         methods=[adapters.result, *others],
         checks=[verdict for verdict in verdicts if verdict is not None],
         step_times=step_times,
+        mixed_times=mixed_times,
         saved=saved_facts(folders, base_bytes),
         peak_is_per_method=peak_is_per_part(device),
         seconds=time.perf_counter() - start,

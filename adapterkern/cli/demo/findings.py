@@ -73,6 +73,21 @@ class StepTime:
 
 
 @dataclass
+class MixedTime:
+    """Median milliseconds of a batch whose texts take adapters of their own, in one run and in a
+    run for each adapter; a claim about speed only where `is_speed_claim`."""
+
+    dtype: str
+    tokens: list[int]  # [B, L]
+    backend: str
+    mixed_ms: float
+    switched_ms: float
+    runs: int  # in `switched_ms`; one of them is of the texts without an adapter
+    repeats: int
+    is_speed_claim: bool
+
+
+@dataclass
 class Report:
     """All findings of a run."""
 
@@ -88,6 +103,7 @@ class Report:
     saved: dict[str, Any]  # folders and bytes
     peak_is_per_method: bool
     seconds: float
+    mixed_times: list[MixedTime] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -115,6 +131,7 @@ class Report:
         ]
         data["checks"] = [Check(**check) for check in data["checks"]]
         data["step_times"] = [StepTime(**step) for step in data["step_times"]]
+        data["mixed_times"] = [MixedTime(**mixed) for mixed in data.get("mixed_times", [])]
         return cls(**data)
 
 
@@ -146,6 +163,7 @@ def as_text(report: Report) -> str:
         "",
         f"saved adapter   {report.saved['adapter_bytes'] / MIB:.2f} MiB a task with its head; "
         f"a full model {report.saved['model_bytes'] / MIB:.1f} MiB",
+        *(_mixed_lines(mixed) for mixed in report.mixed_times),
         *(_step_line(step) for step in report.step_times),
         f"peak memory     {_peak_meaning(report)}",
         f"whole run       {report.seconds:.0f} s",
@@ -199,6 +217,19 @@ def _step_line(step: StepTime) -> str:
     if step.is_speed_claim:
         return f"{line}: {step.eager_ms / best:.2f} times as fast"
     return f"{line}\n                no claim about speed: that takes a GPU and a fused kernel"
+
+
+def _mixed_lines(mixed: MixedTime) -> str:
+    line = (
+        f"mixed batch     one run {mixed.mixed_ms:.0f} ms, {mixed.runs} switched runs "
+        f"{mixed.switched_ms:.0f} ms; {mixed.tokens[0]} x {mixed.tokens[1]} tokens, "
+        f"{mixed.dtype}, median of {mixed.repeats}\n{16 * ' '}"
+    )
+    if mixed.is_speed_claim:
+        times = mixed.switched_ms / mixed.mixed_ms
+        return f"{line}{mixed.backend} backend: {times:.2f} times as fast"
+    how = "in plain PyTorch, one after another" if mixed.backend == "reference" else mixed.backend
+    return f"{line}its adapters ran {how}: no claim about speed"
 
 
 def _peak_meaning(report: Report) -> str:

@@ -61,9 +61,13 @@ class TextClassifier(nn.Module):
 
     def forward(self, task_name: str, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, classes] from ids and mask [B, L]; the active adapter is the caller's choice."""
+        return self.heads[task_name](self.features(ids, mask))
+
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, H], what a head reads of each text."""
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, L, H]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return self.heads[task_name]((hidden * weight).sum(1) / weight.sum(1))
+        return (hidden * weight).sum(1) / weight.sum(1)
 
 
 def load_encoder(source: str, device: torch.device) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def time_forwards(
         "fused_ms": nullcontext,
         "eager_ms": lambda: eager_adapters(model),
     }
-    return times_in_turn(forward, ways, model, data, list(ids.shape), repeats)
+    return times_in_turn(forward, ways, StepTime, partial(fused_backend, model, data), ids, repeats)
 
 
 def _results(

@@ -3,14 +3,19 @@
     from adapterkern.integrations import adapterhub
     adapterhub.patch(model)
 
-Only `patch`, `unpatch`, `patched` and `explain` need the library. `load` and `save` read and write
-its adapter folders, and `from_module` converts single modules, without it.
+Only `patch`, `unpatch`, `patched` and `explain` need the library. `load`, `adapters_in` and `save`
+read and write its adapter folders, and `from_module` converts single modules, without it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.integrations.adapterhub.checkpoint import AdapterCheckpoint, load, save
+from adapterkern.integrations.adapterhub.checkpoint import (
+    AdapterCheckpoint,
+    adapters_in,
+    load,
+    save,
+)
 from adapterkern.integrations.adapterhub.conversion import from_module
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ __all__ = [
     "AdapterCheckpoint",
     "FallbackWarning",
     "UnsupportedAdapterError",
+    "adapters_in",
     "explain",
     "from_module",
     "load",

@@ -105,6 +105,17 @@ def load(
     return read_stable(folder, lambda folder: _load(folder, model_type, num_layers))
 
 
+def adapters_in(
+    folder: str | os.PathLike, *, model_type: str | None = None, num_layers: int | None = None
+) -> dict[str, BottleneckAdapter]:
+    """The adapters in a folder by the place of each in its base model, ready for `AdapterBank.add`.
+
+    `load` takes the same arguments and raises the same errors; it also tells how a layer uses its
+    adapter, which a bank leaves to the caller.
+    """
+    return load(folder, model_type=model_type, num_layers=num_layers).layers
+
+
 def _load(folder: str, model_type: str | None, num_layers: int | None) -> AdapterCheckpoint:
     meta = read_config(folder)
     if model_type is not None and meta.get("model_type") not in (None, model_type):

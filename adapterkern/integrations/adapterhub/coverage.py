@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from adapterkern.integrations.adapterhub.reasons import NORM_REASONS, REASONS
+from adapterkern.integrations.adapterhub.reasons import GROUP_REASONS, NORM_REASONS, REASONS
 from adapterkern.integrations.foreign.activations import activation_name
 from adapterkern.modules.explain import table
 
-COLUMNS = ("layer", "location", "adapter", "H", "R", "activation", "runs on", "reason", "norm")
+COLUMNS = (
+    "layer", "location", "adapter", "H", "R", "activation", "runs on", "reason", "norm", "together",
+)  # fmt: skip
 LIBRARY = "library"  # the code of AdapterHub itself
 
 
@@ -18,6 +20,8 @@ class Row:
     """One adapter in one layer; `runs_on` is the backend of adapterkern that runs it, or LIBRARY,
     and `reason` then the code of why. `norm` says of a norm behind a fused adapter that it runs in
     the same pass (`SAME_PASS`), or is the code of why it does not; "" where there is none.
+    `together` says of a fused adapter that the setup puts in a Parallel or BatchSplit that it runs
+    with the others of it (`SAME_LAUNCH`), or is the code of why it runs by itself.
     """
 
     layer: str  # the name of the library's BottleneckLayer in the model
@@ -29,6 +33,7 @@ class Row:
     runs_on: str
     reason: str
     norm: str = ""
+    together: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ class Report:
         why = [f"  {reason}: {REASONS[reason]}" for reason in self.by_reason()]
         codes = dict.fromkeys(row.norm for row in self.rows if row.norm in NORM_REASONS)
         why += [f"  {code}: {NORM_REASONS[code]}" for code in codes]
-        return "\n".join([head, *table(COLUMNS, cells), *why])
+        codes = dict.fromkeys(row.together for row in self.rows if row.together in GROUP_REASONS)
+        why += [f"  {code}: {GROUP_REASONS[code]}" for code in codes]
+        shown = None if any(row.together for row in self.rows) else -1  # not an empty column
+        lines = table(COLUMNS[:shown], [row[:shown] for row in cells])
+        return "\n".join([head, *lines, *why])
 
 
 def sizes_of(adapter: nn.Module) -> tuple[int | None, int | None]:

@@ -1,4 +1,5 @@
-"""The methods that stand in for three of the library's `BottleneckLayer` while a model is patched.
+"""The methods that stand in for three of the library's `BottleneckLayer` while a model is patched;
+`mixed` has two more, for children that one launch serves.
 
 `compose_single` (level ADAPTER) is the one place where the library calls an adapter, in whatever
 composition. `bottleneck_layer_forward` (level LAYER) is the whole layer for a single active
@@ -173,7 +174,7 @@ def _adapt(
     meet only under autocast, which is off.
     """
     down_weight, up_weight, down_bias, up_bias, activation, scaling = parts
-    if x.dtype != down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if differ_in_dtype(x, down_weight):
         return None
     tensors = (x, down_weight, up_weight, down_bias, up_bias, residual, skip)
     call = make_call(*tensors, activation, scaling)
@@ -191,6 +192,11 @@ def _adapt(
     return _normalised(norm, given_of(run_call(call)))
 
 
+def differ_in_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether they meet only under autocast, which is off."""
+    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:
     """In place of the library's: the state after the adapter of that name.
 
@@ -202,7 +208,7 @@ def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> A
     adapter = self.adapters[adapter_setup]
     parts = parts_of(adapter)
     x, residual = state.hidden_states, state.adapter_residual
-    reason = parts if isinstance(parts, str) else _call_reason(x, residual)
+    reason = parts if isinstance(parts, str) else call_reason(x, residual)
     if reason is not None:
         where = f"adapter {adapter_setup!r}, {self.location_key} of layer {self.layer_idx}"
         report(reason, where, self.adapters_config)
@@ -215,7 +221,7 @@ def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> A
     return state._replace(hidden_states=output, last=adapter_setup)
 
 
-def _call_reason(x: Any, residual: Any) -> str | None:
+def call_reason(x: Any, residual: Any) -> str | None:
     """The code of what keeps this call of an eligible adapter on the library's path."""
     if type(x) is not Tensor or type(residual) is not Tensor or _is_traced():
         return "export"

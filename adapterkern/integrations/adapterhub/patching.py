@@ -16,7 +16,7 @@ from torch import nn
 from adapterkern import _torch
 from adapterkern.backends import NAMES
 from adapterkern.errors import FallbackWarning, UnsupportedAdapterError
-from adapterkern.integrations.adapterhub import fast_path
+from adapterkern.integrations.adapterhub import fast_path, mixed
 from adapterkern.integrations.adapterhub.block_norms import norm_behind
 from adapterkern.integrations.adapterhub.coverage import (
     LIBRARY,
@@ -41,9 +41,14 @@ from adapterkern.modules import explain as explaining
 from adapterkern.spec import make_call
 
 _METHODS = {
-    name: (getattr(BottleneckLayer, name), getattr(fast_path, name))
-    for name in ("bottleneck_layer_forward", "compose_single", "compose_fuse")
+    name: (getattr(BottleneckLayer, name), getattr(module, name))
+    for module, names in (
+        (fast_path, ("bottleneck_layer_forward", "compose_single", "compose_fuse")),
+        (mixed, ("compose_parallel", "compose_batch_split")),
+    )
+    for name in names
 }
+_INHERITED = [name for name in _METHODS if name not in vars(BottleneckLayer)]
 _ADDED = re.compile("adapter|lora|prefix|prompt|reft")  # in the names of what the library adds
 # By id, the configs that `patch` gave a flag.
 _flagged: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -206,6 +211,8 @@ def _install() -> None:
 def _uninstall() -> None:
     for name, (stock, _) in _METHODS.items():
         setattr(BottleneckLayer, name, stock)
+        if name in _INHERITED:
+            delattr(BottleneckLayer, name)
 
 
 def _settle(among_copies: bool = True) -> None:
@@ -235,7 +242,8 @@ def _rows(model: nn.Module, in_part: bool = False, level: int | None = None) -> 
             continue
         context = AdapterSetup.get_context()
         setup = layer.adapters_config.active_setup if context is None else context.adapter_setup
-        mixed, base_dtype = _under_fuse(setup), _base_dtype(model, name)
+        fused, base_dtype = _under_fuse(setup), _base_dtype(model, name)
+        groups = mixed.outlook(layer, setup, base_dtype)
         of_layer = fast_path.level_of(layer.adapters_config) if level is None else level
         for adapter_name, adapter in layer.adapters.items():
             parts = parts_of(adapter)
@@ -243,13 +251,13 @@ def _rows(model: nn.Module, in_part: bool = False, level: int | None = None) -> 
                 reason, activation = parts, shown_activation(adapter)
             else:
                 reason, activation = "", parts[4]
-                if adapter_name in mixed:
+                if adapter_name in fused:
                     reason = "fuse"
                 elif not _meets(base_dtype, parts[0]):
                     reason = "dtype"
             if in_part and of_layer == OFF:
                 reason = "unpatched"
-            runs_on, norm = LIBRARY, ""
+            runs_on, norm, together = LIBRARY, "", ""
             if not reason:
                 behind = norm_behind(model, name, layer) if adapter.original_ln_after else None
                 if behind is not None and not _runs_as_layer(
@@ -257,8 +265,10 @@ def _rows(model: nn.Module, in_part: bool = False, level: int | None = None) -> 
                 ):
                     behind = "layer_level"
                 runs_on, norm = _what_runs(parts, base_dtype, behind)
+                together, backend = groups.get(adapter_name, ("", None))
+                runs_on = backend or runs_on
             place = name, layer.location_key, adapter_name
-            yield Row(*place, *sizes_of(adapter), activation, runs_on, reason, norm)
+            yield Row(*place, *sizes_of(adapter), activation, runs_on, reason, norm, together)
 
 
 def _runs_as_layer(name: str, adapter: Any, setup: Any, level: int) -> bool:

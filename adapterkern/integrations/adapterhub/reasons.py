@@ -1,5 +1,5 @@
-"""The reasons why an adapter stays on the library's own path, and why a block's norm is a pass of
-its own, each a code and a sentence."""
+"""The reasons why an adapter stays on the library's own path, why a block's norm is a pass of its
+own, and why several adapters run one by one, each a code and a sentence."""
 
 REASONS = {
     "phm": "its projections are Kronecker products (Compacter), not linear layers",
@@ -39,4 +39,13 @@ NORM_REASONS = {
         'residual_before_ln="post_add", or patch(..., layer_level=False)'
     ),
     "no_kernel": "no kernel takes the norm with the adapter here, so PyTorch's own follows",
+}
+
+SAME_LAUNCH = "one launch for all"
+GROUP_REASONS = {
+    "nested": "a child of the composition is itself one",
+    "child": "another adapter of the composition runs on the library's path",
+    "differ": "the adapters differ in class, activation, dtype, device or biases",
+    "scaling": "a learned scaling has a value for each feature, or widens the result",
+    "one_by_one": "no kernel here takes several adapters at once",
 }

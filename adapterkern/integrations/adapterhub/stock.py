@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 try:
-    from adapters.composition import AdapterCompositionBlock, Fuse, Stack
+    from adapters.composition import AdapterCompositionBlock, BatchSplit, Fuse, Parallel, Stack
     from adapters.configuration import ModelAdaptersConfig
     from adapters.context import AdapterSetup, ForwardContext
     from adapters.methods.adapter_layer_base import AdapterLayerBase, ComposableAdapterLayerBase
@@ -38,10 +38,12 @@ __all__ = [
     "Adapter",
     "AdapterCompositionBlock",
     "AdapterSetup",
+    "BatchSplit",
     "BottleneckLayer",
     "ForwardContext",
     "Fuse",
     "ModelAdaptersConfig",
+    "Parallel",
     "ParallelAdapter",
     "Stack",
     "require_known_version",
@@ -63,6 +65,10 @@ _KNOWN_SOURCES: dict[tuple[type, str], tuple[str, ...]] = {
     (ComposableAdapterLayerBase, "compose"): ("17530b79c27211bb", "7e0ddf8a8433949b"),
     (ComposableAdapterLayerBase, "compose_stack"): ("7c0461c99fbf24ca",),
     (ComposableAdapterLayerBase, "compose_batch_split"): ("e74fa14adc578524",),
+    (ComposableAdapterLayerBase, "compose_parallel"): ("f148a3c2db5fa461", "6cb7d7ae03ce8470"),
+    (BottleneckLayer, "vslice"): ("59a4fce30a3ae7b7", "d8a755ee5dfef9b8"),
+    (BottleneckLayer, "pad_and_concat"): ("3f6ec57e74da8996",),
+    (BottleneckLayer, "repeat"): ("bd81140ac4768f64", "b2b6b57244f37efd"),
 }
 
 

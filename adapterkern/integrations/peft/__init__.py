@@ -29,6 +29,7 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
 from adapterkern.integrations.peft.adapterhub import from_adapterhub, to_adapterhub
 from adapterkern.integrations.peft.config import BottleneckConfig, PeftMethod
 from adapterkern.integrations.peft.layer import BottleneckLinear
+from adapterkern.integrations.peft.loading import adapters_in
 from adapterkern.integrations.peft.model import BottleneckModel
 from adapterkern.integrations.peft.model_card import describe
 from adapterkern.integrations.peft.offload import update_offload_index
@@ -39,6 +40,7 @@ __all__ = [
     "BottleneckConfig",
     "BottleneckLinear",
     "BottleneckModel",
+    "adapters_in",
     "from_adapterhub",
     "to_adapterhub",
 ]

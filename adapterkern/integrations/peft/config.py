@@ -253,7 +253,8 @@ class BottleneckConfig(PeftConfig):
         )
         # PeftModel.save_pretrained sets inference_mode. A configuration saved on its own has no
         # weights beside it.
-        if os.path.isdir(folder) and config.inference_mode and config.saved is None:
+        ours = isinstance(config, BottleneckConfig)  # PEFT reads those of every method
+        if ours and os.path.isdir(folder) and config.inference_mode and config.saved is None:
             raise ValueError(
                 f"{folder} has the configuration of a saved adapter but no "
                 f"{SAFETENSORS_WEIGHTS_NAME}.\n"

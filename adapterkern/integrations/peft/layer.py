@@ -7,9 +7,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from adapterkern import dispatch
+from adapterkern.backends.base import BackendUnsupportedError
 from adapterkern.integrations.peft.blocks import output_size
 from adapterkern.integrations.peft.checkpoint import CONTAINER
 from adapterkern.integrations.peft.config import BottleneckConfig
+from adapterkern.integrations.peft.grouped import NamedBatch
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.deferral import is_deferred
 
@@ -126,17 +129,10 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
 
     def _adapt(self, y: Tensor, block_input: Tensor | None, name: str) -> Tensor:
         adapter = self.bottleneck_adapter[name]
-        if name not in self.parallel:
-            adapted = y if is_deferred(adapter) else adapter(y)
-        elif block_input is None or block_input.shape != y.shape:
-            shape = "nothing" if block_input is None else list(block_input.shape)
-            raise RuntimeError(
-                f"the parallel adapter {name!r} must read its FFN's input, of shape "
-                f"{list(y.shape)}, and got {shape}: the model calls the FFN's layers in another "
-                'way than its source says.\n  hint: placement="pfeiffer" reads no input'
-            )
+        if name in self.parallel:
+            adapted = adapter(_read_by(name, y, block_input), residual=y)
         else:
-            adapted = adapter(block_input, residual=y)
+            adapted = y if is_deferred(adapter) else adapter(y)
         # A learned scaling stays float32 in a half-precision model and would widen the result.
         return adapted.to(y.dtype)
 
@@ -144,24 +140,53 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self, y: Tensor, block_input: Tensor | None, names: Sequence[str]
     ) -> Tensor:
         """y [B, ..., H], or [B * T, H] from blocks that flatten their tokens; B names."""
-        flat = y.dim() == 2
-        if not names or len(y) % len(names) or not (flat or len(y) == len(names)):
+        if not names or len(y) % len(names) or not (y.dim() == 2 or len(y) == len(names)):
             raise ValueError(
                 f"adapter_names must name one adapter for each input, got {len(names)} names for "
                 f"hidden states of shape {list(y.shape)}.\n"
                 "  hint: where the model repeats its inputs by itself, call it with set_adapter, "
                 "once for each adapter"
             )
-        inputs = y.reshape(len(names), -1, y.shape[-1]) if flat else y
-        adapted = inputs.clone()
-        if block_input is not None and flat:
-            block_input = block_input.reshape(len(names), -1, block_input.shape[-1])
-        for name in dict.fromkeys(names):
-            if name in self.bottleneck_adapter:  # neither BASE nor an adapter of other layers
-                rows = [row for row, other in enumerate(names) if other == name]
-                read = None if block_input is None else block_input[rows]
-                adapted[rows] = self._adapt(inputs[rows], read, name)
-        return adapted.view_as(y)
+        adapters, different = self.bottleneck_adapter, dict.fromkeys(names)
+        # What is left out here is BASE, and adapters of other layers.
+        used = {name: adapters[name] for name in different if name in adapters}
+        if not used:
+            return y
+        if len(used) == len(different) == 1:
+            return self._adapt(y, block_input, next(iter(used)))
+        batch = names if isinstance(names, NamedBatch) else NamedBatch(names)
+        plan = batch.plan(self, used, self.parallel, y)
+        adapted, apart = y, list(plan.apart)
+        for group in plan.groups:
+            read = _read_by(group.names[0], y, block_input) if group.beside else y
+            try:
+                adapted = group.run(read, adapted, batch.routing(group, y)).to(y.dtype)
+            except BackendUnsupportedError as error:  # of a backend that is named, or strict
+                why = " ".join(str(error).split())
+                dispatch.report_apart(f"each of {', '.join(group.names)}", why)
+                apart += group.names
+        return self._adapt_apart(y, block_input, adapted, batch, apart) if apart else adapted
+
+    def _adapt_apart(
+        self,
+        y: Tensor,
+        block_input: Tensor | None,
+        adapted: Tensor,
+        names: Sequence[str],
+        apart: Sequence[str],
+    ) -> Tensor:
+        """`adapted`, with the inputs of some adapters in the place of what it has for them."""
+
+        def by_input(tensor: Tensor) -> Tensor:
+            return tensor.reshape(len(names), -1, y.shape[-1]) if y.dim() == 2 else tensor
+
+        inputs, whole = by_input(y), by_input(adapted).clone()
+        for name in apart:
+            rows = [row for row, other in enumerate(names) if other == name]
+            beside = name in self.parallel
+            read = by_input(_read_by(name, y, block_input))[rows] if beside else None
+            whole[rows] = self._adapt(inputs[rows], read, name)
+        return whole.view_as(y)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see CANNOT_MERGE."""
@@ -170,3 +195,15 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Refuse: see CANNOT_MERGE."""
         raise ValueError(CANNOT_MERGE)
+
+
+def _read_by(name: str, y: Tensor, block_input: Tensor | None) -> Tensor:
+    """What an adapter beside the FFN reads."""
+    if block_input is None or block_input.shape != y.shape:
+        shape = "nothing" if block_input is None else list(block_input.shape)
+        raise RuntimeError(
+            f"the parallel adapter {name!r} must read its FFN's input, of shape "
+            f"{list(y.shape)}, and got {shape}: the model calls the FFN's layers in another "
+            'way than its source says.\n  hint: placement="pfeiffer" reads no input'
+        )
+    return block_input

@@ -1,12 +1,14 @@
 """`adapter_names`: one adapter for each input of a batch, in forward and generate."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from adapterkern.integrations.peft.grouped import NamedBatch
 from adapterkern.integrations.peft.layer import BASE, BottleneckLinear
 
 # The names under which models take their batch, the most reliable first.
@@ -19,19 +21,16 @@ INPUTS = (
     "decoder_input_ids",
     "inputs",
 )
+# What runs a part of a model again in the backward: of transformers, of torch and accelerate.
+CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
+def check_names(names: Any, known: Iterable[str]) -> list[str]:
     """Check the names and return them as a list.
 
     Raises:
-        ValueError: the model is training, the names are no list, or one of them is unknown.
+        ValueError: the names are no list, or one of them is unknown.
     """
-    if training:
-        raise ValueError(
-            "adapter_names is for inference and the model is in training mode.\n"
-            "  hint: call model.eval() first"
-        )
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"adapter_names must be a list, a name for each input, got {names!r}.\n"
@@ -48,16 +47,25 @@ def check_names(names: Any, known: Iterable[str], training: bool) -> list[str]:
 
 @contextmanager
 def adapter_names_in_forward(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Let every adapted layer of the model see the names while the context is open.
+    """Let every adapted layer of the model see the names while the context is open, and whenever
+    gradient checkpointing runs a part of it again.
 
     Where generate repeats its inputs, for beams or returned sequences and after it has run an
     encoder, the names are repeated with them.
     """
-    current = list(names)
+    current = NamedBatch(names)
+    adapted = [
+        module
+        for module in model.modules()
+        if isinstance(module, BottleneckLinear | AuxiliaryTrainingWrapper)
+    ]
     handles = [model.register_forward_pre_hook(_check_batch(current), with_kwargs=True)]
-    handles += _pass_names(model, current)
     try:
-        with _repeated_by_generate(model, names, current):
+        with (
+            _repeated_by_generate(model, names, current),
+            _kept_by_checkpoints(model, adapted, current),
+            _passed(adapted, current),
+        ):
             yield
     finally:
         for handle in handles:
@@ -65,7 +73,9 @@ def adapter_names_in_forward(model: nn.Module, names: list[str]) -> Iterator[Non
 
 
 @contextmanager
-def _repeated_by_generate(model: nn.Module, names: list[str], current: list[str]) -> Iterator[None]:
+def _repeated_by_generate(
+    model: nn.Module, names: list[str], current: NamedBatch
+) -> Iterator[None]:
     """Follow the one function with which generate repeats its inputs: how often follows from its
     arguments and two or three configurations, by rules that change between versions.
     """
@@ -76,7 +86,7 @@ def _repeated_by_generate(model: nn.Module, names: list[str], current: list[str]
         return
 
     def expand_both(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        current[:] = [name for name in names for _ in range(expand_size)]
+        current.replace([name for name in names for _ in range(expand_size)])
         return expand(expand_size, *args, **kwargs)
 
     own = model.__dict__.get(function)
@@ -89,17 +99,51 @@ def _repeated_by_generate(model: nn.Module, names: list[str], current: list[str]
             model.__dict__[function] = own
 
 
-def _pass_names(model: nn.Module, names: list[str]) -> list[Any]:
+@contextmanager
+def _kept_by_checkpoints(
+    model: nn.Module, adapted: Sequence[nn.Module], current: NamedBatch
+) -> Iterator[None]:
+    """Let what is run again in the backward, when no context is open, be given the names too."""
+    set_by_others = [
+        (vars(module), attribute, vars(module)[attribute])
+        for module in model.modules()
+        for attribute in CHECKPOINTS
+        if attribute in vars(module)
+    ]
+
+    def checkpoint(original: Callable, part: Callable, *args: Any, **kwargs: Any) -> Any:
+        names = NamedBatch(current)
+
+        def part_with_names(*args: Any, **kwargs: Any) -> Any:
+            with _passed(adapted, names):
+                return part(*args, **kwargs)
+
+        return original(part_with_names, *args, **kwargs)
+
+    try:
+        for attributes, attribute, original in set_by_others:
+            attributes[attribute] = partial(checkpoint, original)
+        yield
+    finally:
+        for attributes, attribute, original in set_by_others:
+            attributes[attribute] = original
+
+
+@contextmanager
+def _passed(adapted: Sequence[nn.Module], names: NamedBatch) -> Iterator[None]:
+    """Give the names to each of these modules with its arguments."""
+
     def hook(
         module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": names}
 
-    return [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, BottleneckLinear | AuxiliaryTrainingWrapper)
-    ]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in adapted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_batch(names: list[str]) -> Callable[..., None]:

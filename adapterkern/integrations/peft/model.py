@@ -239,7 +239,7 @@ class BottleneckModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        names = check_names(adapter_names, self.peft_config, self.training)
+        names = check_names(adapter_names, self.peft_config)
         with adapter_names_in_forward(self.model, names):
             yield
 

@@ -1,0 +1,154 @@
+"""The backward of many adapters as it compiles for GPUs that are not here: it fits, keeps its
+registers, and its products wait for no load, though rows are gathered.
+"""
+
+import os
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import sass
+import triton_sass
+
+from adapterkern.backends.base import empty_units
+from adapterkern.backends.triton.backend import TritonBackend
+from adapterkern.backends.triton.compile_only import MOST_STACK_BYTES, compile_only, resources
+from adapterkern.backends.triton.launch_config import Device
+from adapterkern.grouped.call import GroupedNeeds, make_grouped_call
+from adapterkern.grouped.routing import AdapterRouting
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+DEVICES = {
+    80: Device(108, 163 * 1024, 8),
+    89: Device(128, 99 * 1024, 8),
+    90: Device(132, 227 * 1024),
+}
+SLOTS = 16
+DX, WIDE_DX, DW, SUM = (
+    "grouped_bwd_dx_kernel", "grouped_bwd_wide_dx_kernel", "grouped_bwd_dw_kernel",
+    "grouped_bwd_dw_sum_kernel",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One backward; learned: of the scalings too."""
+
+    capability: int
+    sizes: tuple[int, int, int]
+    x: torch.dtype = HALF
+    weights: torch.dtype = HALF
+    products: torch.dtype = HALF
+    learned: bool = False
+    activation: str = "relu"  # takes the compiler a third of the time
+
+
+CONVERTED = Case(90, (4096, 1024, 64), SINGLE, SINGLE)
+MAIN = Case(90, (16384, 1024, 64), activation="gelu")
+CASES = (
+    MAIN,
+    Case(90, (16384, 1024, 128), learned=True),
+    Case(90, (1024, 1024, 64)),
+    Case(90, (4096, 1027, 63)),
+    Case(90, (4096, 1024, 256)),
+    CONVERTED,
+    Case(90, (4096, 1024, 64), SINGLE, SINGLE, SINGLE, learned=True),
+    Case(80, (16384, 1024, 64)),
+    Case(89, (16384, 1024, 64)),
+    Case(89, (4096, 1027, 128), HALF, SINGLE),
+)
+
+
+def outcomes(case: Case) -> list[tuple]:
+    """(kernel, shared, registers, stack, machine code). Runs in a process of its own."""
+    tokens, hidden, bottleneck = case.sizes
+
+    def zeros(*shape: int, dtype: torch.dtype = case.weights) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    call = make_grouped_call(
+        zeros(tokens, hidden, dtype=case.x),
+        zeros(SLOTS, bottleneck, hidden), zeros(SLOTS, hidden, bottleneck),
+        zeros(SLOTS, bottleneck), zeros(SLOTS, hidden), "input", None, zeros(SLOTS, dtype=SINGLE),
+        torch.zeros(SLOTS, dtype=torch.int32), AdapterRouting(tokens, SLOTS).buffers(),
+        case.activation, True,
+    )._replace(compute_dtype=case.products)  # fmt: skip
+    needs = GroupedNeeds(*[True] * 5, scalings=case.learned)
+    dy = zeros(tokens, hidden, dtype=call.output_dtype)
+    with compile_only(case.capability, DEVICES[case.capability]) as launches:
+        TritonBackend().grouped_backward(call, empty_units(call, tokens), dy, needs)
+        return [(n.kernel, n.shared, *resources(n.cubin), n.cubin) for n in launches]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
+    try:
+        with get_context("spawn").Pool(os.cpu_count()) as pool:
+            found = pool.map(outcomes, CASES, chunksize=1)
+            return {
+                case: {outcome[0]: outcome for outcome in one}
+                for case, one in zip(CASES, found, strict=True)
+            }
+    finally:
+        del os.environ["TRITON_CACHE_DIR"]
+
+
+def code_of(outcome: tuple) -> list[sass.Instruction]:
+    return sass.parse(triton_sass.disassemble(outcome[-1]))
+
+
+def test_cases_reach_every_kernel(compiled):
+    for case, found in compiled.items():
+        assert set(found) == {DX, DW, SUM} | ({WIDE_DX} if case.sizes[2] > 128 else set())
+
+
+def test_shared_memory_of_many_adapters_fits(compiled):
+    for case, found in compiled.items():
+        for kernel, shared, *_ in found.values():
+            assert shared <= DEVICES[case.capability].shared_memory, (case, kernel)
+
+
+def test_registers_of_many_adapters_do_not_spill(compiled):
+    """Some bytes beside the loops cost nothing."""
+    for case, found in compiled.items():
+        for outcome in found.values():
+            kernel, _, registers, stack, *_ = outcome
+            assert stack <= 4 * MOST_STACK_BYTES, (case, kernel, registers, stack)
+            if stack > MOST_STACK_BYTES:
+                for loop in sass.loops(code_of(outcome)):
+                    assert loop.count("LDL", "STL") <= 6, (case, kernel, loop.summary())
+
+
+def test_an_sm_holds_two_blocks_of_the_main_case(compiled):
+    """As of one adapter: four warps of dx, eight of the weight gradients."""
+    for kernel, warps in (DX, 4), (DW, 8):
+        _, shared, registers, *_ = compiled[MAIN][kernel]
+        assert 2 * (shared + 1024) <= 228 * 1024, (kernel, shared)
+        assert 2 * warps * -(-registers * 32 // 256) * 256 <= 64 * 1024, (kernel, registers)
+
+
+def test_gathered_rows_are_under_way_while_products_run(compiled):
+    """Vectors of 16 bytes, past the registers, several steps ahead, whatever the ranks."""
+    for case in (MAIN, CASES[1], CASES[7]):
+        for kernel, least in (DX, 2), (DW, 3):
+            code = code_of(compiled[case][kernel])
+            product = "HMMA" if case.capability < 90 else "HGMMA"
+            loops = [loop for loop in sass.innermost_loops(code) if loop.count(product)]
+            assert len(loops) == (2 if kernel == DX else 1)
+            for loop in loops:
+                assert loop.count("LDG") == 0, (case, kernel, loop.summary())
+                wide = [copy for copy in loop.named("LDGSTS") if copy.width == 16]
+                assert len(wide) >= 4, (case, kernel, loop.summary())
+                assert loop.stages_in_flight >= least, (case, kernel, loop.summary())
+
+
+def test_no_register_of_a_running_wgmma_of_many_adapters_is_written(compiled):
+    """Of float32 tensors under autocast, whose factors are converted on their way."""
+    for kernel in (DX, DW):
+        code = code_of(compiled[CONVERTED][kernel])
+        assert any("HGMMA" in one.name for one in code)
+        assert not triton_sass.hazards(code), kernel
