@@ -165,11 +165,11 @@ def test_the_id_of_a_case_of_many_adapters_reads_as_its_options():
 
 
 def test_check_shows_many_adapters_in_its_table_and_its_events(capsys):
-    command = ["check", "--backend", "reference", "--case", "grouped-fp32-*"]
+    command = ["check", "--backend", "reference", "--case", "grouped-*"]
     assert main(command) == 0
     table = capsys.readouterr().out
     assert "  fp32   d_down_weights " in table
-    assert "  fp32   d_scalings " in table
+    assert " d_scalings " in table
     assert main([*command, "--json"]) == 0
     every = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = [row for event in every if event["event"] == "case" for row in event["rows"]]

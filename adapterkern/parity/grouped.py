@@ -22,8 +22,8 @@ from adapterkern.validation import name_of
 _SPARE_TOKENS = 29  # of a routing, beyond those of x
 
 # (T, H, R, S): few tokens, which go by row, and many with many units, which go in tiles; slots with
-# no token, with a tile that is part full, with several. Little divides evenly. The first two are the
-# ones that every dtype gets whole.
+# no token, with a tile that is part full, with several. Little divides evenly. Every dtype gets the
+# first two.
 _SMALL_SIZES = (
     (9, 70, 20, 8), (70, 33, 64, 3), (1, 70, 20, 4), (13, 75, 70, 2), (0, 70, 20, 2),
     (130, 40, 40, 4), (16, 64, 16, 16), (66, 70, 65, 2),
