@@ -125,6 +125,33 @@ def test_scaling_that_becomes_a_parameter_is_trained():
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+def test_learned_scaling_that_is_replaced_is_followed():
+    bank, x = bank_of(options={"scaling": "learned"}), torch.randn(1, 16)
+    routing = routed(bank, ["narrow"])
+    bank(x, routing)
+    bank["narrow"].scaling = nn.Parameter(torch.full((1,), 5.0))
+    torch.testing.assert_close(bank(x, routing), bank["narrow"](x), **CLOSE)
+
+
+def test_parametrized_weight_is_used_and_trained():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    bank, x = bank_of(), torch.randn(1, 16)
+    routing = routed(bank, ["narrow"])
+    bank(x, routing)
+    with torch.no_grad():
+        expected = x + (bank["narrow"](x) - x)
+    nn.utils.parametrize.register_parametrization(bank["narrow"].up_proj, "weight", Halved())
+    for _ in range(2):
+        y = bank(x, routing)
+        torch.testing.assert_close(y, bank["narrow"](x), **CLOSE)
+    assert not torch.allclose(y, expected)
+    y.sum().backward()
+    assert bank["narrow"].up_proj.parametrizations.weight.original.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("replace", ["parameter", "data"])
 def test_weight_that_is_put_elsewhere_is_used_all_the_same(replace):
     bank, x = bank_of(), torch.randn(2, 16)

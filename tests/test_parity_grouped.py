@@ -142,7 +142,8 @@ def test_cases_of_many_adapters_cover_what_a_backend_declares(small):
     for dtype in dtypes:
         trained = [c for c in default if c.dtype == dtype and c.needs is None and c.ranks]
         assert min(c.num_tokens for c in trained) < 20
-        assert max(c.num_tokens for c in trained) > 2 * 64
+        # As many units as no kernel takes by row.
+        assert max(c.num_tokens * c.bottleneck_size for c in trained) > 4096
 
 
 def test_cases_ask_a_backend_only_for_what_it_declares():
@@ -164,11 +165,11 @@ def test_the_id_of_a_case_of_many_adapters_reads_as_its_options():
 
 
 def test_check_shows_many_adapters_in_its_table_and_its_events(capsys):
-    command = ["check", "--backend", "reference", "--case", "grouped-fp32-*"]
+    command = ["check", "--backend", "reference", "--case", "grouped-*"]
     assert main(command) == 0
     table = capsys.readouterr().out
     assert "  fp32   d_down_weights " in table
-    assert "  fp32   d_scalings " in table
+    assert " d_scalings " in table
     assert main([*command, "--json"]) == 0
     every = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = [row for event in every if event["event"] == "case" for row in event["rows"]]
@@ -183,5 +184,5 @@ def test_check_fails_where_many_adapters_are_wrong(monkeypatch, capsys):
         return y * (1 + 1e-5), z
 
     spoil(monkeypatch, "grouped_forward", change)
-    assert main(["check", "--backend", "reference", "--case", "grouped-fp32-gelu-T5-*"]) == 1
-    assert "MISSED grouped-fp32-gelu-T5-H70-R20-S3" in capsys.readouterr().out
+    assert main(["check", "--backend", "reference", "--case", "grouped-fp32-gelu-T9-*"]) == 1
+    assert "MISSED grouped-fp32-gelu-T9-H70-R20-S8" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`AdapterSlots`: the memory of a bank, and adapters whose parameters lie in it."""
 
+import itertools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,19 +35,34 @@ class Bindings(NamedTuple):
     are_in_slots: bool
     options: list[tuple[Any, ...]]
     options_in: list[dict[str, Any]]
-    objects: list[Any]  # projections and parameters, with where each is: a dict, and its key there
-    objects_in: list[tuple[dict[str, Any], str]]
+    objects: list[Any]  # projections, their parameters, learned scalings; then what holds them
+    projections_in: list[Any]
+    parameters_in: list[Any]
+    scalings_in: list[Any]
     parameters: list[Tensor]
     addresses: list[int]
 
     def hold(self) -> bool:
         """Whether nothing has changed. A bank asks at every call, so this reads dicts alone."""
-        return (
-            [(s.get("scaling"), s["activation"], s["dropout"]) for s in self.options_in]
-            == self.options
-            and all(map(operator.is_, [d.get(key) for d, key in self.objects_in], self.objects))
-            and list(map(Tensor.data_ptr, self.parameters)) == self.addresses
-        )
+        try:
+            now = itertools.chain(
+                itertools.chain.from_iterable(map(_PROJECTIONS, self.projections_in)),
+                itertools.chain.from_iterable(map(_PARAMETERS, self.parameters_in)),
+                map(_SCALING, self.scalings_in),
+            )
+            return (
+                [(*_OPTIONS(s), s.get("scaling")) for s in self.options_in] == self.options
+                and all(map(operator.is_, now, self.objects))
+                and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
+            )
+        except KeyError:  # parametrized, or learned no longer
+            return False
+
+
+_OPTIONS = operator.itemgetter("activation", "dropout")
+_PROJECTIONS = operator.itemgetter("down_proj", "up_proj")
+_PARAMETERS = operator.itemgetter("weight", "bias")
+_SCALING = operator.itemgetter("scaling")
 
 
 class AdapterSlots(nn.Module):
@@ -138,21 +154,21 @@ class AdapterSlots(nn.Module):
         return self._bindings
 
     def _bind(self) -> Bindings:
-        found = Bindings([], True, [], [], [], [], [], [])
+        found = Bindings([], True, [], [], [], [], [], [], [], [])
         adapters, are_in_slots = [], True
         stacks = [getattr(self, kind) for kind in ops.KINDS]
+        of_projections: list[Tensor | None] = []
+        learned: list[Tensor] = []
         for name, slot in self._slot_of.items():
             adapter: Any = self.adapters[name]
             self._follow(name, adapter)
             state, down, up = adapter.__dict__, adapter.down_proj, adapter.up_proj
-            found.options.append((state.get("scaling"), adapter.activation, adapter.dropout))
+            found.options.append((*_OPTIONS(state), state.get("scaling")))
             found.options_in.append(state)
-            found.objects_in.extend([
-                (adapter._modules, "down_proj"), (adapter._modules, "up_proj"),
-                (down._parameters, "weight"), (up._parameters, "weight"),
-                (down._parameters, "bias"), (up._parameters, "bias"),
-                (adapter._parameters, "scaling"),
-            ])  # fmt: skip
+            found.projections_in.append(adapter._modules)
+            found.objects.extend((down, up))
+            found.parameters_in.extend((down._parameters, up._parameters))
+            of_projections.extend((down.weight, down.bias, up.weight, up.bias))
             parameters = parameters_of(adapter)
             adapters.append((slot, parameters))
             for parameter, stack in zip(parameters, stacks, strict=True):
@@ -161,7 +177,10 @@ class AdapterSlots(nn.Module):
                 are_in_slots &= stack is not None and lies_in(parameter, stack, slot)
                 if not _torch.is_subclass(parameter):
                     found.parameters.append(parameter)
-        found.objects.extend(places.get(key) for places, key in found.objects_in)
+            if isinstance(adapter.scaling, Tensor):
+                learned.append(adapter.scaling)
+                found.scalings_in.append(adapter._parameters)
+        found.objects.extend((*of_projections, *learned))
         found.addresses.extend(map(Tensor.data_ptr, found.parameters))
         return found._replace(adapters=adapters, are_in_slots=are_in_slots)
 

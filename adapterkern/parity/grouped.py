@@ -3,7 +3,6 @@
 Units beyond a slot's rank hold NaN, and the routing is made for more tokens than x has.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from adapterkern.validation import name_of
 
 _SPARE_TOKENS = 29  # of a routing, beyond those of x
 
-# (T, H, R, S): few tokens, which go by row, and many, which go in tiles; slots with no token, with
-# a tile that is part full, with several. Nothing divides evenly, but for the last two.
+# (T, H, R, S): few tokens, which go by row, and many with many units, which go in tiles; slots with
+# no token, with a tile that is part full, with several. Little divides evenly. Every dtype gets the
+# first two.
 _SMALL_SIZES = (
-    (5, 70, 20, 3), (150, 33, 9, 3), (1, 70, 20, 4), (13, 75, 70, 2), (0, 70, 20, 2),
-    (200, 70, 20, 2), (16, 64, 16, 16), (128, 64, 16, 2),
+    (9, 70, 20, 8), (70, 33, 64, 3), (1, 70, 20, 4), (13, 75, 70, 2), (0, 70, 20, 2),
+    (130, 40, 40, 4), (16, 64, 16, 16), (66, 70, 65, 2),
 )  # fmt: skip
 _LARGE_SIZES = (
     (16, 768, 64, 16), (2048, 768, 64, 16), (1, 1024, 48, 4), (777, 1030, 49, 5),
@@ -38,9 +38,15 @@ _OPTIONS: tuple[dict, ...] = (
     {},
     {"ranks": False, "bias": False, "residual": "none"},
     {"residual": "tensor", "skip": True, "scaling": "fixed", "layout": "rows"},
-    {"scaling": "learned", "mix": "one", "grad_layout": "rows"},
+    {"scaling": "fixed", "mix": "one", "grad_layout": "rows"},
     {"skip": True, "mix": "distinct", "needs": ("x",)},
-    {"layout": "unaligned", "grad_layout": "unaligned", "parameter_layout": "strided"},
+    {
+        "layout": "unaligned",
+        "grad_layout": "unaligned",
+        "parameter_layout": "strided",
+        "scaling": "learned",
+        "mix": "distinct",
+    },
     {"mix": "none", "skip": True, "scaling": "fixed"},
     {"needs": ("down_weights", "up_weights", "down_biases", "up_biases"), "mix": "distinct"},
     {"scaling": "learned", "needs": ("scalings",), "ranks": False},
@@ -226,32 +232,28 @@ def cases(
         return []
     sizes = _SMALL_SIZES if small else _LARGE_SIZES
     rounds = 2 * len(dtypes) if level == "full" else 1
-    count = max(len(sizes), len(_OPTIONS)) * rounds
     found = []
-    for index in range(count):
-        tokens, hidden, units, slots = sizes[index % len(sizes)]
+    for index in range(max(len(sizes), len(_OPTIONS)) * rounds):
         again = index // len(sizes)  # so that no size keeps meeting the same dtype and option
-        found.append(
-            GroupedCase(
-                dtype=dtypes[(index + again) % len(dtypes)],
-                activation=activations[index % len(activations)],
-                num_tokens=tokens, hidden_size=hidden, bottleneck_size=units, slots=slots,
-                **_OPTIONS[(index + again) % len(_OPTIONS)],
-            )
-        )  # fmt: skip
-    # Both paths in every dtype, with all there is to a bank in training.
-    whole = itertools.product(dtypes, sizes[:2])
-    for dtype, (tokens, hidden, units, slots) in whole:
-        of_size = GroupedCase(dtype, "gelu" if "gelu" in activations else activations[0], tokens)
-        of_size = replace(of_size, hidden_size=hidden, bottleneck_size=units, slots=slots)
-        # A learned scaling of few slots takes many draws.
-        learned = tokens < 64 or dtype == dtypes[0]
-        found.append(replace(of_size, scaling="learned" if learned else "fixed", skip=True))
+        case = GroupedCase(
+            dtypes[(index + again) % len(dtypes)], activations[index % len(activations)]
+        )
+        option = _OPTIONS[(index + again) % len(_OPTIONS)]
+        found.append(replace(_sized(sizes[index % len(sizes)], case), **option))
+    one = GroupedCase(activation="gelu" if "gelu" in activations else activations[0])
+    few, many = (_sized(size, one) for size in sizes[:2])
+    for dtype in dtypes:
+        found += [replace(case, dtype=dtype, scaling="fixed", skip=True) for case in (few, many)]
         if dtype.itemsize == 2:
-            found.append(replace(of_size, parameter_dtype=torch.float32))
+            found.append(replace(few, dtype=dtype, parameter_dtype=torch.float32))
         if dtype == torch.float32:
-            found.append(replace(of_size, tf32=True))
+            found += [replace(case, tf32=True) for case in (few, many)]
     return list(dict.fromkeys(_declared(case, features) for case in found))
+
+
+def _sized(size: tuple[int, int, int, int], case: GroupedCase) -> GroupedCase:
+    tokens, hidden, units, slots = size
+    return replace(case, num_tokens=tokens, hidden_size=hidden, bottleneck_size=units, slots=slots)
 
 
 def _declared(case: GroupedCase, features: Collection[str]) -> GroupedCase:
