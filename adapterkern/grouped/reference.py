@@ -2,11 +2,12 @@
 results scattered. docs/math.md, equation (24), numbers what is new.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapterkern import _torch, reference
 from adapterkern.grouped.call import GroupedCall, GroupedGradients, GroupedNeeds
@@ -14,19 +15,36 @@ from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.spec import AdapterCall, has_values, shape_of
 
 
-def forward(call: GroupedCall) -> tuple[Tensor, Tensor]:
-    """y [..., H] and the pre-activation z [T, R], which is zero where there is none."""
+class Run(NamedTuple):
+    """The tokens of one slot, of those that are sorted by slot."""
+
+    slot: int
+    rank: int  # above 0
+    tokens: slice
+
+
+def forward(call: GroupedCall, save: bool = True) -> tuple[Tensor, Tensor | None]:
+    """y [..., H], and with `save` the pre-activation z [T, R], zero where there is none."""
     y = without_adapter(call)
-    z = y.new_zeros((call.num_tokens, call.bottleneck_size), dtype=call.compute_dtype)
     with torch.no_grad(), reference.without_autocast(call.x):
-        flat = y.view(-1, call.hidden_size)
-        for slot, rank, tokens in groups(call):
-            outputs, saved = reference.forward(of_slot(call, slot, rank, tokens))
+        tokens, runs = sorted_tokens(call)
+        by_slot = _gathered(call, tokens)
+        shape = len(tokens), call.bottleneck_size
+        z_by_slot = y.new_zeros(shape, dtype=call.compute_dtype) if save else None
+        found = []
+        for run in runs:
+            outputs, saved = reference.forward(of_slot(by_slot, run.slot, run.rank, run.tokens))
             assert outputs.y is not None
-            assert saved.z is not None
-            flat[tokens] = outputs.y.to(y.dtype)
-            z[tokens, :rank] = saved.z
-    return y, z
+            found.append(outputs.y.to(y.dtype))
+            if z_by_slot is not None and saved.z is not None:
+                z_by_slot[run.tokens, : run.rank] = saved.z
+        if found:
+            y.view(-1, call.hidden_size)[tokens] = torch.cat(found)
+        if z_by_slot is None:
+            return y, None
+        z = z_by_slot.new_zeros((call.num_tokens, call.bottleneck_size))
+        z[tokens] = z_by_slot
+        return y, z
 
 
 def plain(call: GroupedCall) -> Tensor:
@@ -38,7 +56,7 @@ def plain(call: GroupedCall) -> Tensor:
         num_tokens, slots_there, units = _sizes(call)
         slots = call.token_slots[:num_tokens].view(*call.x.shape[:-1], 1)
         for slot in range(slots_there):
-            one = of_slot(call, slot, None, None)
+            one = of_slot(call, slot, None, slice(None))
             if call.ranks is not None:
                 exists = torch.arange(units, device=y.device) < call.ranks[slot]
                 one = _masked(one, exists, call.ranks[slot] > 0)
@@ -90,12 +108,15 @@ def backward(
         scaling=needs.scalings,
     )  # fmt: skip
     with reference.without_autocast(dy):
-        for slot, rank, tokens in groups(call):
-            one = of_slot(call, slot, rank, tokens)
-            saved = Saved(None if z is None else z[tokens, :rank])
-            g = reference.backward(one, saved, Outputs(flat[tokens]), asked)
-            if dx is not None and g.x is not None:
-                dx[tokens] = g.x
+        tokens, runs = sorted_tokens(call)
+        by_slot, dy_by_slot, of_tokens = _gathered(call, tokens), flat[tokens], []
+        z_by_slot = None if z is None else z[tokens]
+        for slot, rank, part in runs:
+            one = of_slot(by_slot, slot, rank, part)
+            saved = Saved(None if z_by_slot is None else z_by_slot[part, :rank])
+            g = reference.backward(one, saved, Outputs(dy_by_slot[part]), asked)
+            if g.x is not None:
+                of_tokens.append(g.x)
             of_units = {"down_weights": g.down_weight, "down_biases": g.down_bias}
             for name, gradient in of_units.items():
                 if gradient is not None:
@@ -106,6 +127,8 @@ def backward(
                 found["up_biases"][slot] = g.up_bias
             if g.scaling is not None:
                 found["scalings"][slot] = g.scaling[0]
+        if dx is not None and of_tokens:
+            dx[tokens] = torch.cat(of_tokens)
     return GroupedGradients(
         x=None if dx is None else dx.view(shape_of(call.x)),
         residual=dy if needs.residual else None,
@@ -126,41 +149,53 @@ def without_adapter(call: GroupedCall, copies: bool = True) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format) if copies else y
 
 
-def groups(call: GroupedCall) -> Iterator[tuple[int, int, Tensor]]:
-    """The slots that tokens take: slot, rank above 0, tokens. The host waits for the device; on the
-    meta device, where nothing tells them, there are none.
+def sorted_tokens(call: GroupedCall) -> tuple[Tensor, list[Run]]:
+    """The tokens of slots with a rank above 0, slot by slot, and which of them are each slot's. The
+    host waits for the device; on the meta device, where nothing tells them, there are none.
     """
-    if call.slot_offsets.is_meta:
-        return
-    starts = call.slot_offsets.tolist()
-    ranks = None if call.ranks is None else call.ranks.tolist()
-    for slot in range(call.slots):
-        rank = call.bottleneck_size if ranks is None else ranks[slot]
-        tokens = call.order[starts[slot] : starts[slot + 1]]
-        tokens = tokens[(tokens >= 0) & (tokens < call.num_tokens)].long()
-        if rank > 0 and len(tokens) > 0:
-            yield slot, rank, tokens
+    order, offsets = call.order, call.slot_offsets[:-1].long()
+    if offsets.is_meta:
+        return order.new_empty(0, dtype=torch.int64), []
+    ranks = [call.bottleneck_size] * call.slots if call.ranks is None else call.ranks.tolist()
+    exists = (order >= 0) & (order < call.num_tokens)
+    if 0 in ranks:
+        slots = call.token_slots[order.clamp(0, len(call.token_slots) - 1)].long()
+        exists &= call.ranks[slots] > 0  # type: ignore[index]  # a token without one comes last
+    before = F.pad(exists.cumsum(0), (1, 0))[offsets].tolist()
+    tokens = order[: int(offsets[-1])][exists[: int(offsets[-1])]].long()
+    runs = [
+        Run(slot, ranks[slot], slice(first, last))
+        for slot, (first, last) in enumerate(itertools.pairwise(before))
+        if last > first
+    ]
+    return tokens, runs
 
 
-def of_slot(call: GroupedCall, slot: int, rank: int | None, tokens: Tensor | None) -> AdapterCall:
-    """The call of one slot's adapter; None: of all units, on all tokens."""
+def _gathered(call: GroupedCall, tokens: Tensor) -> GroupedCall:
+    """The call with the rows of these tokens alone, [N, H]."""
 
-    def of_tokens(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tokens is None:
-            return tensor
+    def rows(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
         if not has_values(tensor):
             return tensor.new_empty((len(tokens), call.hidden_size, 0))
         return tensor.reshape(-1, call.hidden_size)[tokens]
 
+    return call._replace(x=rows(call.x), residual=rows(call.residual), skip=rows(call.skip))
+
+
+def of_slot(call: GroupedCall, slot: int, rank: int | None, tokens: slice) -> AdapterCall:
+    """The call of one slot's adapter on these rows; rank None: of all units."""
+    residual, skip = call.residual, call.skip
     scalings, down, up = call.scalings, call.down_biases, call.up_biases
     return AdapterCall(
-        x=of_tokens(call.x),  # type: ignore[arg-type]  # it is there
+        x=call.x[tokens],
         down_weight=call.down_weights[slot, :rank],
         up_weight=call.up_weights[slot, :, :rank],
         down_bias=None if down is None else down[slot, :rank],
         up_bias=None if up is None else up[slot],
-        residual=of_tokens(call.residual),
-        skip=of_tokens(call.skip),
+        residual=None if residual is None else residual[tokens],
+        skip=None if skip is None else skip[tokens],
         scaling=None if scalings is None else scalings[slot : slot + 1],
         norm_weight=None,
         norm_bias=None,

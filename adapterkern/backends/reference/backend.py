@@ -48,8 +48,8 @@ class ReferenceBackend(Backend):
         return reference.backward(call, saved, upstream, needs)
 
     def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
-        y, z = grouped_reference.forward(call)
-        return y, unit_rows(call, z) if save else None
+        y, z = grouped_reference.forward(call, save)
+        return y, None if z is None else unit_rows(call, z)
 
     def grouped_backward(
         self, call: GroupedCall, z: Tensor | None, dy: Tensor, needs: GroupedNeeds
