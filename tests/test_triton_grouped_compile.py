@@ -105,7 +105,7 @@ def routing_outcomes(sizes: tuple[int, int]) -> list[tuple]:
         return [(n.kernel, n.grid, n.shared, *resources(n.cubin), n.cubin) for n in launches]
 
 
-ROUTINGS = ((64, 16), (16384, 16), (32768, 1024))
+ROUTINGS = ((64, 16), (16384, 16), (256, 1024), (32768, 1024))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ MOST_SPLITS_BY_ROW = 16  # whose sums each program of the second half adds up
 
 # Comparisons of a token with a group in one step of a routing: 16 a lane.
 ROUTED_AT_A_TIME = 4096
+# The bins that all groups of a program are compared with: Triton 3.6 has no registers for more.
+MOST_BINS_OF_GROUPS = 2048
 
 
 def grouped_problem(call: GroupedCall, device: Device) -> Problem:
@@ -196,11 +198,12 @@ def route(ids: Tensor, buffers: tuple[Tensor, ...], recording: launcher.Launches
     """Fill the buffers of a routing for ids [T]."""
     token_slots, order, tiles, slot_offsets = buffers
     tokens, slots = len(ids), len(slot_offsets) - 2
-    groups = 16 if tokens <= 256 else 1 if slots < 128 else 8
+    bins = max(256, triton.next_power_of_2(slots + 2))
+    groups = 16 if tokens <= 256 else 1 if slots < 128 else 4
+    groups = max(1, min(groups, MOST_BINS_OF_GROUPS // bins))
     recording.launch(
         grouped_routing.grouped_route_kernel, (cdiv(slots + 1, groups),),
         ids, token_slots, order, tiles, slot_offsets,
         tokens, slots, len(token_slots), len(order), len(tiles),
-        TILE=TILE, BINS=max(256, triton.next_power_of_2(slots + 2)),
-        GROUPS=groups, BLOCK=ROUTED_AT_A_TIME // groups, num_warps=8,
+        TILE=TILE, BINS=bins, GROUPS=groups, BLOCK=ROUTED_AT_A_TIME // groups, num_warps=8,
     )  # fmt: skip
