@@ -145,7 +145,7 @@ def groups(call: GroupedCall) -> Iterator[tuple[int, int, Tensor]]:
 def of_slot(call: GroupedCall, slot: int, rank: int | None, tokens: Tensor | None) -> AdapterCall:
     """The call of one slot's adapter; None: of all units, on all tokens."""
 
-    def of_tokens(tensor: Tensor | None) -> Tensor | None:
+    def of_tokens(tensor: Any) -> Any:  # torch.compile of torch 2.9 traces no union here
         if tensor is None or tokens is None:
             return tensor
         if not has_values(tensor):
@@ -154,7 +154,7 @@ def of_slot(call: GroupedCall, slot: int, rank: int | None, tokens: Tensor | Non
 
     scalings, down, up = call.scalings, call.down_biases, call.up_biases
     return AdapterCall(
-        x=of_tokens(call.x),  # type: ignore[arg-type]  # it is there
+        x=of_tokens(call.x),
         down_weight=call.down_weights[slot, :rank],
         up_weight=call.up_weights[slot, :, :rank],
         down_bias=None if down is None else down[slot, :rank],
