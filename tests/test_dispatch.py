@@ -283,7 +283,7 @@ class OtherCall(NamedTuple):
         if self.x.dim() != 2:
             raise ValueError(f"x must have shape [T, H], got {list(self.x.shape)}.")
         return spec_on(
-            "cpu", operation="grouped", hidden_size=self.x.shape[1], features=frozenset()
+            "cpu", operation="another", hidden_size=self.x.shape[1], features=frozenset()
         )
 
 
@@ -294,7 +294,8 @@ def other_call():
 def test_a_second_kind_of_call_is_refused_by_every_backend_that_does_not_declare_it(clean_dispatch):
     with pytest.raises(ak.BackendUnsupportedError) as caught:
         dispatch.select(other_call())
-    reason = "operation grouped is not implemented (has: bottleneck_adapter)"
+    has = "bottleneck_adapter, grouped_bottleneck_adapter"
+    reason = f"operation another is not implemented (has: {has})"
     assert f"reference: {reason}" in str(caught.value)
     for name in NAMES:
         with pytest.raises(ak.BackendUnsupportedError):
@@ -306,7 +307,7 @@ def test_a_second_kind_of_call_is_refused_by_every_backend_that_does_not_declare
 
 
 def test_a_second_kind_of_call_is_chosen_and_remembered_like_the_first(spy):
-    spy.operations = frozenset({"bottleneck_adapter", "grouped"})
+    spy.operations = frozenset({"bottleneck_adapter", "another"})
     first = dispatch.select(other_call())
     assert first.backend == "triton"
     assert dispatch.select(other_call()) is first
@@ -316,7 +317,7 @@ def test_a_second_kind_of_call_is_chosen_and_remembered_like_the_first(spy):
 
 
 def test_kinds_of_calls_do_not_share_a_decision_whatever_their_keys_are(spy):
-    spy.operations = frozenset({"bottleneck_adapter", "grouped"})
+    spy.operations = frozenset({"bottleneck_adapter", "another"})
     first = make_call(**tensors((3,)))
 
     class SameKey(OtherCall):
@@ -324,7 +325,7 @@ def test_kinds_of_calls_do_not_share_a_decision_whatever_their_keys_are(spy):
             return first.key()
 
     assert dispatch.select(first).spec.operation == "bottleneck_adapter"
-    assert dispatch.select(SameKey(*other_call())).spec.operation == "grouped"
+    assert dispatch.select(SameKey(*other_call())).spec.operation == "another"
 
 
 def test_a_call_under_a_transform_does_not_take_the_decision_of_one_outside(spy):

@@ -179,7 +179,11 @@ def test_a_graph_sees_adapters_that_were_added_and_removed(backend, tokens):
     graph.replay()
     before = y.clone()
     assert torch.equal(before[ids == 4], x[ids == 4])
+    with pytest.raises(ValueError, match="'b' is in use"):
+        bank.remove("b")
+    routing.update(torch.where(ids == 1, -1, ids))
     bank.remove("b")
+    routing.update(ids)  # of a caller that has not heard of it
     graph.replay()
     assert torch.equal(y[ids == 1], x[ids == 1])
     assert torch.equal(y[ids != 1], before[ids != 1])

@@ -380,6 +380,18 @@ def test_errors_are_the_library_s_own(setup, error):
     assert str(found.value) == str(expected.value)
 
 
+def test_another_dtype_gets_the_hint_that_a_single_adapter_gets():
+    model = bert(SMALL, SMALL)
+    for name in "ab":
+        model.adapter_to(name, dtype=torch.bfloat16)
+    model.set_active_adapters(ac.Parallel("a", "b"))
+    with ak.use_backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", adapterhub.FallbackWarning)
+        adapterhub.patch(model)
+        with pytest.raises(RuntimeError, match=r"hint: model\.adapter_to\('a'"):
+            run(model)
+
+
 def test_unpatching_leaves_no_method_behind():
     own = dict(vars(BottleneckLayer))
     with adapterhub.patched(bert()):

@@ -174,7 +174,7 @@ def test_many_adapters_have_goals_of_their_own(run):
         if row.provider == "triton" and case.kind == "many":
             decides = case.hidden_size == 4096 and case.rows == 128
             row.ratios |= {"single": 0.9 if decides else 1.0, "limit": 0.6}
-            row.floor_fraction = 0.79
+            row.floor_fraction = 0.79 if case.adapters == 64 else 0.5  # few weights: launches bound
     found = found_in(result)
     shared, by_bytes, distinct, none = (found["many", promise] for promise in MANY.values())
     assert (shared.met, shared.found) == (False, "1.11x, 0.01 over")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks.gpu import measuring
+from benchmarks.gpu import measuring, workload
 from benchmarks.gpu.measuring import Measuring, Task
 from benchmarks.gpu.output import Output
 from benchmarks.gpu.pack import ROOT
@@ -134,3 +134,10 @@ def test_a_worker_that_does_not_start_is_said(measure, output):
     assert not measure(Task("a", 1), words=["broken"])
     assert statuses(output) == [("a", "died")]
     assert output.events[0]["note"] == "the worker did not start: no such device"
+
+
+def test_a_batch_of_many_adapters_is_narrowed_beside_a_single_one():
+    for task, beside in ((workload.MANY[0], "single"), (workload.REPORTED[0], "plain")):
+        request = task.narrowed("cuda").request
+        assert (request["backends"], request["baselines"]) == (["cuda"], [beside, "limit"])
+        assert request["case"] == task.request["case"]

@@ -146,6 +146,9 @@ def test_the_gate_knows_a_gradient_of_another_adapter():
 def test_leaves_of_one_adapter_take_their_part_of_other_stacks():
     inputs, other = CASE.draw("cpu"), CASE.draw("cpu", seed=1)
     assert parameter(inputs.parameters, "norm_weight") is None
+    stack = inputs.parameters["down_weights"]
+    assert parameter(inputs.parameters, "down_weights") is stack
+    assert torch.equal(parameter(inputs.parameters, "down_weights.3"), stack[3])
     for name in ("loop", "single", "reference"):
         built = PROVIDERS[name].build(CASE, inputs)
         there = PROVIDERS[name].build(CASE, other)

@@ -264,6 +264,18 @@ def test_transforms_of_torch_func_run_the_loop(mixed):
     assert_same(torch.func.grad(run)(x), expected)
 
 
+def test_a_compiled_layer_takes_other_names(mixed, ran, recompiled):
+    """A graph holds the names, with the loop that they make."""
+    layer = layers_of(mixed("bert"))[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(4, 3, layer.base_layer.in_features)
+    for names in (NAMES, NAMES[::-1]):
+        ran.clear()
+        found = compiled(x, adapter_names=names)
+        assert not ran
+        assert_same(found, layer(x, adapter_names=names))
+
+
 def test_explain_shows_the_call_of_a_layer_and_who_was_not_named(mixed, batch, clean_dispatch):
     table = ak.explain(mixed("bert"), **batch("bert"), adapter_names=NAMES)
     layer = "base_model.model.encoder.layer.0.output.dense.bottleneck_adapter"

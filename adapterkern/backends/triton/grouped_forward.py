@@ -31,17 +31,17 @@ from adapterkern.backends.triton.tiles import (
 @triton.jit
 def load_slot_up_tile(
     ptr, unit, feature, rank, bottleneck_size, hidden_size,
-    RAGGED: tl.constexpr, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr,
+    VECTOR: tl.constexpr, EVEN_R: tl.constexpr, EVEN_H: tl.constexpr,
 ):  # fmt: skip
     """Load [BLOCK_H, BLOCK_R] of a slot's U [H, R]; zeros out of bounds and from `rank` on.
 
-    RAGGED: the rank ends within a vector of 8, though R does not. A mask that ends there would
-    split every vector into its elements; so it ends with the vector, and what that has beyond the
+    A rank that divides by VECTOR ends with one. In any other a mask that ends with the rank would
+    split every vector into its elements, so it ends with the vector, and what that has beyond the
     rank is put out before anything computes with it.
     """
-    whole = (rank + 7) // 8 * 8 if RAGGED else rank
+    whole = (rank + VECTOR - 1) // VECTOR * VECTOR
     tile = load_up_tile(ptr, unit, feature, whole, hidden_size, EVEN_R, EVEN_H, bottleneck_size)
-    if RAGGED:
+    if VECTOR > 1:
         tile = tl.where(unit[None, :] < rank, tile, 0.0)
     return tile
 
@@ -57,7 +57,7 @@ def part_of_tile(tiles_ptr, order_ptr, num_tokens, TILE: tl.constexpr, BLOCK_T: 
     start = tl.load(tiles_ptr + 3 * tile + 1) + first
     rows = tl.load(tiles_ptr + 3 * tile + 2) - first
     row = tl.arange(0, BLOCK_T)
-    token = tl.load(order_ptr + start + row, mask=(row < rows) & (slot >= 0), other=-1)
+    token = tl.load(order_ptr + start + row, mask=row < rows, other=-1)
     token = tl.where((token < 0) | (token > num_tokens), num_tokens, token)
     return slot, rows, token
 
@@ -84,12 +84,42 @@ def slot_bottleneck(
 
 
 @triton.jit
+def part_bottleneck(
+    x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, a_ptr, token,
+    num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
+    ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """a = act(z) of all units; nothing where they are more than a tile, and it is left in a_ptr."""
+    if ONE_TILE:
+        return slot_bottleneck(
+            x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, tl.arange(0, BLOCK_R), hidden_size,
+            num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
+            ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+        )  # fmt: skip
+    else:
+        for first_unit in range(0, bottleneck_size, BLOCK_R):
+            unit = first_unit + tl.arange(0, BLOCK_R)
+            last = tl.where(first_unit < rank, hidden_size, 0)  # no product beyond the rank
+            of_tile = slot_bottleneck(
+                x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit, last,
+                num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
+                ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+            )  # fmt: skip
+            store_units(
+                a_ptr, of_tile, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
+            )
+        tl.debug_barrier()  # `norm.store_normed` says why this is enough
+
+
+@triton.jit
 def store_slot_rows(
     a, a_ptr, token, unit, rank, up_weight_ptr, up_bias_ptr, scaling_ptr,
     x_ptr, residual_ptr, skip_ptr, y_ptr, num_tokens, hidden_size, bottleneck_size,
     stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, ADD_INPUT: tl.constexpr,
-    RAGGED: tl.constexpr, ONE_TILE: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
+    VECTOR: tl.constexpr, ONE_TILE: tl.constexpr, EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,
     OUT_STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +131,7 @@ def store_slot_rows(
         if ONE_TILE:
             w_up = load_slot_up_tile(
                 up_weight_ptr, unit, feature, rank, bottleneck_size, hidden_size,
-                RAGGED, EVEN_R, EVEN_H,
+                VECTOR, EVEN_R, EVEN_H,
             )  # fmt: skip
             u = tl.dot(a, tl.trans(w_up).to(DTYPE), u, input_precision=PRECISION)
         else:
@@ -112,7 +142,7 @@ def store_slot_rows(
                 )
                 w_up = load_slot_up_tile(
                     up_weight_ptr, unit, feature, rank, bottleneck_size, hidden_size,
-                    RAGGED, EVEN_R, EVEN_H,
+                    VECTOR, EVEN_R, EVEN_H,
                 )  # fmt: skip
                 u = plus_product(u, of_tile, tl.trans(w_up).to(DTYPE), PRECISION)
         y = output_tile(
@@ -177,7 +207,7 @@ def grouped_fwd_kernel(
     """
     bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE  # shows the compiler its vectors
     slot, rows, token = part_of_tile(tiles_ptr, order_ptr, num_tokens, TILE, BLOCK_T)
-    if (slot < 0) | (rows <= 0):
+    if rows <= 0:  # an empty tile has none
         return
     rank = rank_of(slot, ranks_ptr, slots, bottleneck_size)
     if rank == 0:
@@ -194,50 +224,28 @@ def grouped_fwd_kernel(
     up_bias_ptr = moved(up_biases_ptr, slot, hidden_size)
     scaling_ptr = moved(scalings_ptr, slot, 1)
     unit = tl.arange(0, BLOCK_R)
-    if ONE_TILE:
-        a = slot_bottleneck(
-            x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit, hidden_size,
-            num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
-            ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
-        )  # fmt: skip
-    else:
-        for first_unit in range(0, bottleneck_size, BLOCK_R):
-            unit = first_unit + tl.arange(0, BLOCK_R)
-            last = tl.where(first_unit < rank, hidden_size, 0)  # no product beyond the rank
-            of_tile = slot_bottleneck(
-                x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, token, unit, last,
-                num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
-                ACTIVATION, DTYPE, PRECISION, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
-            )  # fmt: skip
-            store_units(
-                a_ptr, of_tile, token, unit, stride_unit_token, num_tokens, bottleneck_size, EVEN_R
-            )
-        tl.debug_barrier()  # `norm.store_normed` says why this is enough
-        a = None
-    # With a rank of whole vectors, which is nearly every one, the loop is that of the row block; a
-    # ragged one takes a fifth more instructions.
-    if R_MULTIPLE < 8 or EVEN_R:
+    a = part_bottleneck(
+        x_ptr, down_weight_ptr, down_bias_ptr, z_ptr, a_ptr, token,
+        num_tokens, hidden_size, rank, bottleneck_size, stride_x_token, stride_unit_token,
+        ACTIVATION, DTYPE, PRECISION, ONE_TILE, EVEN_H, EVEN_R, BLOCK_T, BLOCK_H, BLOCK_R,
+    )  # fmt: skip
+    # A rank of whole vectors, as nearly every one is, has the loop of the row block; a ragged one a
+    # loop of a fifth more instructions.
+    if R_MULTIPLE > 1 and not EVEN_R and rank % R_MULTIPLE > 0:
         store_slot_rows(
             a, a_ptr, token, unit, rank, up_weight_ptr, up_bias_ptr, scaling_ptr,
             x_ptr, residual_ptr, skip_ptr, y_ptr, num_tokens, hidden_size, bottleneck_size,
             stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
-            DTYPE, PRECISION, ADD_INPUT, False, ONE_TILE, EVEN_H, EVEN_R,
-            OUT_STAGES, BLOCK_T, BLOCK_H, BLOCK_R,
-        )  # fmt: skip
-    elif rank % 8 == 0:
-        store_slot_rows(
-            a, a_ptr, token, unit, rank // 8 * 8, up_weight_ptr, up_bias_ptr, scaling_ptr,
-            x_ptr, residual_ptr, skip_ptr, y_ptr, num_tokens, hidden_size, bottleneck_size,
-            stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
-            DTYPE, PRECISION, ADD_INPUT, False, ONE_TILE, EVEN_H, EVEN_R,
+            DTYPE, PRECISION, ADD_INPUT, R_MULTIPLE, ONE_TILE, EVEN_H, EVEN_R,
             OUT_STAGES, BLOCK_T, BLOCK_H, BLOCK_R,
         )  # fmt: skip
     else:
+        rank = rank // R_MULTIPLE * R_MULTIPLE
         store_slot_rows(
             a, a_ptr, token, unit, rank, up_weight_ptr, up_bias_ptr, scaling_ptr,
             x_ptr, residual_ptr, skip_ptr, y_ptr, num_tokens, hidden_size, bottleneck_size,
             stride_x_token, stride_residual_token, stride_skip_token, stride_unit_token,
-            DTYPE, PRECISION, ADD_INPUT, True, ONE_TILE, EVEN_H, EVEN_R,
+            DTYPE, PRECISION, ADD_INPUT, 1, ONE_TILE, EVEN_H, EVEN_R,
             OUT_STAGES, BLOCK_T, BLOCK_H, BLOCK_R,
         )  # fmt: skip
 
@@ -337,7 +345,7 @@ def grouped_fwd_row_up_kernel(
         unit = first_unit + tl.arange(0, BLOCK_R)
         w_up = load_slot_up_tile(
             up_weight_ptr, unit, feature, rank, bottleneck_size, hidden_size,
-            R_MULTIPLE == 8, False, EVEN_H,
+            R_MULTIPLE, False, EVEN_H,
         )  # fmt: skip
         z = row_bottleneck(
             partial_ptr, down_bias_ptr, index, unit, rank, num_tokens, stride_unit_token,

@@ -48,11 +48,11 @@ class Chunks(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, slots: int, kernel: LaunchConfig, device: Device) -> "Chunks":
-        """Two programs an SM where all tokens have one adapter; a chunk of under 4 tiles costs more
-        in partial sums than its parallel work gains."""
+        """One program an SM where all tokens have one adapter, as the kernel of one has; a chunk of
+        under 4 tiles costs more in partial sums than its parallel work gains."""
         programs = cdiv(problem.hidden_size, kernel.block_h)
         programs *= cdiv(problem.bottleneck_size, kernel.block_r)
-        wanted = max(1, 2 * device.num_sms // programs)
+        wanted = max(1, device.num_sms // programs)
         tiles = max(4, cdiv(cdiv(problem.num_tokens, TILE), wanted))
         return Chunks(tiles * TILE, cdiv(num_tiles(problem.num_tokens, slots), tiles) + slots - 1)
 

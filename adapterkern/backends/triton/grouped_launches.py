@@ -88,7 +88,7 @@ def by_row(problem: Problem, device: Device) -> Split:
 
     # Odd rows come in single elements, whose addresses take registers.
     narrow = tile(tokens * unit_blocks, 8192)
-    widen = tile(tokens, 16384 if problem.plain else 8192)
+    widen = tile(tokens, 16384 if problem.plain else LEAST_ROW_ELEMENTS)
     blocks = cdiv(hidden, narrow.block_h)
     wanted = max(1, 4 * device.num_sms // (tokens * unit_blocks))
     each = cdiv(blocks, min(wanted, blocks, MOST_SPLITS_BY_ROW)) * narrow.block_h

@@ -24,10 +24,10 @@ def row_block_of(tiles_ptr, block, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def tokens_of(order_ptr, row, last, num_tokens):
-    """The tokens of rows of `order`; num_tokens, which every load and store masks, where a row is
-    not before `last`, and for a token that x does not have."""
+    """The tokens of rows of `order`; num_tokens, which every load and store masks, as it does what
+    is beyond, where a row is not before `last`."""
     token = tl.load(order_ptr + row, mask=row < last, other=-1)
-    return tl.where((token >= 0) & (token < num_tokens), token, num_tokens)
+    return tl.where(token < 0, num_tokens, token)
 
 
 @triton.jit
@@ -37,8 +37,9 @@ def rank_of(slot, ranks_ptr, slots, bottleneck_size):
     if ranks_ptr is None:
         rank = tl.where(exists, bottleneck_size, 0)
     else:
-        rank = tl.load(ranks_ptr + slot, mask=exists, other=0)
-        rank = tl.maximum(tl.minimum(rank, bottleneck_size), 0)
+        # No mask: the interpreter of Triton 3.9 takes none with one truth value in it.
+        rank = tl.load(ranks_ptr + tl.where(exists, slot, 0))
+        rank = tl.where(exists, tl.maximum(tl.minimum(rank, bottleneck_size), 0), 0)
     return rank
 
 
@@ -54,4 +55,4 @@ def moved(ptr, slot, elements):
 def scale_of(scalings_ptr, slot, exists):
     """The scaling of a slot that exists, else 0; nothing, as `scaled` takes it, without any."""
     if scalings_ptr is not None:
-        return tl.load(scalings_ptr + slot, mask=exists, other=0.0)
+        return tl.where(exists, tl.load(scalings_ptr + tl.where(exists, slot, 0)), 0.0)

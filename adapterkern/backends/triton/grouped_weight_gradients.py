@@ -79,15 +79,13 @@ def grouped_bwd_dw_kernel(
     rank = rank_of(slot, ranks_ptr, slots, bottleneck_size)
     if (first >= last) | (rank <= 0):
         return
-    begin, end = slot_rows(slot_offsets_ptr, slot, num_rows)
-    is_whole = (begin == first) & (end == last)
     feature = feature_block * BLOCK_H + tl.arange(0, BLOCK_H)
     unit = unit_block * BLOCK_R + tl.arange(0, BLOCK_R)
     # The last tile of a segment may be filled up.
-    last += tl.load(tiles_ptr + (last // TILE - 1) * 3 + 2) - TILE
-    last = tl.where(unit_block * BLOCK_R < rank, last, first)
+    filled = last + tl.load(tiles_ptr + (last // TILE - 1) * 3 + 2) - TILE
+    filled = tl.where(unit_block * BLOCK_R < rank, filled, first)
     d_down, d_up, dz_total, dy_total = sums_of_tokens(
-        x_ptr, dy_ptr, dz_ptr, a_ptr, order_ptr, feature, unit, first, last,
+        x_ptr, dy_ptr, dz_ptr, a_ptr, order_ptr, feature, unit, first, filled,
         num_tokens, hidden_size, rank, stride_x_token, stride_dy_token, stride_unit_token,
         DTYPE, PRECISION, part_down_ptr is not None, part_up_ptr is not None,
         part_down_bias_ptr is not None, part_up_bias_ptr is not None,
@@ -96,7 +94,8 @@ def grouped_bwd_dw_kernel(
     # Beyond the rank a is not zero, and zero is no product of a dz of zero and an x of Inf.
     d_down = tl.where(unit[:, None] < rank, d_down, 0.0)
     d_up = tl.where(unit[:, None] < rank, d_up, 0.0)
-    if WHOLE and is_whole:
+    begin, end = slot_rows(slot_offsets_ptr, slot, num_rows)
+    if WHOLE and (begin == first) & (end == last):
         store_sums(
             d_down, d_up, dz_total, dy_total, None, scale_of(scalings_ptr, slot, True),
             d_down_ptr, d_up_ptr, d_down_bias_ptr, d_up_bias_ptr, slot,

@@ -174,7 +174,7 @@ def _adapt(
     meet only under autocast, which is off.
     """
     down_weight, up_weight, down_bias, up_bias, activation, scaling = parts
-    if differ_in_dtype(x, down_weight):
+    if x.dtype != down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     tensors = (x, down_weight, up_weight, down_bias, up_bias, residual, skip)
     call = make_call(*tensors, activation, scaling)
@@ -190,11 +190,6 @@ def _adapt(
             except BackendUnsupportedError:
                 pass
     return _normalised(norm, given_of(run_call(call)))
-
-
-def differ_in_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether they meet only under autocast, which is off."""
-    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def compose_single(self: Any, adapter_setup: str, state: Any, lvl: int = 0) -> Any:

@@ -201,9 +201,7 @@ def _after(layer: Any, setup: Any, group: Group, state: Any, rows: tuple[int, ..
         return None
     state = layer.pre_block(setup, state)
     x, residual = state.hidden_states, state.adapter_residual
-    if fast_path.call_reason(x, residual) is not None or fast_path.differ_in_dtype(
-        x, group.parts[0][0]
-    ):
+    if fast_path.call_reason(x, residual) is not None or not _meet(x.dtype, group.parts[0][0]):
         return None
     per_row = math.prod(x.shape[1:-1])
     tokens = tuple(n * per_row for n in rows)
@@ -220,6 +218,11 @@ def _after(layer: Any, setup: Any, group: Group, state: Any, rows: tuple[int, ..
         y = torch.cat([of_x if slot < 0 else of_y for slot, of_y, of_x in pieces])
     last = setup.children[-1] if group.slots[-1] >= 0 else state.last
     return state._replace(hidden_states=y, last=last)
+
+
+def _meet(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether hidden states of this dtype and the weight have one dtype, or autocast gives it."""
+    return dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
 
 
 def _stacked(parts: Sequence[Tensor], units: int = 0) -> Tensor:
@@ -286,6 +289,8 @@ def _outlook(group: Group | str, dtype: torch.dtype | None) -> tuple[str, str | 
     down = group.parts[0][0]
     if not is_served(down.device.type):
         return "one_by_one", None
+    if not _meet(dtype or down.dtype, down):
+        return "", None  # each of them has a reason of its own
     x = down.new_empty((len(group.slots), down.shape[1]), dtype=dtype)
     residual = None if group.is_parallel else x
     call = call_of(group, x, residual, (1,) * len(group.slots))
