@@ -259,7 +259,8 @@ def make_grouped_call(
         compute_dtype,
         gradient,
     )
-    return call if gradient else call._replace(gradient=needs_gradient(call))
+    # Replaced in any case: torch.compile of torch 2.9 knows the properties of no other.
+    return call._replace(gradient=gradient or needs_gradient(call))
 
 
 def needs_gradient(call: GroupedCall) -> bool:

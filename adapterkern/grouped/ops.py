@@ -204,7 +204,8 @@ def with_stacks(call: GroupedCall, leaves: Leaves) -> GroupedCall:
         name = KINDS[kind]
         whole = getattr(call, name)
         parts = stacks.setdefault(name, list(whole.detach().unbind(0)))
-        missing = [(0, m - n) for n, m in zip(parameter.shape, parts[slot].shape, strict=False)]
+        # A scaling has one dimension more than its part. (torch 2.9 traces no zip of two lengths.)
+        missing = [(0, m - parameter.shape[i]) for i, m in enumerate(parts[slot].shape)]
         filled = F.pad(parameter, [size for pair in reversed(missing) for size in pair])
         parts[slot] = filled.view(parts[slot].shape)
     replaced: dict[str, Any] = {name: torch.stack(parts) for name, parts in stacks.items()}
