@@ -85,7 +85,7 @@ def test_name_in_use_stays_until_its_routing_is_updated_or_gone():
     bank(x, routing)
     expected = (
         "adapter 'narrow' is in use: a routing that this bank has served names it.\n"
-        "  hint: routing.update(...) for a batch without it, or drop that routing."
+        "  hint: routing.update([]), or for a batch without it, or drop that routing."
     )
     with pytest.raises(ValueError, match="in use") as caught:
         bank.remove("narrow")

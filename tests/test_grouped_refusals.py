@@ -54,11 +54,13 @@ CALLS = {
         f"{ALL_CPU.replace('cpu', 'meta')}, routing on cpu.\n  hint: bank.to('cpu').",
     ),
     "no-routing": (
-        lambda: bank_of()(X, None), "routing must be an AdapterRouting, got NoneType.",
+        lambda: bank_of()(X, None), "routing must be an AdapterRouting, got NoneType.\n"
+        "  hint: AdapterRouting(max_tokens, slots).update(bank.ids(names), seq_len=...).",
     ),
     "ids-for-a-routing": (
         lambda: bank_of()(X, bank_of().ids(["full"] * 3)),
-        "routing must be an AdapterRouting, got Tensor.",
+        "routing must be an AdapterRouting, got Tensor.\n"
+        "  hint: AdapterRouting(max_tokens, slots).update(bank.ids(names), seq_len=...).",
     ),
     "no-x": (call(x=None), "x must be a torch.Tensor, got NoneType."),
     "hidden-size": (

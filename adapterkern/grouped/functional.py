@@ -73,20 +73,14 @@ def check_routing(x: Any, routing: Any) -> None:
         TypeError, ValueError: as said.
     """
     if not isinstance(routing, AdapterRouting):
-        raise TypeError(f"routing must be an AdapterRouting, got {type(routing).__name__}.")
+        raise TypeError(
+            f"routing must be an AdapterRouting, got {type(routing).__name__}.\n"
+            "  hint: AdapterRouting(max_tokens, slots).update(bank.ids(names), seq_len=...)."
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
     if x.dim() > 0 and not torch.compiler.is_compiling():
         routing.check_tokens(x.shape[:-1].numel())
-
-
-def validated(call: GroupedCall) -> None:
-    """Refuse a call that is not valid, where nothing is to be run.
-
-    Raises:
-        TypeError, ValueError: as `grouped_bottleneck_adapter`.
-    """
-    dispatch.select(call, "reference")
 
 
 def run_call(

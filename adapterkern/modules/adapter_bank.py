@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern import _torch
+from adapterkern import _torch, dispatch
 from adapterkern.activations import canonical_name
 from adapterkern.grouped import functional, ops, reference
 from adapterkern.grouped.call import GroupedCall, make_grouped_call
@@ -166,7 +166,7 @@ class AdapterBank(AdapterSlots):
         if any(slot in routing.used_slots() for routing in self._routings):
             raise ValueError(
                 f"adapter {name!r} is in use: a routing that this bank has served names it.\n"
-                "  hint: routing.update(...) for a batch without it, or drop that routing."
+                "  hint: routing.update([]), or for a batch without it, or drop that routing."
             )
         self._free(name)
 
@@ -197,7 +197,7 @@ class AdapterBank(AdapterSlots):
         # made of parameters that want their gradient at every call.
         own = call.down_weights is self._buffers["down_weights"]
         if not _in_graph(x) and own and routing.used == ():
-            functional.validated(call)
+            dispatch.select(call, self.backend)  # which refuses what is not valid
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
 

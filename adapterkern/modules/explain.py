@@ -89,7 +89,7 @@ class ModelExplanation:
 
 @overload
 def explain(
-    adapter: BottleneckAdapter | dispatch.Call, *args: Any, **kwargs: Any
+    adapter: BottleneckAdapter | AdapterBank | dispatch.Call, *args: Any, **kwargs: Any
 ) -> Explanation: ...
 @overload
 def explain(adapter: Callable, *args: Any, **kwargs: Any) -> ModelExplanation: ...

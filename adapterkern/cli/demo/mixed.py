@@ -72,7 +72,7 @@ class MixedBatch:
         bank = next(iter(self.banks.values()))
         x = torch.empty(self.ids.numel(), bank.hidden_size, device=self.device, dtype=dtype)
         with torch.no_grad():
-            return explain(bank.as_call(x, self._routing_for(bank, x))).backend
+            return explain(bank, x, self._routing_for(bank, x)).backend
 
     def _switched_to(self, name: str | None) -> Tensor:
         encoder, rows = self.model.encoder, self.rows[name]

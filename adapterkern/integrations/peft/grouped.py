@@ -11,6 +11,7 @@ from adapterkern import _torch, dispatch
 from adapterkern.grouped import functional, ops
 from adapterkern.grouped.call import make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
+from adapterkern.modules.bank_slots import parameters_of
 from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
 from adapterkern.modules.deferral import is_deferred
 from adapterkern.spec import compute_dtype_of
@@ -125,7 +126,7 @@ class NamedBatch(list[str]):
         wide: torch.dtype,
     ) -> Group:
         slot_of = {name: slot for slot, name in enumerate(adapters)}
-        each = [_parameters_of(adapter) for adapter in adapters.values()]
+        each = [parameters_of(adapter) for adapter in adapters.values()]
         kinds, slots, parameters = [], [], []
         for slot, own in enumerate(each):
             for kind, parameter in enumerate(own):
@@ -230,13 +231,6 @@ def _mark_of(value: Any) -> Any:
         return id(value), value._version, value.data_ptr()
     except RuntimeError:  # one of an inference mode counts no versions
         return object()
-
-
-def _parameters_of(adapter: Any) -> tuple[Tensor | None, ...]:
-    """In the order of `ops.KINDS`."""
-    down, up, scaling = adapter.down_proj, adapter.up_proj, adapter.scaling
-    learned = scaling if isinstance(scaling, Tensor) else None
-    return down.weight, up.weight, down.bias, up.bias, learned
 
 
 def _stacked(parameters: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
