@@ -220,6 +220,23 @@ def part_of(stacked: Tensor | None, kind: int, slot: int, shape: Sequence[int]) 
     return stacked[slot][tuple(slice(size) for size in shape)]
 
 
+def stack_of(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The parts as one new tensor without gaps, each at the front of its slot, filled up with
+    zeros; a part that is missing is zeros, and without any there is no tensor.
+    """
+    there = [part for part in parts if part is not None]
+    if not there:
+        return None
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in there), strict=True)]
+    if len(there) == len(parts) and all(list(part.shape) == shape for part in there):
+        return torch.stack(there)
+    stack = there[0].new_zeros((len(parts), *shape))
+    for slot, part in enumerate(parts):
+        if part is not None:
+            stack[slot][tuple(slice(size) for size in part.shape)].copy_(part)
+    return stack
+
+
 _apply = _torch.apply_of(_GroupedAdapter)
 
 

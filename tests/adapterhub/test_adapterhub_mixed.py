@@ -132,9 +132,10 @@ def rolled(call):
 
 
 def without_ranks(call):
-    up = call.up_weights.clone()
+    down, up = call.down_weights.clone(), call.up_weights.clone()
+    down[:, -1] += 1  # of a narrow adapter, a unit that is not there
     up[..., -1] += 1
-    return call._replace(up_weights=up, ranks=None)
+    return call._replace(down_weights=down, up_weights=up, ranks=None)
 
 
 def of_other_rows(call):

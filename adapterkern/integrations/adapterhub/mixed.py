@@ -135,9 +135,9 @@ def call_of(
     layout = _layout(x, group.slots, tokens, ranks, floats)
     learned = [(i, s) for i, s in enumerate(scales) if isinstance(s, Tensor)]
     with torch.no_grad():
-        down, up = _stacked(downs), _stacked(ups, units=1)
-        down_bias = None if down_biases[0] is None else _stacked(down_biases)
-        up_bias = None if up_biases[0] is None else _stacked(up_biases)
+        down, up, down_bias, up_bias = map(ops.stack_of, (downs, ups, down_biases, up_biases))
+        assert down is not None
+        assert up is not None
         scalings = _scalings(layout, learned, down)
     leaves = ops.NO_LEAVES
     if torch.is_grad_enabled():
@@ -223,22 +223,6 @@ def _after(layer: Any, setup: Any, group: Group, state: Any, rows: tuple[int, ..
 def _meet(dtype: torch.dtype, weight: Tensor) -> bool:
     """Whether hidden states of this dtype and the weight have one dtype, or autocast gives it."""
     return dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
-
-
-def _stacked(parts: Sequence[Tensor], units: int = 0) -> Tensor:
-    """The parts as one tensor, a slot each, by one operation. units: the dimension in which they
-    may differ in size. What lies behind a narrow one nobody reads, so the widest lends it."""
-    sizes = [part.shape[units] for part in parts]
-    most = max(sizes)
-    if min(sizes) == most:
-        return torch.stack(list(parts))
-    widest = parts[sizes.index(most)]
-    pieces = [
-        piece
-        for part, size in zip(parts, sizes, strict=True)
-        for piece in (part, widest.narrow(units, 0, most - size))
-    ]
-    return torch.cat(pieces, units).unflatten(units, (len(parts), most)).movedim(units, 0)
 
 
 def _scalings(layout: Layout, learned: Sequence[tuple[int, Tensor]], like: Tensor) -> Tensor | None:

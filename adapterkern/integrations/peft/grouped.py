@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adapterkern import _torch, dispatch
 from adapterkern.grouped import functional, ops
@@ -136,13 +135,11 @@ class NamedBatch(list[str]):
                     parameters.append(parameter)
         down, up, down_bias, up_bias, _ = zip(*each, strict=True)
         sizes = [weight.shape[0] for weight in down]
-        most, hidden = max(sizes), down[0].shape[1]
         device = down[0].device
         with torch.inference_mode(False), torch.no_grad():  # they may outlive an inference mode
-            ranks = self._ranks_of(sizes, device) if min(sizes) < most else None
+            ranks = self._ranks_of(sizes, device) if min(sizes) < max(sizes) else None
             stacks = (
-                _stacked(down, (most, hidden)), _stacked(up, (hidden, most)),
-                _stacked(down_bias, (most,)), _stacked(up_bias, (hidden,)),
+                *map(ops.stack_of, (down, up, down_bias, up_bias)),
                 _scalings([a.scaling for a in adapters.values()], wide, device),
             )  # fmt: skip
         return Group(
@@ -231,23 +228,6 @@ def _mark_of(value: Any) -> Any:
         return id(value), value._version, value.data_ptr()
     except RuntimeError:  # one of an inference mode counts no versions
         return object()
-
-
-def _stacked(parameters: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
-    """Parameters one behind the other, filled up with zeros; a bias that is missing is zero."""
-    like = next((p for p in parameters if p is not None), None)
-    if like is None:
-        return None
-    parts = []
-    for parameter in parameters:
-        if parameter is None:
-            parts.append(like.new_zeros(shape))
-        elif parameter.shape == shape:
-            parts.append(parameter)
-        else:
-            missing = [(0, m - n) for n, m in zip(parameter.shape, shape, strict=True)]
-            parts.append(F.pad(parameter, [size for pair in reversed(missing) for size in pair]))
-    return torch.stack(parts)
 
 
 def _scalings(
