@@ -133,8 +133,9 @@ def rolled(call):
 
 def without_ranks(call):
     down, up = call.down_weights.clone(), call.up_weights.clone()
-    down[:, -1] += 1  # of a narrow adapter, a unit that is not there
-    up[..., -1] += 1
+    beyond = torch.arange(call.bottleneck_size) >= call.ranks[:, None]
+    down[beyond] += 1  # units that are not there
+    up.mT[beyond] += 1
     return call._replace(down_weights=down, up_weights=up, ranks=None)
 
 
