@@ -134,8 +134,8 @@ def rolled(call):
 def without_ranks(call):
     down, up = call.down_weights.clone(), call.up_weights.clone()
     beyond = torch.arange(call.bottleneck_size) >= call.ranks[:, None]
-    down[beyond] += torch.randn_like(down[beyond])  # units that are not there
-    up.mT[beyond] += 1
+    for weight in (down, up.mT):  # of units that are not there
+        weight[beyond] += torch.randn_like(weight[beyond])
     return call._replace(down_weights=down, up_weights=up, ranks=None)
 
 
