@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -162,6 +163,26 @@ def test_a_bank_is_differentiated_twice_as_its_adapters_are():
     found = penalty(bank(x, routed(bank, NAMES)))
     for gradient, want in zip(found, penalty(one_at_a_time(bank, x, NAMES)), strict=True):
         torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("trained", ["", "up_proj.weight", "up_proj.bias", "down_proj.bias"])
+def test_a_bank_with_frozen_parts_is_differentiated_twice(trained):
+    bank = bank_of(dtype=torch.float64)
+    for key, parameter in bank.named_parameters():
+        parameter.requires_grad_(bool(trained) and key.endswith(trained))
+    parts = [p for p in bank["narrow"].parameters() if p.requires_grad]
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+
+    def twice(run, inputs):
+        first = torch.autograd.grad(run().square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    for rows, inputs in ((x, [x, skip, *parts]), (x.detach(), [skip, *parts])):
+        found = twice(partial(bank, rows, routed(bank, NAMES), skip), inputs)
+        wanted = twice(partial(one_at_a_time, bank, rows, NAMES, skip), inputs)
+        for gradient, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradient, want)
 
 
 @pytest.mark.parametrize("skip", [False, True])
