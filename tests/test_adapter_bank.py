@@ -78,6 +78,26 @@ def test_removed_slot_is_free_and_its_tokens_take_no_adapter():
     assert {kind: stack.data_ptr() for kind, stack in stacks(bank).items()} == addresses
 
 
+@pytest.mark.parametrize("moved", [False, True], ids=["at-first", "moved"])
+def test_an_optimizer_of_a_removed_adapter_leaves_the_next_one_of_its_slot(moved):
+    bank = bank_of()
+    if moved:
+        bank.double().float()
+    old, values = bank["narrow"], bank["narrow"].state_dict()
+    values = {key: value.clone() for key, value in values.items()}
+    optimizer = torch.optim.AdamW(bank.parameters(), lr=0.1)
+    for parameter in bank.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    bank.remove("narrow")
+    new = random_adapter(8)
+    bank.add("next", new)
+    assert all(torch.equal(old.state_dict()[key], value) for key, value in values.items())
+    optimizer.step()
+    assert not torch.equal(old.up_proj.weight, values["up_proj.weight"])
+    for found, wanted in zip(bank["next"].parameters(), new.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_name_in_use_stays_until_its_routing_is_updated_or_gone():
     bank, x = bank_of(), torch.randn(1, 16)
     routing = routed(bank, ["narrow"])
@@ -214,6 +234,22 @@ def test_used_adapters_alone_get_gradients():
         assert (found[name] is None) == ("narrow" not in name)
         if found[name] is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [{"cu_seqlens": torch.tensor([0, 0, 2, 2, 3, 3])}, {"seq_len": 0}],
+    ids=["cu_seqlens", "seq_len"],
+)
+def test_an_adapter_of_empty_sequences_gets_no_gradients(lengths):
+    bank = bank_of()
+    ids = bank.ids(["thin", "narrow", None, "narrow", "full"])
+    routing = ak.AdapterRouting(3, 5).update(ids, **lengths)
+    bank(torch.randn(routing.num_tokens, 16, requires_grad=True), routing).sum().backward()
+    trained = {1} if routing.num_tokens else set()
+    assert set(routing.used) == trained
+    for key, parameter in bank.named_parameters():
+        assert (parameter.grad is not None) == (bool(trained) and "narrow" in key)
 
 
 def test_frozen_adapters_stay_frozen_and_pass_gradients_on():

@@ -138,8 +138,14 @@ class AdapterSlots(nn.Module):
 
     @torch.no_grad()
     def _free(self, name: str) -> None:
-        """Leave the slot of an adapter to others."""
+        """Leave the slot of an adapter to others. It goes on with memory of its own, so that what
+        still holds it, as an optimizer may, does not write into the next adapter of the slot.
+        """
         slot = self._slot_of[name]
+        for key, parameter in self.adapters[name].named_parameters():
+            stack = getattr(self, _STACK_OF.get(key, ""), None)
+            if stack is not None and lies_in(parameter, stack, slot):
+                parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
         for stack in (self.ranks, self.scalings):
             stack[slot].zero_()
         del self.adapters[name], self._slot_of[name], self._scales[name]
