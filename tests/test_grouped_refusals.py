@@ -215,6 +215,11 @@ BANKS = {
         }),
         "adapter 'fr': its tensors must be floating-point ones, got int8.",
     ),
+    "meta": (
+        add(adapter=ak.BottleneckAdapter(16, 4, device="meta")),
+        "adapter 'fr': its tensors must have values; some are on the meta device.\n"
+        "  hint: to_empty(device=...) and load them first.",
+    ),
     "taken": (
         add("full"), "this bank already has an adapter 'full'.\n  hint: bank.remove('full') first.",
     ),

@@ -147,6 +147,11 @@ class AdapterBank(AdapterSlots):
         self._check_new(name)
         parts = parts_of(adapter)
         self._check_fit(name, parts)
+        if not self.down_weights.is_meta and any(t.is_meta for t in parts.tensors.values()):
+            raise ValueError(
+                f"adapter {name!r}: its tensors must have values; some are on the meta device.\n"
+                "  hint: to_empty(device=...) and load them first."
+            )
         made = self._make(name, parts)
         with torch.no_grad():
             for key, parameter in made.named_parameters():
@@ -156,6 +161,8 @@ class AdapterBank(AdapterSlots):
 
     def remove(self, name: str) -> None:
         """Free the slot of an adapter, in place: from then on, tokens of that slot take none.
+
+        The adapter, where something still holds it, goes on with memory of its own.
 
         Raises:
             KeyError: there is none of that name.
