@@ -247,7 +247,9 @@ class AdapterBank(AdapterSlots):
         )  # fmt: skip
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
             return ops.with_stacks(call, _leaves_of(adapters)), ops.NO_LEAVES
-        return call, _leaves_of(adapters) if records else ops.NO_LEAVES
+        # Frozen ones too, for autograd to see that one changes before the backward.
+        has_leaves = records or (call.gradient and not in_graph)
+        return call, _leaves_of(adapters) if has_leaves else ops.NO_LEAVES
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
         """The adapters, and whether their parameters lie in the slots."""

@@ -117,7 +117,9 @@ class AdapterSlots(nn.Module):
         )  # fmt: skip
         for key, parameter in list(adapter.named_parameters()):
             module, _, own = key.rpartition(".")
-            view = self._view(key, slot, parameter.shape)
+            # `.data` has a version counter of its own: a step of one adapter spoils the backward of
+            # no other.
+            view = self._view(key, slot, parameter.shape).data
             adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
         if size < self.max_bottleneck_size:
             refuse_fused_steps()
