@@ -118,7 +118,7 @@ class AdapterRouting:
         used, there = self._checked(found), found
         if not found.is_cpu and found.dtype == torch.int64:
             there = found.clamp(-1, self.slots)  # what int32 does not hold would become a slot
-        tokens = self._of_tokens(there.to(self.device, torch.int32), seq_len, cu_seqlens)
+        tokens = self._of_tokens(_sent(there, self.device, torch.int32), seq_len, cu_seqlens)
         count = _count(tokens)
         self._check_room(count)
         self.used, self.num_tokens = _taken(used, found, seq_len, cu_seqlens), count
@@ -203,7 +203,7 @@ class AdapterRouting:
             count = ends[-1]
             self._check_room(count)
         tokens = torch.arange(count, device=self.device)
-        bounds = bounds.to(self.device, torch.int64)
+        bounds = _sent(bounds, self.device, torch.int64)
         sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
         known = torch.cat([ids, ids.new_full((1,), -1)])  # beyond the last sequence
         return known[sequence]
@@ -247,6 +247,16 @@ def _taken(
     ends = bounds.tolist()
     filled = (i for i, a, b in zip(ids.tolist(), ends, ends[1:], strict=False) if a < b)
     return tuple(sorted({i for i in filled if i >= 0}))
+
+
+def _sent(integers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, without waiting for what that has still to do."""
+    if not integers.is_cpu or device.type == "cpu":
+        return integers.to(device, dtype)
+    # Pinned memory is read when the device comes to it, and may be of another batch by then; a copy
+    # is not pinned. A CUDA graph would read that copy when it runs: so there it stays an error.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return integers.to(dtype, copy=True).to(device, non_blocking=not captured)
 
 
 def _count(tokens: Tensor) -> int:
