@@ -159,8 +159,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             raise
         raise RuntimeError(
             f"{error}\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an "
-            "adapter, between a forward and its backward spoil that backward; give each batch that "
-            "waits for its backward a routing of its own."
+            "adapter or steps one, between a forward and its backward spoil that backward; give "
+            "each batch that waits for its backward a routing of its own, and step after the last."
         ) from error
 
 

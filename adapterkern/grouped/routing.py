@@ -38,7 +38,8 @@ class AdapterRouting:
     The four buffers are made once and rewritten in full at every `update`, on the device and
     without waiting for it, so that a CUDA graph that was captured with them stays valid. The sort
     is stable: equal ids give equal bits. An update before the backward of an earlier call makes
-    that backward an error: give each batch that waits for its backward a routing of its own.
+    that backward an error, and one of a checkpoint wrong, for that runs the forward again: give
+    each batch that waits for its backward a routing of its own.
 
     Raises:
         TypeError: a size is no integer.

@@ -125,9 +125,7 @@ class AdapterSlots(nn.Module):
         )  # fmt: skip
         for key, parameter in list(adapter.named_parameters()):
             module, _, own = key.rpartition(".")
-            # `.data` has a version counter of its own: a step of one adapter spoils the backward of
-            # no other.
-            view = self._view(key, slot, parameter.shape).data
+            view = self._view(key, slot, parameter.shape)
             adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
         if size < self.max_bottleneck_size:
             refuse_fused_steps()
