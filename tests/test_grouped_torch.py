@@ -232,9 +232,9 @@ def test_shapes_and_dtypes_are_those_of_a_real_bank(mode, made):
 
 
 SPOILT = (
-    "\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an adapter or steps "
-    "one, between a forward and its backward spoil that backward; give each batch that waits for "
-    "its backward a routing of its own, and step after the last."
+    "\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an adapter or "
+    "steps one, between a forward and its backward spoil that backward; give each batch that waits "
+    "for its backward a routing of its own, and step after the last."
 )  # fmt: skip
 
 
