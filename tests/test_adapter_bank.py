@@ -63,6 +63,14 @@ def test_adapter_from_a_state_dict_computes_the_same():
     torch.testing.assert_close(y, adapter(x), **CLOSE)
 
 
+def test_adapter_with_tied_weights_is_added_as_two_copies():
+    adapter, x = random_adapter(16), torch.randn(2, 16)
+    adapter.up_proj.weight = adapter.down_proj.weight
+    bank = bank_of({"other": 16})
+    bank.add("fr", adapter)
+    torch.testing.assert_close(bank(x, routed(bank, ["fr"] * 2)), adapter(x), **CLOSE)
+
+
 def test_removed_slot_is_free_and_its_tokens_take_no_adapter():
     bank, x = bank_of(), torch.randn(2, 16)
     ids = bank.ids(["full", "narrow"])

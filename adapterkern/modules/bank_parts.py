@@ -48,7 +48,12 @@ def parts_of(adapter: Any) -> Parts:
                 f"{' and '.join(type(p).__name__ for p in projections)}.\n"
                 "  hint: take wrappers, hooks and quantisation off before it is added."
             )
-        parameters = dict(adapter.named_parameters())
+        if (projections[0].bias is None) != (projections[1].bias is None):
+            raise ValueError(
+                "an adapter must have both biases or none, got one."
+                f"{HINT}torch.nn.init.zeros_ makes a bias that adds nothing."
+            )
+        parameters = dict(adapter.named_parameters(remove_duplicate=False))  # tied: a copy of each
         learned = isinstance(adapter.scaling, nn.Parameter)
         return Parts(
             parameters, adapter.activation, 1.0 if learned else float(adapter.scaling),
