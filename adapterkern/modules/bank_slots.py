@@ -110,7 +110,6 @@ class AdapterSlots(nn.Module):
         self._slot_of: dict[str, int] = {}
         self._facts: dict[str, Facts] = {}  # what the slots hold that is no parameter
         self._bindings: Bindings | None = None
-        self.register_state_dict_post_hook(_give_own_memory)
         self.register_load_state_dict_post_hook(_rebind)
 
     def _make(self, name: str, parts: Parts) -> BottleneckAdapter:
@@ -127,6 +126,7 @@ class AdapterSlots(nn.Module):
             module, _, own = key.rpartition(".")
             view = self._view(key, slot, parameter.shape)
             adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
+        adapter.register_state_dict_post_hook(_give_own_memory)
         if size < self.max_bottleneck_size:
             refuse_fused_steps()
         self.adapters[name] = adapter
@@ -369,18 +369,16 @@ def lies_in(parameter: Tensor, stack: Tensor, slot: int) -> bool:
     return parameter.data_ptr() == stack.data_ptr() + slot * stack.stride(0) * stack.itemsize
 
 
-def _give_own_memory(bank: Any, state_dict: Any, prefix: str, _: Any) -> None:
-    """Let no tensor of a state dict be a part of a stack: what saves it would save all slots, and
-    safetensors takes no tensor with gaps.
+def _give_own_memory(adapter: Any, state_dict: Any, prefix: str, _: Any) -> None:
+    """Let no tensor of a state dict, the adapter's own or the bank's, be a part of a stack: what
+    saves it would save all slots, and safetensors takes no tensor with gaps.
     """
-    for name, slot in bank._slot_of.items():
-        for key, kind in _STACK_OF.items():
-            full = f"{prefix}adapters.{name}.{key}"
-            tensor = state_dict.get(full)
-            if tensor is None or isinstance(tensor, nn.Parameter):  # the latter: keep_vars=True
-                continue
-            if lies_in(tensor, getattr(bank, kind), slot):
-                state_dict[full] = tensor.clone(memory_format=torch.contiguous_format)
+    for key in _STACK_OF:
+        tensor = state_dict.get(f"{prefix}{key}")
+        if tensor is None or isinstance(tensor, nn.Parameter):  # the latter: keep_vars=True
+            continue
+        if not tensor.is_meta and not _torch.is_subclass(tensor):
+            state_dict[f"{prefix}{key}"] = tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rebind(bank: Any, _: Any) -> None:
