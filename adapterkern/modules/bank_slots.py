@@ -159,7 +159,7 @@ class AdapterSlots(nn.Module):
         for key, parameter in self.adapters[name].named_parameters():
             stack = getattr(self, _STACK_OF.get(key, ""), None)
             if stack is not None and lies_in(parameter, stack, slot):
-                parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+                parameter.data = _dense_copy(parameter.detach())
         for stack in (self.ranks, self.scalings):
             stack[slot].zero_()
         del self.adapters[name], self._slot_of[name], self._facts[name]
@@ -378,7 +378,12 @@ def _give_own_memory(adapter: Any, state_dict: Any, prefix: str, _: Any) -> None
         if tensor is None or isinstance(tensor, nn.Parameter):  # the latter: keep_vars=True
             continue
         if not tensor.is_meta and not _torch.is_subclass(tensor):
-            state_dict[f"{prefix}{key}"] = tensor.clone(memory_format=torch.contiguous_format)
+            state_dict[f"{prefix}{key}"] = _dense_copy(tensor)
+
+
+@torch.inference_mode(False)  # whose tensors autograd does not take later
+def _dense_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rebind(bank: Any, _: Any) -> None:
