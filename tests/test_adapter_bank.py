@@ -3,7 +3,6 @@
 import pytest
 import torch
 from banks import RANKS, bank_of, one_at_a_time, random_adapter, routed
-from torch import nn
 
 import adapterkern as ak
 
@@ -64,6 +63,14 @@ def test_adapter_from_a_state_dict_computes_the_same():
     torch.testing.assert_close(y, adapter(x), **CLOSE)
 
 
+def test_adapter_with_tied_weights_is_added_as_two_copies():
+    adapter, x = random_adapter(16), torch.randn(2, 16)
+    adapter.up_proj.weight = adapter.down_proj.weight
+    bank = bank_of({"other": 16})
+    bank.add("fr", adapter)
+    torch.testing.assert_close(bank(x, routed(bank, ["fr"] * 2)), adapter(x), **CLOSE)
+
+
 def test_removed_slot_is_free_and_its_tokens_take_no_adapter():
     bank, x = bank_of(), torch.randn(2, 16)
     ids = bank.ids(["full", "narrow"])
@@ -76,6 +83,26 @@ def test_removed_slot_is_free_and_its_tokens_take_no_adapter():
     assert bank.ids(["next", "narrow"]).tolist() == [0, 1]
     assert bank.names == ["narrow", "thin", "next"]
     assert {kind: stack.data_ptr() for kind, stack in stacks(bank).items()} == addresses
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at-first", "moved"])
+def test_an_optimizer_of_a_removed_adapter_leaves_the_next_one_of_its_slot(moved):
+    bank = bank_of()
+    if moved:
+        bank.double().float()
+    old, values = bank["narrow"], bank["narrow"].state_dict()
+    values = {key: value.clone() for key, value in values.items()}
+    optimizer = torch.optim.AdamW(bank.parameters(), lr=0.1)
+    for parameter in bank.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    bank.remove("narrow")
+    new = random_adapter(8)
+    bank.add("next", new)
+    assert all(torch.equal(old.state_dict()[key], value) for key, value in values.items())
+    optimizer.step()
+    assert not torch.equal(old.up_proj.weight, values["up_proj.weight"])
+    for found, wanted in zip(bank["next"].parameters(), new.parameters(), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_name_in_use_stays_until_its_routing_is_updated_or_gone():
@@ -105,100 +132,12 @@ def test_ids_are_slots_on_the_cpu_and_minus_one_for_none():
     assert ids.dtype == torch.int32
 
 
-def test_scaling_that_is_set_on_an_adapter_holds_from_the_next_call():
-    bank, x = bank_of(), torch.randn(4, 16)
-    routing = routed(bank, ["full", "narrow", "thin", None])
-    bank(x, routing)
-    bank["narrow"].scaling = 0.25
-    y = bank(x, routing)
-    torch.testing.assert_close(y, one_at_a_time(bank, x, ["full", "narrow", "thin", None]), **CLOSE)
-    assert bank.scalings[:3].tolist() == [1.0, 0.25, 1.0]
-
-
-def test_scaling_that_becomes_a_parameter_is_trained():
-    bank, x = bank_of(), torch.randn(1, 16)
-    bank["narrow"].scaling = nn.Parameter(torch.full((1,), 0.5))
-    y = bank(x, routed(bank, ["narrow"]))
-    torch.testing.assert_close(y, bank["narrow"](x), **CLOSE)
-    (found,) = torch.autograd.grad(y.sum(), bank["narrow"].scaling)
-    (wanted,) = torch.autograd.grad(bank["narrow"](x).sum(), bank["narrow"].scaling)
-    torch.testing.assert_close(found, wanted, **CLOSE)
-
-
-def test_learned_scaling_that_is_replaced_is_followed():
-    bank, x = bank_of(options={"scaling": "learned"}), torch.randn(1, 16)
-    routing = routed(bank, ["narrow"])
-    bank(x, routing)
-    bank["narrow"].scaling = nn.Parameter(torch.full((1,), 5.0))
-    torch.testing.assert_close(bank(x, routing), bank["narrow"](x), **CLOSE)
-
-
-def test_parametrized_weight_is_used_and_trained():
-    class Halved(nn.Module):
-        def forward(self, weight):
-            return weight / 2
-
-    bank, x = bank_of(), torch.randn(1, 16)
-    routing = routed(bank, ["narrow"])
-    bank(x, routing)
-    with torch.no_grad():
-        expected = x + (bank["narrow"](x) - x)
-    nn.utils.parametrize.register_parametrization(bank["narrow"].up_proj, "weight", Halved())
-    for _ in range(2):
-        y = bank(x, routing)
-        torch.testing.assert_close(y, bank["narrow"](x), **CLOSE)
-    assert not torch.allclose(y, expected)
-    y.sum().backward()
-    assert bank["narrow"].up_proj.parametrizations.weight.original.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("replace", ["parameter", "data"])
-def test_weight_that_is_put_elsewhere_is_used_all_the_same(replace):
-    bank, x = bank_of(), torch.randn(2, 16)
-    routing = routed(bank, ["narrow", "full"])
-    bank(x, routing)
-    projection, other = bank["narrow"].up_proj, torch.randn(16, 5)
-    if replace == "parameter":
-        projection.weight = nn.Parameter(other)
-    else:
-        projection.weight.data = other
-    y = bank(x, routing)
-    torch.testing.assert_close(y, one_at_a_time(bank, x, ["narrow", "full"]), **CLOSE)
-    y.sum().backward()
-    assert projection.weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        torch.testing.assert_close(bank(x, routing), y, **CLOSE)
-
-
-def test_projection_that_is_wrapped_is_refused_with_its_cure():
-    class Wrapped(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.weight, self.bias = inner.weight, inner.bias
-
-    bank, x = bank_of(), torch.randn(1, 16)
-    routing = routed(bank, ["narrow"])
-    bank(x, routing)
-    bank["narrow"].up_proj = Wrapped(bank["narrow"].up_proj)
-    with pytest.raises(ValueError, match="must stay plain linear layers") as caught:
-        bank(x, routing)
-    assert str(caught.value) == (
-        "the projections of adapter 'narrow' must stay plain linear layers, got Projection and "
-        "Wrapped.\n  hint: a bank reads weights and calls no projection; run such an adapter alone."
-    )
-
-
-@pytest.mark.parametrize(("option", "value"), [("dropout", 0.1), ("activation", "relu")])
-def test_option_that_a_bank_cannot_follow_is_refused(option, value):
-    bank = bank_of()
-    setattr(bank["narrow"], option, value)
-    activation, dropout = ("gelu", value) if option == "dropout" else (value, 0.0)
-    with pytest.raises(ValueError, match="must keep") as caught:
-        bank(torch.randn(1, 16), routed(bank, ["narrow"]))
-    assert str(caught.value) == (
-        "adapter 'narrow' must keep the bank's activation, gelu, and a dropout of 0, got "
-        f"{activation} and {dropout}."
-    )
+def test_adapter_without_biases_has_none_of_those_that_were_in_its_slot():
+    bank, x = bank_of({"old": 8}, slots=1), torch.randn(2, 16)
+    bank.remove("old")
+    bank.add("new", random_adapter(8, bias=False))
+    torch.testing.assert_close(bank(x, routed(bank, ["new"] * 2)), bank["new"](x), **CLOSE)
+    assert not bank.to_empty(device="cpu").down_biases.any()
 
 
 def test_used_adapters_alone_get_gradients():
@@ -214,6 +153,22 @@ def test_used_adapters_alone_get_gradients():
         assert (found[name] is None) == ("narrow" not in name)
         if found[name] is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [{"cu_seqlens": torch.tensor([0, 0, 2, 2, 3, 3])}, {"seq_len": 0}],
+    ids=["cu_seqlens", "seq_len"],
+)
+def test_an_adapter_of_empty_sequences_gets_no_gradients(lengths):
+    bank = bank_of()
+    ids = bank.ids(["thin", "narrow", None, "narrow", "full"])
+    routing = ak.AdapterRouting(3, 5).update(ids, **lengths)
+    bank(torch.randn(routing.num_tokens, 16, requires_grad=True), routing).sum().backward()
+    trained = {1} if routing.num_tokens else set()
+    assert set(routing.used) == trained
+    for key, parameter in bank.named_parameters():
+        assert (parameter.grad is not None) == (bool(trained) and "narrow" in key)
 
 
 def test_frozen_adapters_stay_frozen_and_pass_gradients_on():

@@ -78,6 +78,28 @@ def test_tensors_of_a_state_dict_are_dense_and_share_no_memory():
     assert kept["adapters.narrow.up_proj.weight"] is bank["narrow"].up_proj.weight
 
 
+def test_what_inference_mode_copies_can_be_trained():
+    bank, x = bank_of(), torch.randn(2, 16)
+    old = bank["narrow"]
+    with torch.inference_mode():
+        saved = bank.state_dict()
+        bank.remove("narrow")
+    empty = ak.AdapterBank(16, 8, 5)
+    empty.load_state_dict(saved, assign=True)
+    for y in (old(x), empty["narrow"](x)):
+        y.sum().backward()
+
+
+def test_state_dict_of_an_adapter_alone_holds_nothing_of_its_neighbours():
+    bank = bank_of(options={"scaling": "learned"})
+    for adapter in (bank["narrow"], copy.deepcopy(bank)["narrow"]):
+        for tensor in adapter.state_dict().values():
+            assert tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+        kept = adapter.state_dict(keep_vars=True)
+        assert all(kept[key] is parameter for key, parameter in adapter.named_parameters())
+
+
 def test_adapter_of_a_bank_s_state_dict_loads_alone():
     bank, x = mixed_bank(), torch.randn(3, 16)
     alone = ak.BottleneckAdapter(16, 2, scaling="learned")

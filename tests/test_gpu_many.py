@@ -251,7 +251,10 @@ def test_nothing_waits_for_the_device(backend, tokens):
             first = bank(x, routing.update(ids))
             ragged = bank(x, routing.update(sequences, cu_seqlens=bounds))
             whole = bank(x, routing.update(ids[:1], seq_len=tokens))
-        results = [first, ragged, whole]
+            named = bank(x, routing.update(torch.tensor([1], dtype=torch.int32), seq_len=tokens))
+            on_host = torch.tensor([0, 3, tokens])
+            lengths = bank(x, routing.update([1, -1], cu_seqlens=on_host))
+        results = [first, ragged, whole, named, lengths]
         if tensors:
             y = ak.grouped_bottleneck_adapter(
                 of_step, routing=routing.update(ids), backend=backend, **tensors

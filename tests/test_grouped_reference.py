@@ -124,6 +124,16 @@ def test_gradients_of_units_and_slots_that_no_token_used_are_zero(batch):
         assert found.scalings[slot].any() == (rank > 0)
 
 
+def test_ranks_out_of_range_are_read_as_kernels_read_them():
+    down, up, x = torch.randn(3, 6, 8), torch.randn(3, 8, 6), torch.randn(4, 8)
+    routing = ak.AdapterRouting(4, 3).update([2, 1, 0, -1])
+    found, wanted = (
+        ak.grouped_bottleneck_adapter(x, down, up, routing, ranks=torch.tensor(r).int())
+        for r in ([4, -3, 99], [4, 0, 6])
+    )
+    assert torch.equal(found, wanted)
+
+
 def test_a_batch_of_no_tokens_is_empty_and_has_zeros_for_gradients():
     bank = ak.AdapterBank(HIDDEN, UNITS, SLOTS)
     bank.add("a", random_adapter(3, HIDDEN))

@@ -149,6 +149,12 @@ def add(name="fr", adapter=None, **options):
     return lambda bank: bank.add(name, made)
 
 
+def with_one_bias():
+    adapter = ak.BottleneckAdapter(16, 4)
+    adapter.up_proj.bias = None
+    return adapter
+
+
 KEYS = (
     "the state dict of an adapter has down_proj.weight, up_proj.weight and, together, "
     "down_proj.bias, up_proj.bias, and a learned scaling; got "
@@ -214,6 +220,16 @@ BANKS = {
             for name, shape in (("down_proj", (4, 16)), ("up_proj", (16, 4)))
         }),
         "adapter 'fr': its tensors must be floating-point ones, got int8.",
+    ),
+    "one-bias": (
+        lambda bank: bank.add("fr", with_one_bias()),
+        "an adapter must have both biases or none, got one.\n"
+        "  hint: torch.nn.init.zeros_ makes a bias that adds nothing.",
+    ),
+    "meta": (
+        add(adapter=ak.BottleneckAdapter(16, 4, device="meta")),
+        "adapter 'fr': its tensors must have values; some are on the meta device.\n"
+        "  hint: to_empty(device=...) and load them first.",
     ),
     "taken": (
         add("full"), "this bank already has an adapter 'full'.\n  hint: bank.remove('full') first.",

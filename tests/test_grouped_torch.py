@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -164,6 +165,26 @@ def test_a_bank_is_differentiated_twice_as_its_adapters_are():
         torch.testing.assert_close(gradient, want)
 
 
+@pytest.mark.parametrize("trained", ["", "up_proj.weight", "up_proj.bias", "down_proj.bias"])
+def test_a_bank_with_frozen_parts_is_differentiated_twice(trained):
+    bank = bank_of(dtype=torch.float64)
+    for key, parameter in bank.named_parameters():
+        parameter.requires_grad_(bool(trained) and key.endswith(trained))
+    parts = [p for p in bank["narrow"].parameters() if p.requires_grad]
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+
+    def twice(run, inputs):
+        first = torch.autograd.grad(run().square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    for rows, inputs in ((x, [x, skip, *parts]), (x.detach(), [skip, *parts])):
+        found = twice(partial(bank, rows, routed(bank, NAMES), skip), inputs)
+        wanted = twice(partial(one_at_a_time, bank, rows, NAMES, skip), inputs)
+        for gradient, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradient, want)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_autocast_gives_the_dtypes_and_values_of_adapters_called_alone(skip):
     bank, x = bank_of(), torch.randn(5, 16)
@@ -211,9 +232,9 @@ def test_shapes_and_dtypes_are_those_of_a_real_bank(mode, made):
 
 
 SPOILT = (
-    "\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an adapter, "
-    "between a forward and its backward spoil that backward; give each batch that waits for "
-    "its backward a routing of its own."
+    "\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an adapter or "
+    "steps one, between a forward and its backward spoil that backward; give each batch that waits "
+    "for its backward a routing of its own, and step after the last."
 )  # fmt: skip
 
 
@@ -245,6 +266,17 @@ def test_what_changes_between_forward_and_backward_is_an_error_with_its_cure(cha
     with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
         y.sum().backward()
     assert SPOILT in str(caught.value)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at-first", "moved"])
+def test_a_frozen_adapter_that_changes_before_the_backward_is_an_error(moved):
+    bank, x = bank_of().requires_grad_(False), torch.randn(5, 16, requires_grad=True)
+    if moved:
+        bank.double().float()
+    y = bank(x, routed(bank, NAMES))
+    bank["narrow"].down_proj.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_a_change_of_an_adapter_that_is_set_aside_leaves_a_backward_right():

@@ -84,10 +84,11 @@ class GroupedCall(NamedTuple):
 
     def for_backward(self, needs: "GroupedNeeds") -> "GroupedCall":
         """The call as a backward reads it: without what is added, which no gradient needs, and with
-        an outline of x (`spec.has_values`) where no gradient needs its values.
+        an outline of x (`spec.has_values`) where no gradient needs its values, which those of a
+        gradient do wherever it needs z.
         """
         call = self._replace(residual=None, skip=None)
-        if needs.down_weights or not has_values(self.x):
+        if needs.z or not has_values(self.x):
             return call
         return call._replace(x=self.x.new_empty((*self.x.shape, 0)))
 

@@ -28,6 +28,7 @@ from adapterkern.grouped.call import (
     tensor_values,
 )
 from adapterkern.ops import log_plain_backward, schema
+from adapterkern.spec import has_values, shape_of
 
 KINDS = ("down_weights", "up_weights", "down_biases", "up_biases", "scalings")  # that have leaves
 
@@ -158,8 +159,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             raise
         raise RuntimeError(
             f"{error}\n  hint: an AdapterRouting that is updated, and a bank that gets or loses an "
-            "adapter, between a forward and its backward spoil that backward; give each batch that "
-            "waits for its backward a routing of its own."
+            "adapter or steps one, between a forward and its backward spoil that backward; give "
+            "each batch that waits for its backward a routing of its own, and step after the last."
         ) from error
 
 
@@ -181,9 +182,11 @@ def _differentiable(
     index = {name: place for place, name in enumerate(TENSOR_NAMES)}
     added = {index["residual"], index["skip"]}
     wanted = [i for i, need in enumerate(asked) if need and i not in added]
-    y = plain(call, leaves)
+    if not has_values(call.x):  # then no gradient below depends on them
+        call = call._replace(x=call.x.new_zeros(shape_of(call.x)))
     found: dict[int, Any] = {}
     if wanted:
+        y = plain(call, leaves)
         gradients = torch.autograd.grad(
             y, [inputs[i] for i in wanted], dy, create_graph=True, allow_unused=True
         )

@@ -156,7 +156,8 @@ def sorted_tokens(call: GroupedCall) -> tuple[Tensor, list[Run]]:
     order, offsets = call.order, call.slot_offsets[:-1].long()
     if offsets.is_meta:
         return order.new_empty(0, dtype=torch.int64), []
-    ranks = [call.bottleneck_size] * call.slots if call.ranks is None else call.ranks.tolist()
+    most = call.bottleneck_size  # as kernels read what is out of range
+    ranks = [most] * call.slots if call.ranks is None else call.ranks.clamp(0, most).tolist()
     exists = (order >= 0) & (order < call.num_tokens)
     if 0 in ranks:
         slots = call.token_slots[order.clamp(0, len(call.token_slots) - 1)].long()

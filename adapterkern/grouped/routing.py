@@ -32,12 +32,14 @@ class AdapterRouting:
         slot_offsets: [S + 2] int32, where the group of each slot begins in `order`, then that of
             the tokens without an adapter, then the end of that.
         num_tokens: of the last update; T, or max_tokens where only the device knows T.
-        used: the slots that tokens take, where the host knows them, else None.
+        used: the slots that tokens take, where the host knows them, else None. Where only the
+            device knows which sequences are empty, those that they alone name are among them.
 
     The four buffers are made once and rewritten in full at every `update`, on the device and
     without waiting for it, so that a CUDA graph that was captured with them stays valid. The sort
     is stable: equal ids give equal bits. An update before the backward of an earlier call makes
-    that backward an error: give each batch that waits for its backward a routing of its own.
+    that backward an error, and one of a checkpoint wrong, for that runs the forward again: give
+    each batch that waits for its backward a routing of its own.
 
     Raises:
         TypeError: a size is no integer.
@@ -114,14 +116,13 @@ class AdapterRouting:
             raise ValueError(
                 f"ids are on the meta device and have no values; this routing is on {self.device}."
             )
-        used = self._checked(found)
+        used, there = self._checked(found), found
         if not found.is_cpu and found.dtype == torch.int64:
-            found = found.clamp(-1, self.slots)  # what int32 does not hold would become a slot
-        found = found.to(self.device, torch.int32)
-        tokens = self._of_tokens(found, seq_len, cu_seqlens)
+            there = found.clamp(-1, self.slots)  # what int32 does not hold would become a slot
+        tokens = self._of_tokens(_sent(there, self.device, torch.int32), seq_len, cu_seqlens)
         count = _count(tokens)
         self._check_room(count)
-        self.used, self.num_tokens = used, count
+        self.used, self.num_tokens = _taken(used, found, seq_len, cu_seqlens), count
         self._ragged = cu_seqlens is not None and not cu_seqlens.is_cpu
         self._captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._sort(tokens)
@@ -203,7 +204,7 @@ class AdapterRouting:
             count = ends[-1]
             self._check_room(count)
         tokens = torch.arange(count, device=self.device)
-        bounds = bounds.to(self.device, torch.int64)
+        bounds = _sent(bounds, self.device, torch.int64)
         sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
         known = torch.cat([ids, ids.new_full((1,), -1)])  # beyond the last sequence
         return known[sequence]
@@ -232,6 +233,31 @@ def _is_traced(ids: Tensor) -> bool:
     """Whether the values of ids are those of no batch, or of one of many to come."""
     tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
     return tracing or type(ids) is not Tensor
+
+
+def _taken(
+    named: tuple[int, ...] | None, ids: Tensor, seq_len: int | None, bounds: Tensor | None
+) -> tuple[int, ...] | None:
+    """Of the slots that sequences name, those that tokens take: an empty sequence has none."""
+    if seq_len == 0:
+        return ()
+    if not named or bounds is None or not bounds.is_cpu or ids.is_meta:
+        return named
+    if _is_traced(ids) or _is_traced(bounds):
+        return named
+    ends = bounds.tolist()
+    filled = (i for i, a, b in zip(ids.tolist(), ends, ends[1:], strict=False) if a < b)
+    return tuple(sorted({i for i in filled if i >= 0}))
+
+
+def _sent(integers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, without waiting for what that has still to do."""
+    if not integers.is_cpu or device.type == "cpu":
+        return integers.to(device, dtype)
+    # Pinned memory is read when the device comes to it, and may be of another batch by then; a copy
+    # is not pinned. A CUDA graph would read that copy when it runs: so there it stays an error.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return integers.to(dtype, copy=True).to(device, non_blocking=not captured)
 
 
 def _count(tokens: Tensor) -> int:

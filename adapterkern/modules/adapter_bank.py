@@ -147,6 +147,11 @@ class AdapterBank(AdapterSlots):
         self._check_new(name)
         parts = parts_of(adapter)
         self._check_fit(name, parts)
+        if not self.down_weights.is_meta and any(t.is_meta for t in parts.tensors.values()):
+            raise ValueError(
+                f"adapter {name!r}: its tensors must have values; some are on the meta device.\n"
+                "  hint: to_empty(device=...) and load them first."
+            )
         made = self._make(name, parts)
         with torch.no_grad():
             for key, parameter in made.named_parameters():
@@ -156,6 +161,8 @@ class AdapterBank(AdapterSlots):
 
     def remove(self, name: str) -> None:
         """Free the slot of an adapter, in place: from then on, tokens of that slot take none.
+
+        The adapter, where something still holds it, goes on with memory of its own.
 
         Raises:
             KeyError: there is none of that name.
@@ -240,7 +247,9 @@ class AdapterBank(AdapterSlots):
         )  # fmt: skip
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
             return ops.with_stacks(call, _leaves_of(adapters)), ops.NO_LEAVES
-        return call, _leaves_of(adapters) if records else ops.NO_LEAVES
+        # Frozen ones too, for autograd to see that one changes before the backward.
+        has_leaves = records or (call.gradient and not in_graph)
+        return call, _leaves_of(adapters) if has_leaves else ops.NO_LEAVES
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
         """The adapters, and whether their parameters lie in the slots."""

@@ -48,7 +48,12 @@ def parts_of(adapter: Any) -> Parts:
                 f"{' and '.join(type(p).__name__ for p in projections)}.\n"
                 "  hint: take wrappers, hooks and quantisation off before it is added."
             )
-        parameters = dict(adapter.named_parameters())
+        if (projections[0].bias is None) != (projections[1].bias is None):
+            raise ValueError(
+                "an adapter must have both biases or none, got one."
+                f"{HINT}torch.nn.init.zeros_ makes a bias that adds nothing."
+            )
+        parameters = dict(adapter.named_parameters(remove_duplicate=False))  # tied: a copy of each
         learned = isinstance(adapter.scaling, nn.Parameter)
         return Parts(
             parameters, adapter.activation, 1.0 if learned else float(adapter.scaling),
@@ -137,3 +142,59 @@ def check_fit(
     if wrong:
         problems.append(f"its tensors must be floating-point ones, got {', '.join(sorted(wrong))}.")
     refuse([f"adapter {name!r}: {problem}" for problem in problems])
+
+
+Facts = tuple[float | None, bool, bool]
+
+
+def facts_of(adapter: Any) -> Facts:
+    """What a slot holds of an adapter beside its parameters: its scaling, None where it is learned,
+    and whether the projections have biases.
+    """
+    scaling = None if isinstance(adapter.scaling, Tensor) else adapter.scaling
+    return scaling, adapter.down_proj.bias is not None, adapter.up_proj.bias is not None
+
+
+def check_followed(name: str, adapter: Any, activation: str, before: Facts) -> None:
+    """Refuse what a bank cannot follow of the changes of an adapter that it has.
+
+    Raises:
+        ValueError: as said.
+    """
+    down, up = adapter.down_proj, adapter.up_proj
+    if not is_linear(down) or not is_linear(up):
+        raise ValueError(
+            f"the projections of adapter {name!r} must stay plain linear layers, got "
+            f"{type(down).__name__} and {type(up).__name__}."
+            f"{HINT}a bank reads weights and calls no projection; run such an adapter alone."
+        )
+    if adapter.activation != activation or adapter.dropout:
+        raise ValueError(
+            f"adapter {name!r} must keep the bank's activation, {activation}, and a "
+            f"dropout of 0, got {adapter.activation} and {adapter.dropout}."
+        )
+    if (before[1] and down.bias is None) or (before[2] and up.bias is None):
+        raise ValueError(
+            f"adapter {name!r} must keep its biases, and one is None."
+            f"{HINT}torch.nn.init.zeros_ makes a bias that adds nothing."
+        )
+    if not _torch.jit_is_tracing():  # which warns of every comparison of shapes
+        _check_shapes(name, adapter)
+
+
+def _check_shapes(name: str, adapter: Any) -> None:
+    down, up = adapter.down_proj, adapter.up_proj
+    units, hidden = adapter.bottleneck_size, adapter.hidden_size
+    shapes = list(down.weight.shape), list(up.weight.shape)
+    if shapes != ([units, hidden], [hidden, units]):
+        raise ValueError(
+            f"adapter {name!r} must keep its {units} units, got weights of {shapes[0]} and "
+            f"{shapes[1]}.{HINT}bank.remove({name!r}), and add one of that size."
+        )
+    scaling = adapter.scaling
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        raise ValueError(
+            f"adapter {name!r} must keep a scaling that is a float or of shape [1], got "
+            f"{list(scaling.shape)}.{HINT}multiply up_proj.weight's rows and up_proj.bias by it, "
+            "which computes the same."
+        )

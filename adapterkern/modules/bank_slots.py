@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from adapterkern import _torch
 from adapterkern.grouped import ops
-from adapterkern.modules.bank_parts import Parts, check_fit, parts_of, scaling_of
-from adapterkern.modules.bottleneck import BottleneckAdapter, is_linear
+from adapterkern.modules.bank_parts import (
+    Facts,
+    Parts,
+    check_fit,
+    check_followed,
+    facts_of,
+    parts_of,
+    scaling_of,
+)
+from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.fused_steps import refuse_fused_steps
 
 # The stack of each parameter of an adapter, in the order of `ops.KINDS`.
@@ -100,9 +108,8 @@ class AdapterSlots(nn.Module):
             self.register_buffer(name, zeros, persistent=False)
         self.adapters = nn.ModuleDict()
         self._slot_of: dict[str, int] = {}
-        self._scales: dict[str, float] = {}  # what `scalings` holds of adapters that learn none
+        self._facts: dict[str, Facts] = {}  # what the slots hold that is no parameter
         self._bindings: Bindings | None = None
-        self.register_state_dict_post_hook(_give_own_memory)
         self.register_load_state_dict_post_hook(_rebind)
 
     def _make(self, name: str, parts: Parts) -> BottleneckAdapter:
@@ -119,30 +126,43 @@ class AdapterSlots(nn.Module):
             module, _, own = key.rpartition(".")
             view = self._view(key, slot, parameter.shape)
             adapter.get_submodule(module).register_parameter(own, nn.Parameter(view))
+        adapter.register_state_dict_post_hook(_give_own_memory)
         if size < self.max_bottleneck_size:
             refuse_fused_steps()
         self.adapters[name] = adapter
-        self._slot_of[name], self._scales[name] = slot, parts.scaling
+        self._slot_of[name] = slot
         self._write_facts([name])
         self._bindings = None
         return adapter
 
     @torch.no_grad()
     def _write_facts(self, names: Collection[str]) -> None:
-        """Tell the kernels of the ranks of adapters, and of scalings that are not learned."""
+        """Tell the kernels of the ranks of adapters, of scalings that are not learned, and of
+        biases that are not there, in whose place a slot may have those of another adapter.
+        """
         for name in names:
             slot, adapter = self._slot_of[name], self.adapters[name]
             self.ranks[slot].fill_(adapter.bottleneck_size)  # type: ignore[arg-type]
-            if not isinstance(adapter.scaling, Tensor):
-                self.scalings[slot].fill_(self._scales[name])
+            self._facts[name] = scaling, *there = facts_of(adapter)
+            if scaling is not None:
+                self.scalings[slot].fill_(scaling)
+            for stack, has_bias in zip((self.down_biases, self.up_biases), there, strict=True):
+                if stack is not None and not has_bias:
+                    stack[slot].zero_()
 
     @torch.no_grad()
     def _free(self, name: str) -> None:
-        """Leave the slot of an adapter to others."""
+        """Leave the slot of an adapter to others. It goes on with memory of its own, so that what
+        still holds it, as an optimizer may, does not write into the next adapter of the slot.
+        """
         slot = self._slot_of[name]
+        for key, parameter in self.adapters[name].named_parameters():
+            stack = getattr(self, _STACK_OF.get(key, ""), None)
+            if stack is not None and lies_in(parameter, stack, slot):
+                parameter.data = _dense_copy(parameter.detach())
         for stack in (self.ranks, self.scalings):
             stack[slot].zero_()
-        del self.adapters[name], self._slot_of[name], self._scales[name]
+        del self.adapters[name], self._slot_of[name], self._facts[name]
         self._bindings = None
 
     # Where the parameters lie
@@ -186,23 +206,8 @@ class AdapterSlots(nn.Module):
 
     def _follow(self, name: str, adapter: Any) -> None:
         """Follow a scaling that was set on an adapter; refuse what a bank cannot follow."""
-        if not is_linear(adapter.down_proj) or not is_linear(adapter.up_proj):
-            kinds = (
-                type(projection).__name__ for projection in (adapter.down_proj, adapter.up_proj)
-            )
-            raise ValueError(
-                f"the projections of adapter {name!r} must stay plain linear layers, got "
-                f"{' and '.join(kinds)}.\n"
-                "  hint: a bank reads weights and calls no projection; run such an adapter alone."
-            )
-        if adapter.activation != self.activation or adapter.dropout:
-            raise ValueError(
-                f"adapter {name!r} must keep the bank's activation, {self.activation}, and a "
-                f"dropout of 0, got {adapter.activation} and {adapter.dropout}."
-            )
-        scale = adapter.scaling
-        if not isinstance(scale, Tensor) and scale != self._scales[name]:
-            self._scales[name] = scale
+        check_followed(name, adapter, self.activation, self._facts[name])
+        if facts_of(adapter) != self._facts[name]:
             self._write_facts([name])
 
     def _view(self, key: str, slot: int, shape: Sequence[int]) -> Tensor:
@@ -279,7 +284,6 @@ class AdapterSlots(nn.Module):
                 missing_keys.append(key)
                 continue
             del state_dict[key]
-            self._scales[name] = scale
             setattr(self.adapters[name], "scaling", scale)  # noqa: B010  # mypy: no module
             self._write_facts([name])
         super()._load_from_state_dict(
@@ -365,18 +369,21 @@ def lies_in(parameter: Tensor, stack: Tensor, slot: int) -> bool:
     return parameter.data_ptr() == stack.data_ptr() + slot * stack.stride(0) * stack.itemsize
 
 
-def _give_own_memory(bank: Any, state_dict: Any, prefix: str, _: Any) -> None:
-    """Let no tensor of a state dict be a part of a stack: what saves it would save all slots, and
-    safetensors takes no tensor with gaps.
+def _give_own_memory(adapter: Any, state_dict: Any, prefix: str, _: Any) -> None:
+    """Let no tensor of a state dict, the adapter's own or the bank's, be a part of a stack: what
+    saves it would save all slots, and safetensors takes no tensor with gaps.
     """
-    for name, slot in bank._slot_of.items():
-        for key, kind in _STACK_OF.items():
-            full = f"{prefix}adapters.{name}.{key}"
-            tensor = state_dict.get(full)
-            if tensor is None or isinstance(tensor, nn.Parameter):  # the latter: keep_vars=True
-                continue
-            if lies_in(tensor, getattr(bank, kind), slot):
-                state_dict[full] = tensor.clone(memory_format=torch.contiguous_format)
+    for key in _STACK_OF:
+        tensor = state_dict.get(f"{prefix}{key}")
+        if tensor is None or isinstance(tensor, nn.Parameter):  # the latter: keep_vars=True
+            continue
+        if not tensor.is_meta and not _torch.is_subclass(tensor):
+            state_dict[f"{prefix}{key}"] = _dense_copy(tensor)
+
+
+@torch.inference_mode(False)  # whose tensors autograd does not take later
+def _dense_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rebind(bank: Any, _: Any) -> None:
