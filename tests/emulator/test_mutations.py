@@ -222,8 +222,8 @@ FAULTS = {
         "Policy, Shape>, params.output_splits - 1)",
     ),
     "padded units not cleared": (
-        "forward.cu",
-        "  clear_padded_units(z, unit, params.bottleneck_size);\n",
+        "forward_policy.cuh",
+        "  clear_padded_units(z, unit, units);\n",
         "",
     ),
     "derivative of the wrong sign": ("activations.cuh", "+ z * expf(-0.5f", "- z * expf(-0.5f"),
