@@ -118,11 +118,11 @@ class AdapterCall(NamedTuple):
         x, residual, skip = self.x, self.residual, self.skip
         shape = x.shape
         return (
-            shape[-1], _kind(x), self.scale == 1.0, options_but_scale(self),
-            residual is not None and (residual.shape == shape, _kind(residual)),
-            skip is not None and (skip.shape == shape, _kind(skip)),
+            shape[-1], kind_of(x), self.scale == 1.0, options_but_scale(self),
+            residual is not None and (residual.shape == shape, kind_of(residual)),
+            skip is not None and (skip.shape == shape, kind_of(skip)),
             _torch.forward_ad_is_active(), _torch.functorch_is_active(),
-            *[t is not None and _signature(t) for t in _other_tensors(self)],
+            *[t is not None and signature_of(t) for t in _other_tensors(self)],
         )  # fmt: skip
 
     def spec(self) -> "AdapterSpec":
@@ -189,8 +189,8 @@ tensor_values = operator.attrgetter(*TENSOR_NAMES)
 option_values = operator.attrgetter(*OPTION_NAMES)
 _other_tensors = operator.attrgetter(*(n for n in TENSOR_NAMES if n not in ("x", *ADDED)))
 options_but_scale = operator.attrgetter(*(n for n in OPTION_NAMES if n != "scale"))
-_signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
-_kind = operator.attrgetter("dtype", "device", "layout", "__class__")
+signature_of = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
+kind_of = operator.attrgetter("dtype", "device", "layout", "__class__")
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -185,6 +185,12 @@ def empty_gradients(call: AdapterCall, needs: Needs) -> Gradients:
     )
 
 
+def empty_grouped_outputs(call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
+    """Room for y, contiguous whatever the strides of x are, and with `save` for z."""
+    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
+    return y, empty_units(call, call.num_tokens) if save else None
+
+
 def empty_grouped_gradients(call: GroupedCall, needs: GroupedNeeds) -> GroupedGradients:
     """Room for the gradients asked for, but for those of residual and skip, which are dy itself."""
     found = [

@@ -14,7 +14,15 @@ from torch import Tensor
 from adapterkern import _torch
 from adapterkern.activations import canonical_name
 from adapterkern.grouped.validation import ROUTING, grouped_problems
-from adapterkern.spec import AdapterSpec, compute_dtype_of, has_values, shape_of
+from adapterkern.spec import (
+    ADDED,
+    AdapterSpec,
+    compute_dtype_of,
+    has_values,
+    kind_of,
+    shape_of,
+    signature_of,
+)
 from adapterkern.validation import refuse
 
 OPERATION = "grouped_bottleneck_adapter"
@@ -97,13 +105,13 @@ class GroupedCall(NamedTuple):
         x, residual, skip = self.x, self.residual, self.skip
         shape = x.shape
         return (
-            shape[-1], _kind(x), option_values(self),
+            shape[-1], kind_of(x), option_values(self),
             shape.numel() <= len(self.token_slots) * shape[-1],
-            residual is not None and (residual.shape == shape, _kind(residual)),
-            skip is not None and (skip.shape == shape, _kind(skip)),
+            residual is not None and (residual.shape == shape, kind_of(residual)),
+            skip is not None and (skip.shape == shape, kind_of(skip)),
             self.scalings is not None and self.scalings.requires_grad,
             _torch.forward_ad_is_active(), _torch.functorch_is_active(),
-            *[t is not None and _signature(t) for t in _other_tensors(self)],
+            *[t is not None and signature_of(t) for t in _other_tensors(self)],
         )  # fmt: skip
 
     def spec(self) -> AdapterSpec:
@@ -156,10 +164,7 @@ _INTEGERS = ("ranks", *ROUTING)
 
 tensor_values = operator.attrgetter(*TENSOR_NAMES)
 option_values = operator.attrgetter(*OPTION_NAMES)
-_ADDED = ("residual", "skip")
-_other_tensors = operator.attrgetter(*(n for n in TENSOR_NAMES if n not in ("x", *_ADDED)))
-_signature = operator.attrgetter("shape", "dtype", "device", "layout", "__class__")
-_kind = operator.attrgetter("dtype", "device", "layout", "__class__")
+_other_tensors = operator.attrgetter(*(n for n in TENSOR_NAMES if n not in ("x", *ADDED)))
 
 
 class GroupedNeeds(NamedTuple):
@@ -187,9 +192,8 @@ class GroupedNeeds(NamedTuple):
     @property
     def parameters(self) -> bool:
         """Whether a gradient is a sum over tokens."""
-        return any((self.down_weights, self.up_weights, self.down_biases, self.up_biases)) or (
-            self.scalings
-        )
+        weights = self.down_weights or self.up_weights
+        return weights or self.down_biases or self.up_biases or self.scalings
 
 
 class GroupedGradients(NamedTuple):

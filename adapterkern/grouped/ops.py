@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from adapterkern import _torch
 from adapterkern.backends import get
-from adapterkern.backends.base import empty_grouped_gradients, empty_units
+from adapterkern.backends.base import empty_grouped_gradients, empty_grouped_outputs
 from adapterkern.grouped import reference
 from adapterkern.grouped.call import (
     TENSOR_NAMES,
@@ -31,8 +31,6 @@ from adapterkern.ops import log_plain_backward, schema
 from adapterkern.spec import has_values, shape_of
 
 KINDS = ("down_weights", "up_weights", "down_biases", "up_biases", "scalings")  # that have leaves
-
-
 _FIELD = [GroupedNeeds._fields.index(kind) for kind in KINDS]
 
 
@@ -53,6 +51,17 @@ class Leaves(NamedTuple):
 
 
 NO_LEAVES = Leaves((), (), ())
+
+
+def leaves_of(adapters: Iterable[tuple[int, Sequence[Tensor | None]]]) -> Leaves:
+    """The leaves of adapters, each a slot and its parameters in the order of `KINDS`."""
+    leaves = [
+        (kind, slot, parameter)
+        for slot, parameters in adapters
+        for kind, parameter in enumerate(parameters)
+        if parameter is not None
+    ]
+    return Leaves(*map(tuple, zip(*leaves, strict=True))) if leaves else NO_LEAVES
 
 
 _library = torch.library.Library("adapterkern", "FRAGMENT")
@@ -76,9 +85,8 @@ def _forward_kernel(
 def _forward_fake(
     backend: str, save: bool, leaves: list[Tensor], kinds: list[int], slots: list[int], *fields: Any
 ) -> tuple[Tensor, Tensor]:
-    call = GroupedCall(*fields)
-    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
-    return y, empty_units(call, call.num_tokens) if save else y.new_empty(0)
+    y, z = empty_grouped_outputs(GroupedCall(*fields), save)
+    return y, y.new_empty(0) if z is None else z
 
 
 def _backward_kernel(backend: str, needs: Sequence[bool], *fields: Any) -> list[Tensor]:

@@ -246,10 +246,10 @@ class AdapterBank(AdapterSlots):
             stacks["scalings"], stacks["ranks"], routing.buffers(), self.activation, records,
         )  # fmt: skip
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
-            return ops.with_stacks(call, _leaves_of(adapters)), ops.NO_LEAVES
+            return ops.with_stacks(call, ops.leaves_of(adapters)), ops.NO_LEAVES
         # Frozen ones too, for autograd to see that one changes before the backward.
         has_leaves = records or (call.gradient and not in_graph)
-        return call, _leaves_of(adapters) if has_leaves else ops.NO_LEAVES
+        return call, ops.leaves_of(adapters) if has_leaves else ops.NO_LEAVES
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
         """The adapters, and whether their parameters lie in the slots."""
@@ -291,16 +291,6 @@ def _in_graph(x: Tensor) -> bool:
     """Whether a graph is being made, whose batches are not the one at hand."""
     tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
     return tracing or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _leaves_of(adapters: Adapters) -> ops.Leaves:
-    leaves = [
-        (kind, slot, parameter)
-        for slot, parameters in adapters
-        for kind, parameter in enumerate(parameters)
-        if parameter is not None
-    ]
-    return ops.Leaves(*map(tuple, zip(*leaves, strict=True))) if leaves else ops.NO_LEAVES
 
 
 def _no_routing() -> None:

@@ -17,6 +17,7 @@ from adapterkern.backends.base import (
     BackendUnsupportedError,
     allow_tf32,
     empty_gradients,
+    empty_grouped_outputs,
     empty_outputs,
     empty_units,
     optional_rows,
@@ -273,7 +274,7 @@ class CudaBackend(Backend):
     def grouped_forward(self, call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
         self._check_loaded()
         if call.x.numel() == 0:
-            return grouped.empty_outputs(call, save)
+            return empty_grouped_outputs(call, save)
         tf32 = call.compute_dtype == torch.float32 and allow_tf32()
         device = self._device(call.x.device)
         y, z = self._run(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkern.backends.base import empty_units, optional_rows, rows
+from adapterkern.backends.base import empty_grouped_outputs, optional_rows, rows
 from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import (
     NO_SLICES,
@@ -89,17 +89,11 @@ def grouped_plan(problem: Problem, slots: int, device: Device) -> GroupedPlan:
     return GroupedPlan(tiles, shared_bytes=memory)
 
 
-def empty_outputs(call: GroupedCall, save: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for y, contiguous whatever the strides of x are, and with `save` for z."""
-    y = call.x.new_empty(call.x.shape, dtype=call.output_dtype)
-    return y, empty_units(call, call.num_tokens) if save else None
-
-
 def forward(
     kernels: Any, recording: Any, call: GroupedCall, save: bool, tf32: bool, device: Device
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; y, and z with `save`."""
-    y, z = empty_outputs(call, save)
+    y, z = empty_grouped_outputs(call, save)
     num_tokens, half = call.num_tokens, call.compute_dtype != torch.float32
     added = [call.x if call.add_input else call.residual, call.skip]
     tiles = sum(2 if half and t.dtype == torch.float32 else 1 for t in added if t is not None)

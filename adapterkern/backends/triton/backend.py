@@ -14,6 +14,7 @@ from adapterkern.backends.base import (
     allow_tf32,
     empty_gradients,
     empty_grouped_gradients,
+    empty_grouped_outputs,
     empty_outputs,
     empty_units,
     rows,
@@ -207,8 +208,7 @@ class TritonBackend(Backend):
         self, call: GroupedCall, save: bool, recording
     ) -> tuple[Tensor | None, ...]:
         x, device = rows(call.x), _device(call.x.device)
-        y = recording.own(x.new_empty(call.x.shape, dtype=call.output_dtype))
-        z = recording.own(empty_units(call, call.num_tokens)) if save else None
+        y, z = map(recording.own, empty_grouped_outputs(call, save))
         if call.x.numel() == 0:
             return y, z
         plan = grouped_launches.forward_plan(grouped_launches.grouped_problem(call, device), device)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from adapterkern.backends.triton.forward import down_projection, output_tile, up_bias_product
-from adapterkern.backends.triton.grouped_tiles import moved, rank_of
+from adapterkern.backends.triton.grouped_tiles import moved, rank_of, row_block_of, tokens_of
 from adapterkern.backends.triton.tiles import (
     existing_units,
     load_down_tile,
@@ -44,22 +44,6 @@ def load_slot_up_tile(
     if VECTOR > 1:
         tile = tl.where(unit[None, :] < rank, tile, 0.0)
     return tile
-
-
-@triton.jit
-def part_of_tile(tiles_ptr, order_ptr, num_tokens, TILE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The slot of this program's tile, how many of its tokens are left for it, and these tokens:
-    `num_tokens`, which no load and no store takes, in place of one that is not there.
-    """
-    tile = tl.program_id(0) // (TILE // BLOCK_T)
-    first = tl.program_id(0) % (TILE // BLOCK_T) * BLOCK_T
-    slot = tl.load(tiles_ptr + 3 * tile)
-    start = tl.load(tiles_ptr + 3 * tile + 1) + first
-    rows = tl.load(tiles_ptr + 3 * tile + 2) - first
-    row = tl.arange(0, BLOCK_T)
-    token = tl.load(order_ptr + start + row, mask=row < rows, other=-1)
-    token = tl.where((token < 0) | (token > num_tokens), num_tokens, token)
-    return slot, rows, token
 
 
 @triton.jit
@@ -196,7 +180,7 @@ def grouped_fwd_kernel(
     EVEN_H: tl.constexpr, EVEN_R: tl.constexpr,  # sizes, and ranks, that need no mask
     R_MULTIPLE: tl.constexpr,                    # divides R
     ONE_TILE: tl.constexpr,                      # BLOCK_R >= R
-    OUT_STAGES: tl.constexpr, TILE: tl.constexpr,
+    OUT_STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The tiled form. Grid: the parts of all tiles that so many tokens can take.
@@ -206,9 +190,10 @@ def grouped_fwd_kernel(
     once a tile of units, and a = act(z) waits in memory, from which this program alone reads it.
     """
     bottleneck_size = bottleneck_size // R_MULTIPLE * R_MULTIPLE  # shows the compiler its vectors
-    slot, rows, token = part_of_tile(tiles_ptr, order_ptr, num_tokens, TILE, BLOCK_T)
-    if rows <= 0:  # an empty tile has none
+    slot, row, last = row_block_of(tiles_ptr, tl.program_id(0), BLOCK_T)
+    if slot < 0:
         return
+    token = tokens_of(order_ptr, row, last, num_tokens)
     rank = rank_of(slot, ranks_ptr, slots, bottleneck_size)
     if rank == 0:
         rows_without_adapter(

@@ -143,7 +143,7 @@ class GroupedForward:
             x, down, up, packed(call.down_biases), packed(call.up_biases),
             self._residual, self._skip, packed(call.scalings), self._ranks,
             call.order, call.tiles, y, z, a, *sizes,
-            ONE_TILE=one_tile, TILE=TILE,
+            ONE_TILE=one_tile,
             OUT_STAGES=out_stages(config, room, row_bytes, up.element_size(), y.element_size()),
             **self._options(), **dtypes_of(call), **tiles,
         )  # fmt: skip

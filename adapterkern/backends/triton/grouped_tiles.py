@@ -12,14 +12,16 @@ TILE = tl.constexpr(_TILE)
 
 @triton.jit
 def row_block_of(tiles_ptr, block, BLOCK_T: tl.constexpr):
-    """The slot of a row block (the number of slots: no adapter; -1: nothing), its rows in `order`
-    [BLOCK_T], and the end of its tile's rows there. A tile has TILE // BLOCK_T row blocks."""
+    """The slot of a row block (the number of slots: no adapter; -1: no token is left for it), its
+    rows in `order` [BLOCK_T], and the end of its tile's rows there. A tile has TILE // BLOCK_T row
+    blocks."""
     BLOCKS: tl.constexpr = TILE // BLOCK_T
     tile_ptr = tiles_ptr + block // BLOCKS * 3
-    slot = tl.load(tile_ptr)
     start = tl.load(tile_ptr + 1)
-    row = start + block % BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)
-    return slot, row, start + tl.load(tile_ptr + 2)
+    first = start + block % BLOCKS * BLOCK_T
+    last = start + tl.load(tile_ptr + 2)
+    slot = tl.where(first < last, tl.load(tile_ptr), -1)
+    return slot, first + tl.arange(0, BLOCK_T), last
 
 
 @triton.jit

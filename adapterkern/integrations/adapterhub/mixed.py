@@ -141,7 +141,9 @@ def call_of(
         scalings = _scalings(layout, learned, down)
     leaves = ops.NO_LEAVES
     if torch.is_grad_enabled():
-        leaves = _leaves([*zip(downs, ups, down_biases, up_biases, strict=True)], learned)
+        of_learned = [s if isinstance(s, Tensor) else None for s in scales]
+        parameters = zip(downs, ups, down_biases, up_biases, of_learned, strict=True)
+        leaves = ops.leaves_of(enumerate(parameters))
     records = any(parameter.requires_grad for parameter in leaves.parameters)
     call = make_grouped_call(
         x, down, up, down_bias, up_bias, residual, None, scalings, layout.ranks, layout.routing,
@@ -236,20 +238,6 @@ def _scalings(layout: Layout, learned: Sequence[tuple[int, Tensor]], like: Tenso
     for slot, scaling in learned:
         found[slot : slot + 1].copy_(scaling)
     return found
-
-
-def _leaves(
-    of_slots: Sequence[Sequence[Tensor | None]], learned: Sequence[tuple[int, Tensor]]
-) -> ops.Leaves:
-    """The parameters behind the stacked tensors."""
-    each = [
-        (kind, slot, parameter)
-        for slot, parameters in enumerate(of_slots)
-        for kind, parameter in enumerate(parameters)
-        if parameter is not None
-    ]
-    each += [(ops.KINDS.index("scalings"), slot, scaling) for slot, scaling in learned]
-    return ops.Leaves(*zip(*each, strict=True))
 
 
 def outlook(layer: Any, setup: Any, dtype: torch.dtype | None) -> dict[str, tuple[str, str | None]]:

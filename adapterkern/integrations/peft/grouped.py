@@ -126,13 +126,6 @@ class NamedBatch(list[str]):
     ) -> Group:
         slot_of = {name: slot for slot, name in enumerate(adapters)}
         each = [parameters_of(adapter) for adapter in adapters.values()]
-        kinds, slots, parameters = [], [], []
-        for slot, own in enumerate(each):
-            for kind, parameter in enumerate(own):
-                if parameter is not None:
-                    kinds.append(kind)
-                    slots.append(slot)
-                    parameters.append(parameter)
         down, up, down_bias, up_bias, _ = zip(*each, strict=True)
         sizes = [weight.shape[0] for weight in down]
         device = down[0].device
@@ -145,7 +138,7 @@ class NamedBatch(list[str]):
         return Group(
             tuple(adapters), beside, activation, backend,
             tuple(slot_of.get(name, -1) for name in self), stacks, ranks,
-            ops.Leaves(tuple(kinds), tuple(slots), tuple(parameters)),
+            ops.leaves_of(enumerate(each)),
         )  # fmt: skip
 
     def _ranks_of(self, sizes: list[int], device: torch.device) -> Tensor:
