@@ -8,21 +8,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1  # of the JSON; raised when a field changes its meaning
+FORMAT = 2  # of the JSON; raised when a field changes its meaning
 MIB = 2**20
 
 
 @dataclass
 class TaskResult:
-    """One task under one method. Accuracies are shares of the held-out texts."""
+    """One task under one method. Accuracies are shares of the held-out texts, means over seeds."""
 
     task: str
     num_classes: int
     head: int  # parameters of its head, trained as well
     before: float  # untrained: the base model with a random head
     after: float
-    seconds: float  # of all training steps
-    losses: list[float] = field(repr=False)  # one per step
+    interval: list[float]  # [low, high] of `after`, 95 %; of what, `Report.interval_of` tells
+    by_seed: list[float]  # `after` of each seed, in the order of Report.seeds
+    losses: list[float] = field(repr=False)  # one per step, of the first seed
 
 
 @dataclass
@@ -35,7 +36,8 @@ class MethodResult:
     total: int  # of the model with one adapter, without heads
     learning_rate: float
     settings: dict[str, Any]
-    peak_bytes: int | None
+    step_ms: float  # median of the training steps, which the methods take in turn
+    peak_bytes: int | None  # on a GPU, of one training step; None on a CPU
     tasks: list[TaskResult]
 
     @property
@@ -52,6 +54,19 @@ class Check:
     passed: bool
     detail: str
     numbers: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Difference:
+    """Held-out accuracy of the adapters less that of another method, on one task.
+
+    interval: [low, high], 95 %, of the difference; paired, text by text or seed by seed.
+    """
+
+    task: str
+    method: str  # the other
+    mean: float
+    interval: list[float]
 
 
 @dataclass
@@ -91,17 +106,19 @@ class MixedTime:
 class Report:
     """All findings of a run."""
 
-    command: dict[str, Any]  # options, among them the seed
+    command: dict[str, Any]  # options
+    seeds: list[int]
+    interval_of: str  # "texts": bootstrap over the held-out texts; "seeds": spread over the seeds
     versions: dict[str, str | None]
     machine: dict[str, Any]
     model: dict[str, Any]
     corpus: dict[str, Any]
     majority: dict[str, float]  # by task, on the held-out texts
     methods: list[MethodResult]
+    differences: list[Difference]
     checks: list[Check]
     step_times: list[StepTime]
     saved: dict[str, Any]  # folders and bytes
-    peak_is_per_method: bool
     seconds: float
     mixed_times: list[MixedTime] = field(default_factory=list)
     format: int = FORMAT
@@ -129,6 +146,7 @@ class Report:
             MethodResult(**{**m, "tasks": [TaskResult(**t) for t in m["tasks"]]})
             for m in data["methods"]
         ]
+        data["differences"] = [Difference(**one) for one in data["differences"]]
         data["checks"] = [Check(**check) for check in data["checks"]]
         data["step_times"] = [StepTime(**step) for step in data["step_times"]]
         data["mixed_times"] = [MixedTime(**mixed) for mixed in data.get("mixed_times", [])]

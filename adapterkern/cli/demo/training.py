@@ -1,7 +1,6 @@
 """Batches, training loop and evaluation: the same for adapters, LoRA and full fine-tuning."""
 
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from adapterkern.cli.demo.corpus import Docstring, Task
 from adapterkern.cli.demo.model import MAX_LENGTH, TextClassifier
+from adapterkern.cli.demo.progress import Progress
 
 # The best of three rates for each method, a factor of 2 apart, judged on a fifth of the training
 # texts set aside, never on the held-out texts. Neighbours are within the noise (2 points).
@@ -22,7 +21,6 @@ HEAD_LEARNING_RATE = 5e-3
 WARM_UP_SHARE = 0.1
 POOL = 8  # batches whose texts are sorted by length together, so that a batch is padded little
 EVALUATION_BATCH = 64
-PLAIN_EVERY = 20  # steps between two progress lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -135,32 +133,5 @@ def train(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            progress.advance(losses[-1])
+            progress.advance(f"loss {losses[-1]:.3f}")
     return losses, time.perf_counter() - start
-
-
-class Progress:
-    """A bar on a terminal, otherwise a plain line every PLAIN_EVERY steps; on stderr either way."""
-
-    def __init__(self, label: str, steps: int) -> None:
-        self.label, self.steps, self.done = label, steps, 0
-        self.bar = tqdm(total=steps, desc=label, unit="step") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def advance(self, loss: float) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.bar.update()
-        elif self.done % PLAIN_EVERY == 0 or self.done == self.steps:
-            print(
-                f"{self.label}: step {self.done}/{self.steps}, loss {loss:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
