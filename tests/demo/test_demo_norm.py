@@ -1,15 +1,12 @@
 """The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
 
-import pytest
 import torch
+from canned import canned_report
 
-test_demo = pytest.importorskip("test_demo", reason="the demo needs its packages")
+from adapterkern import norm
+from adapterkern.cli.demo import corpus, findings, norms, training
+from adapterkern.integrations.transformers import explain
 
-from adapterkern import norm  # noqa: E402
-from adapterkern.cli.demo import corpus, findings, norms  # noqa: E402
-from adapterkern.integrations.transformers import explain  # noqa: E402
-
-texts, tiny_model, trained = test_demo.texts, test_demo.tiny_model, test_demo.trained
 TASK = corpus.TASKS[0]
 
 
@@ -23,7 +20,7 @@ def test_norm_check_holds_and_leaves_the_model_as_it_was(trained):
     assert any(error > 0 for error in errors.values())  # two different paths ran
     assert verdict.detail.startswith("4 of 4 adapters; loss and 16 gradients, largest relative")
     assert not any(row.fused for row in explain(classifier.encoder).rows)
-    assert torch.equal(test_demo.training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
+    assert torch.equal(training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
 
 
 def test_norm_check_notices_wrong_arithmetic(trained, monkeypatch):
@@ -64,6 +61,6 @@ def test_the_line_of_a_forward_says_what_ran():
         "forward time    with fuse_norms 15 ms, fused 20 ms (triton backend), eager "
         "30 ms; 16 x 64 tokens, float32, median of 3: 2.00 times as fast"
     )
-    report = test_demo.canned_report()
+    report = canned_report()
     report.step_times.append(forward)
     assert findings.Report.from_json(report.to_json()) == report

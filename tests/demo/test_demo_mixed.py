@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from canned import canned_report
 
-test_demo = pytest.importorskip("test_demo", reason="the demo needs its packages")
+from adapterkern.cli.demo import corpus, findings, mixed, training
+from adapterkern.grouped import reference
 
-from adapterkern.cli.demo import corpus, findings, mixed  # noqa: E402
-from adapterkern.grouped import reference  # noqa: E402
-
-texts, tiny_model, trained = test_demo.texts, test_demo.tiny_model, test_demo.trained
 TASK = corpus.TASKS[0]
 TRAINED = [task.name for task in corpus.TASKS]
 RANDOM = [f"random_{number}" for number in range(1, 7)]
@@ -42,7 +40,7 @@ def test_a_mixed_batch_leaves_the_model_as_it_was(trained):
     assert encoder.active_adapter == "topic"
     trains = {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert trains == {name for name in names if ".topic." in name}
-    assert torch.equal(test_demo.training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
+    assert torch.equal(training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
 
 
 @pytest.mark.parametrize("fault", ["another-adapter", "wrong-arithmetic", "not-switched"])
@@ -94,7 +92,7 @@ def test_the_lines_of_a_mixed_batch_say_what_ran():
     assert findings._mixed_lines(on_gpu).splitlines()[1] == (
         "                triton backend: 1.50 times as fast"
     )
-    report = test_demo.canned_report()
+    report = canned_report()
     report.mixed_times += [on_cpu, on_gpu]
     assert findings.Report.from_json(report.to_json()) == report
     lines = findings.as_text(report).splitlines()
