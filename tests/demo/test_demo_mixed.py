@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from canned import canned_report
 
-from adapterkern.cli.demo import corpus, findings, mixed, training
+from adapterkern.cli.demo import corpus, mixed, training
 from adapterkern.grouped import reference
 
 TASK = corpus.TASKS[0]
@@ -76,24 +75,3 @@ def test_mixed_times_make_no_speed_claim_on_a_cpu(trained):
     assert times.backend == "reference"
     assert (times.runs, times.tokens[0]) == (9, 18)
     assert min(times.mixed_ms, times.switched_ms) > 0
-
-
-def test_the_lines_of_a_mixed_batch_say_what_ran():
-    sizes = {"tokens": [18, 48], "mixed_ms": 200.0, "switched_ms": 300.0, "runs": 9, "repeats": 7}
-    on_cpu = findings.MixedTime(dtype="float32", backend="reference", is_speed_claim=False, **sizes)
-    assert findings._mixed_lines(on_cpu) == (
-        "mixed batch     one run 200 ms, 9 switched runs 300 ms; 18 x 48 tokens, float32, median "
-        "of 7\n                its adapters ran in plain PyTorch, one after another: no claim "
-        "about speed"
-    )
-    on_gpu = findings.MixedTime(
-        dtype="bfloat16 autocast", backend="triton", is_speed_claim=True, **sizes
-    )
-    assert findings._mixed_lines(on_gpu).splitlines()[1] == (
-        "                triton backend: 1.50 times as fast"
-    )
-    report = canned_report()
-    report.mixed_times += [on_cpu, on_gpu]
-    assert findings.Report.from_json(report.to_json()) == report
-    lines = findings.as_text(report).splitlines()
-    assert max(len(line) for line in lines if "switched" in line) <= 106

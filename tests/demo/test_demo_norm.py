@@ -1,10 +1,9 @@
 """The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
 
 import torch
-from canned import canned_report
 
 from adapterkern import norm
-from adapterkern.cli.demo import corpus, findings, norms, training
+from adapterkern.cli.demo import corpus, norms, training
 from adapterkern.integrations.transformers import explain
 
 TASK = corpus.TASKS[0]
@@ -51,16 +50,3 @@ def test_forward_times_make_no_speed_claim_on_a_cpu(trained):
     assert forward.backend == "reference"
     assert min(forward.norm_ms, forward.fused_ms, forward.eager_ms) > 0
     assert not any(row.fused for row in explain(classifier.encoder).rows)
-
-
-def test_the_line_of_a_forward_says_what_ran():
-    forward = findings.StepTime(
-        "float32", [16, 64], "triton", 20.0, 30.0, 3, is_speed_claim=True, norm_ms=15.0
-    )
-    assert findings._step_line(forward) == (
-        "forward time    with fuse_norms 15 ms, fused 20 ms (triton backend), eager "
-        "30 ms; 16 x 64 tokens, float32, median of 3: 2.00 times as fast"
-    )
-    report = canned_report()
-    report.step_times.append(forward)
-    assert findings.Report.from_json(report.to_json()) == report

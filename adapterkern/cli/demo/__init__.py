@@ -88,15 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from adapterkern.cli.demo.corpus import CorpusError
     from adapterkern.cli.demo.experiment import run as run_experiment
-    from adapterkern.cli.demo.findings import as_text
     from adapterkern.cli.demo.model import ModelError
+    from adapterkern.cli.demo.wording import as_text
 
     try:
         report = run_experiment(_options(arguments))
     except (CorpusError, ModelError) as error:
         return _refuse(str(error))
     print(as_text(report))
-    print(f"\nwritten to {arguments.out}: report.json, report.png, adapters/")
     return 0 if report.passed else 1
 
 
