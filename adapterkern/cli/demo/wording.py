@@ -16,6 +16,7 @@ from adapterkern.cli.demo.snippet import COLUMNS, snippet
 
 SHORT = {"lora": "LoRA", "full": "full fine-tuning"}  # within a sentence
 STEP = "step: the median training step, the methods taken in turn."
+QUICK = "A quick run shows the path, not what the methods reach: leave out --quick for that."
 INDENT = 10  # of what stands beside a heading
 
 
@@ -24,7 +25,7 @@ def as_text(report: Report) -> str:
     first = report.methods[0].tasks[0].task
     parts = [
         list(_what_was_done(report)),
-        [*_table(_method_rows(report)), "", *_wrapped("", f"{intervals_meaning(report)} {STEP}")],
+        [*_table(_method_rows(report)), "", *_wrapped("", " ".join(_remarks(report)))],
         _comparisons(report),
         [line for check in report.checks for line in _check(check)],
         [*_sizes(report), *_times(report), *_wrapped("whole run", duration(report.seconds))],
@@ -178,6 +179,12 @@ def _method_rows(report: Report) -> list[list[str]]:
         accuracies = [cell for one in shares for cell in (percent(one), "")]
         rows.append([label, "", "", *accuracies, ""])
     return rows
+
+
+def _remarks(report: Report) -> list[str]:
+    """What the table's numbers mean; a quick run, judged by a part of the texts, warns of them."""
+    is_quick = report.command.get("held_out") is not None
+    return [*([QUICK] if is_quick else []), intervals_meaning(report), STEP]
 
 
 def _table(rows: list[list[str]]) -> list[str]:
