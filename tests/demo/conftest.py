@@ -1,7 +1,5 @@
 """What the tests of `adapterkern demo` share: texts, a tiny model, a trained one."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ transformers = pytest.importorskip("transformers", reason="the demo needs transf
 for name in ("peft", "matplotlib", "tqdm"):
     pytest.importorskip(name, reason=f"the demo needs {name}")
 
-from adapterkern.cli.demo import corpus, experiment, model, training  # noqa: E402
+from adapterkern.cli.demo import contest, corpus, model, training  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -37,16 +35,29 @@ def tiny_model(tmp_path_factory) -> str:
     return str(folder)
 
 
+def options(tiny_model: str, **changes) -> contest.Options:
+    """Three steps with the tiny model; `changes` replace fields."""
+    given = {
+        "out": "", "model": tiny_model, "name": "tiny", "device": "cpu", "seed": 0, "seeds": 1,
+        "steps": 3, "batch_size": 8, "held_out": 24, "timing_repeats": 1,
+    }  # fmt: skip
+    return contest.Options(**{**given, **changes})
+
+
+def run_contest(tiny_model: str, texts: corpus.Corpus, **changes) -> contest.Contest:
+    """Both tasks under every method, trained on the texts that they are judged by."""
+    tokenizer = model.load_tokenizer(tiny_model)
+    data = training.encode(tokenizer, texts.held_out[:24], corpus.TASKS, CPU)
+    features = contest.base_features(tiny_model, data[corpus.TASKS[0]])
+    run = contest.Contest(options(tiny_model, **changes), contest.Data(data, data, features))
+    for seed in run.seeds:
+        run.run_seed(seed, corpus.TASKS)
+    return run
+
+
 @pytest.fixture
 def trained(tiny_model, texts):
     """Both tasks trained for three steps with adapters: classifier, held-out data and logits."""
-    tokenizer = model.load_tokenizer(tiny_model)
-    data = {
-        task: training.encode(tokenizer, texts.held_out[:24], task, CPU) for task in corpus.TASKS
-    }
-    options = experiment.Options(
-        Path(), tiny_model, "tiny", "cpu", seed=0, steps=3, batch_size=8, held_out=24,
-        timing_repeats=1,
-    )  # fmt: skip
-    result = experiment.run_method("adapters", options, experiment.Data(data, data), lora_rank=0)
-    return result.model, data, result.recorded
+    run = run_contest(tiny_model, texts)
+    recorded = {task: run.outcomes["adapters", task.name, 0].logits for task in corpus.TASKS}
+    return run.adapters, run.data.held_out, recorded

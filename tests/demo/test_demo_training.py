@@ -49,3 +49,17 @@ def test_minilm_gets_an_adapter_in_each_of_its_twelve_sublayers():
     assert len(model.adapters_of(classifier.encoder)) == 12
     assert model.num_trained(classifier.encoder) == 12 * (2 * 384 * 24 + 24 + 384)
     assert classifier.num_base == 22_565_376
+
+
+def test_evaluation_of_some_batches_gives_the_bits_of_all(trained):
+    classifier, _, _ = trained
+    task = corpus.TASKS[0]
+    classifier.encoder.set_adapter(task.name)
+    rows = torch.randint(5, 50, (150, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = [row[: 3 + number % 17] for number, row in enumerate(rows)]
+    data = training.Encoded(ids, [0] * 150, 0, CPU)
+    whole = training.logits_of(classifier, task, data)
+    batches = training.evaluation_batches(data)
+    assert [len(batch) for batch in batches] == [64, 64, 22]
+    some = [row for batch in batches[::2] for row in batch]
+    assert torch.equal(training.logits_of(classifier, task, data.take(some)), whole[some])

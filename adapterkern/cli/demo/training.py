@@ -2,8 +2,9 @@
 
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,11 +43,21 @@ class Encoded:
         targets = torch.tensor([self.targets[row] for row in rows])
         return ids.to(self.device), mask.to(self.device), targets.to(self.device)
 
+    def take(self, rows: list[int]) -> "Encoded":
+        """The texts of these rows alone."""
+        return replace(
+            self, ids=[self.ids[r] for r in rows], targets=[self.targets[r] for r in rows]
+        )
 
-def encode(tokenizer, docs: list[Docstring], task: Task, device: torch.device) -> Encoded:
-    """The texts cut at MAX_LENGTH tokens; neither names nor signatures are among them."""
+
+def encode(
+    tokenizer, docs: list[Docstring], tasks: Sequence[Task], device: torch.device
+) -> dict[Task, Encoded]:
+    """The texts with the classes of each task, cut at MAX_LENGTH tokens; neither names nor
+    signatures are among them."""
     ids = tokenizer([doc.text for doc in docs], truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    return Encoded(ids, task.targets(docs), tokenizer.pad_token_id, device)
+    pad = tokenizer.pad_token_id
+    return {task: Encoded(ids, task.targets(docs), pad, device) for task in tasks}
 
 
 def batches(data: Encoded, size: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -69,17 +80,39 @@ def batches(data: Encoded, size: int, steps: int, seed: int) -> Iterator[list[in
             yield batch
 
 
-@torch.inference_mode()
-def logits_of(model: TextClassifier, task: Task, data: Encoded) -> Tensor:
-    """[N, classes] on the CPU, in the order of the texts."""
-    model.eval()
+def evaluation_batches(data: Encoded) -> list[list[int]]:
+    """The rows in batches of like length, the shortest first."""
     order = sorted(range(len(data)), key=lambda row: len(data.ids[row]))
-    out = torch.empty(len(data), len(task.labels))
-    for start in range(0, len(order), EVALUATION_BATCH):
-        rows = order[start : start + EVALUATION_BATCH]
+    return [order[i : i + EVALUATION_BATCH] for i in range(0, len(order), EVALUATION_BATCH)]
+
+
+@torch.inference_mode()
+def outputs_of(
+    model: TextClassifier,
+    call: Callable[[Tensor, Tensor], Tensor],
+    size: int,
+    data: Encoded,
+    progress: Progress | None = None,
+) -> Tensor:
+    """[N, size] on the CPU, in the order of the texts: what `call` makes of ids and mask.
+
+    progress: advances by every batch of `evaluation_batches`.
+    """
+    model.eval()
+    out = torch.empty(len(data), size)
+    for rows in evaluation_batches(data):
         ids, mask, _ = data.batch(rows)
-        out[rows] = model(task.name, ids, mask).float().cpu()
+        out[rows] = call(ids, mask).float().cpu()
+        if progress is not None:
+            progress.advance()
     return out
+
+
+def logits_of(
+    model: TextClassifier, task: Task, data: Encoded, progress: Progress | None = None
+) -> Tensor:
+    """[N, classes] on the CPU, in the order of the texts."""
+    return outputs_of(model, partial(model, task.name), len(task.labels), data, progress)
 
 
 def accuracy(logits: Tensor, data: Encoded) -> float:
