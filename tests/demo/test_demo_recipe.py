@@ -56,8 +56,11 @@ def test_search_takes_the_best_to_full_length_and_chooses_among_them(canned):
     first = [trial for trial in canned.ran if trial.steps == search.FIRST_STEPS]
     second = [trial for trial in canned.ran if trial.steps == STEPS]
     assert [trial.recipe for trial in first] == grid
-    assert len(second) == search.FINALISTS * search.SEEDS
-    assert {trial.seed for trial in second} == set(range(search.SEEDS))
+    assert [trial.recipe for trial in second if trial.seed == 0] == sorted(
+        grid[: search.KEPT], key=lambda recipe: abs(grid.index(recipe) - 2)
+    )
+    others = [(trial.recipe, trial.seed) for trial in second if trial.seed]
+    assert others == [(recipe, seed) for recipe in (grid[2], grid[1]) for seed in (1, 2)]
 
 
 def test_search_goes_on_where_it_was_stopped(canned):
