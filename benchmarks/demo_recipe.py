@@ -158,7 +158,7 @@ class Search:
                 model, task, self.train[task], trial.recipe,
                 steps=trial.steps, batch_size=BATCH_SIZE, seed=trial.seed,
             )  # fmt: skip
-            with _autocast():
+            with autocast():
                 for _ in range(trial.steps):
                     training.step()
                 logits = logits_of(model, task, self.validation[task])
@@ -233,9 +233,13 @@ def _record(found: dict[str, Any], train: list, validation: list) -> dict[str, A
     }  # fmt: skip
 
 
-def _autocast() -> contextlib.AbstractContextManager:
-    """bfloat16: half the time on a processor with AMX. The demo itself trains in float32."""
-    return torch.autocast("cpu", torch.bfloat16)
+def autocast() -> contextlib.AbstractContextManager:
+    """bfloat16: half the time on a processor with AMX. The demo itself trains in float32.
+
+    Without its cache, which lasts as long as the block: it would hand out the weights as they were
+    in the first step, to the layers of LoRA, of the base model and of the head.
+    """
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The demo's recipes, and the search that chose them."""
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkern.cli.demo import corpus, training
+from adapterkern.cli.demo import corpus, model, training
 from adapterkern.cli.demo.recipes import BATCH_SIZE, METHODS, RECIPES, STEPS
 
 search = pytest.importorskip("benchmarks.demo_recipe", reason="it is in the repository alone")
+CPU = torch.device("cpu")
 RECORD = Path(search.FOLDER) / "recipe.json"
 
 
@@ -94,6 +96,24 @@ def test_search_trains_no_held_out_text(texts, monkeypatch, tmp_path):
     assert seen == {doc.text for doc in texts.train}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_search_trains_in_bfloat16_as_in_float32(method, tiny_model, texts):
+    task = corpus.TASKS[0]
+    data = training.encode(model.load_tokenizer(tiny_model), texts.train[:64], [task], CPU)[task]
+    losses = {}
+    for precision in (contextlib.nullcontext, search.autocast):
+        torch.manual_seed(0)
+        one = model.start_task(None, method, task, tiny_model, CPU, 2, RECIPES[method])
+        torch.manual_seed(0)
+        one.heads[task.name].reset_parameters()
+        run = training.Training(one, task, data, RECIPES[method], steps=16, batch_size=16, seed=0)
+        with precision():
+            losses[precision] = [run.step() for _ in range(16)]
+    exact, rounded = losses.values()
+    assert exact[0] - exact[-1] > 0.02  # it learns
+    assert rounded == pytest.approx(exact, abs=0.01)
+
+
 @pytest.mark.skipif(not RECORD.exists(), reason="the search has not been run to its end")
 def test_recipes_are_the_choice_of_the_search():
     record = json.loads(RECORD.read_text())
@@ -103,11 +123,11 @@ def test_recipes_are_the_choice_of_the_search():
 
 
 def test_steps_of_a_training_follow_the_recipe_s_rates(trained):
-    model, data, _ = trained
+    classifier, data, _ = trained
     task = corpus.TASKS[0]
-    model.encoder.set_adapter(task.name)
+    classifier.encoder.set_adapter(task.name)
     one = training.Training(
-        model, task, data[task], RECIPES["adapters"], steps=20, batch_size=4, seed=0
+        classifier, task, data[task], RECIPES["adapters"], steps=20, batch_size=4, seed=0
     )
     rates = []
     for _ in range(20):
