@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -99,18 +99,19 @@ def test_search_trains_no_held_out_text(texts, monkeypatch, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_search_trains_in_bfloat16_as_in_float32(method, tiny_model, texts):
     task = corpus.TASKS[0]
-    data = training.encode(model.load_tokenizer(tiny_model), texts.train[:64], [task], CPU)[task]
+    data = training.encode(model.load_tokenizer(tiny_model), texts.train[:16], [task], CPU)[task]
+    recipe = replace(RECIPES[method], learning_rate=3e-3)
     losses = {}
     for precision in (contextlib.nullcontext, search.autocast):
         torch.manual_seed(0)
-        one = model.start_task(None, method, task, tiny_model, CPU, 2, RECIPES[method])
+        one = model.start_task(None, method, task, tiny_model, CPU, 2, recipe)
         torch.manual_seed(0)
         one.heads[task.name].reset_parameters()
-        run = training.Training(one, task, data, RECIPES[method], steps=16, batch_size=16, seed=0)
+        run = training.Training(one, task, data, recipe, steps=16, batch_size=16, seed=0)
         with precision():
             losses[precision] = [run.step() for _ in range(16)]
     exact, rounded = losses.values()
-    assert exact[0] - exact[-1] > 0.02  # it learns
+    assert exact[0] - exact[-1] > 0.05  # it learns, from one batch
     assert rounded == pytest.approx(exact, abs=0.01)
 
 

@@ -27,8 +27,10 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# The choice of `python -m benchmarks.demo_recipe`, which trained on four fifths of the training
-# texts and judged on the rest; its trials: benchmarks/results/demo/recipe.json.
+# The best of three rates for each method, a factor of 2 apart, judged on a fifth of the training
+# texts set aside; neighbours are within the noise (2 points). `python -m benchmarks.demo_recipe`
+# searches more of them, and shapes. Where benchmarks/results/demo/recipe.json has its choice, that
+# choice stands here.
 RECIPES = {
     "adapters": Recipe(
         "houlsby",
