@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pybind11
 import pytest
 from building import (
     BUILD_VARIABLES,
@@ -108,9 +109,10 @@ def test_run_ninja_obeys_max_jobs_and_keeps_the_log(tmp_path, monkeypatch):
     script(tmp_path / "bin" / "ninja", 'echo "called with $*"')
     monkeypatch.setattr(ninja, "BIN_DIR", str(tmp_path / "bin"))
     build.run_ninja(tmp_path, 3)
-    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path} -j 3\n"
+    log = tmp_path / "build.log"
+    assert log.read_text() == f"called with -C {tmp_path} -j 3\n"
     build.run_ninja(tmp_path, None)
-    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path}\n"
+    assert log.read_text().splitlines()[1] == f"called with -C {tmp_path}"
 
 
 def test_build_without_nvcc_records_where_it_looked(tmp_path, monkeypatch):
@@ -158,28 +160,50 @@ def test_build_with_a_broken_nvcc_goes_on_without_and_records_the_error(tmp_path
     assert recorded(package)["REASON"] == reason
 
 
-def with_one_width(root: Path) -> Path:
-    """Give `root` a csrc/ whose kernels have one of the five widths of R, a tenth of the work.
+def with_few_kernels(root: Path) -> Path:
+    """Give `root` a csrc/ whose kernels have one of five widths of R and one of four dtypes.
 
     An install that builds the extension has compiled the others.
     """
     shutil.copytree(ROOT / "csrc", root / "csrc")
     switch = root / "csrc" / "static_switch.h"
-    others = r"^ *if \(bottleneck_size <= (16|64|128|256)\) .*\n"
-    text, dropped = re.subn(others, "", switch.read_text(), flags=re.MULTILINE)
-    assert dropped == 4
+    text, widths = re.subn(
+        r"^ *if \(bottleneck_size <= (16|64|128|256)\) .*\n", "", switch.read_text(), flags=re.M
+    )
+    text, dtypes = re.subn(r"^ *case k(T?Float32|Float16):\n.*\n", "", text, flags=re.M)
+    assert (widths, dtypes) == (4, 3)
     switch.write_text(text)
     return root
+
+
+# A third of the work.
+FOR_ONE_ARCH = {"ADAPTERKERN_BUILD_CUDA": "1", "ADAPTERKERN_CUDA_ARCHS": "sm_80"}
 
 
 @pytest.fixture(scope="module")
 def built_package(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(build, "ROOT", with_one_width(tmp_path_factory.mktemp("sources")))
-        yield run_build(
-            tmp_path_factory.mktemp("build"), monkeypatch,
-            ADAPTERKERN_BUILD_CUDA="1", ADAPTERKERN_CUDA_ARCHS="sm_80",  # a third of the work
-        )  # fmt: skip
+        monkeypatch.setattr(build, "ROOT", with_few_kernels(tmp_path_factory.mktemp("sources")))
+        # As in pip's build environment, pybind11's headers are gone after the build.
+        headers = shutil.copytree(
+            pybind11.get_include(), tmp_path_factory.mktemp("pip") / "include"
+        )
+        with monkeypatch.context() as pip:
+            pip.setattr(pybind11, "get_include", lambda: str(headers))
+            package = run_build(tmp_path_factory.mktemp("build"), pip, **FOR_ONE_ARCH)
+        shutil.rmtree(headers)
+        yield package
+
+
+@needs_nvcc
+def test_second_build_finds_the_headers_of_pybind11_elsewhere_and_compiles_nothing(
+    built_package, monkeypatch
+):
+    folder = built_package.parents[1]
+    log = folder / "temp" / "build.log"
+    size = len(log.read_text())
+    run_build(folder, monkeypatch, **FOR_ONE_ARCH)
+    assert log.read_text()[size:].splitlines()[1:] == ["ninja: no work to do."]
 
 
 @needs_nvcc

@@ -301,7 +301,7 @@ def test_build_says_what_it_does_and_a_line_for_each_file(machine, monkeypatch, 
     log = machine.folder / "temp" / "build.log"
     assert first == (
         "adapterkern: building the CUDA extension for sm_80, for the GPU here, of 8.6: "
-        f"about 1 minute on 2 cores if all is new, compilers' output in {log}; "
+        f"about 2 minutes on 2 cores if all is new, compilers' output in {log}; "
         "ADAPTERKERN_BUILD_CUDA=0 skips it"
     )
     shown = [re.fullmatch(r"\[(\d)/4, [\d.]+ s\] (\S+)", line).groups() for line in lines]
