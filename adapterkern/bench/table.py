@@ -25,11 +25,8 @@ def first_lines(result: Result) -> list[str]:
     header = result.header
     versions = header.get("versions", {})
     lines = [] if result.on_gpu else [*NO_GPU]
-    software = ", ".join(
-        f"{name} {versions[name]}"
-        for name in ("adapterkern", "torch", "triton")
-        if versions.get(name)
-    )
+    names = ("adapterkern", "torch", *(("triton",) if result.on_gpu else ()))
+    software = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     commit = header.get("commit")
     if commit:
         software += f", commit {commit[:9]}{' with changes' if header.get('dirty') else ''}"
@@ -104,15 +101,15 @@ def _legend(result: Result, brief: bool) -> list[str]:
     names = {row.provider for row in result.rows}
     lines = [
         "p20/p50/p80: a fifth, half and four fifths of the calls took at most so long.",
-        "time/adapterkern: median time over that of adapterkern's first row, so that above",
-        "  1.00x adapterkern is faster, and below it slower.",
+        "time/adapterkern: median time over that of adapterkern's first row: above 1.00x",
+        "  adapterkern is faster, below it slower.",
     ]
     if "limit" in names:
         lines.append("limit: copies of memory that no implementation can do without.")
     if result.on_gpu:
         lines += [
-            "cold: L2 overwritten before each call; hot: input just written; graph: per call,",
-            "  in a CUDA graph over activations and weights in turn; eager: wall time.",
+            "cold: L2 overwritten before each call; hot: input just written; graph: per",
+            "  call, in a CUDA graph over activations and weights in turn; eager: wall time.",
         ]
     if result.on_gpu and not brief:
         lines += [

@@ -100,6 +100,12 @@ def add_parser(subparsers: Any) -> None:
         help="S > 0 seconds of sampling a case and kind of timing, 5 to 200 samples (default: 0.5, "
         "with --quick 0.2)",
     )
+    _add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is written, drawn, printed and compared."""
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the result, also after each case"
     )
@@ -118,7 +124,6 @@ def add_parser(subparsers: Any) -> None:
         help="one file: this run against it; two files: the second against the first",
     )
     parser.add_argument("--force", action="store_true", help="compare results of different devices")
-    parser.set_defaults(run=run)
 
 
 def _add_many(parser: argparse.ArgumentParser, sizes: dict[str, Any]) -> None:
