@@ -102,7 +102,7 @@ def _legend(result: Result, brief: bool) -> list[str]:
     lines = [
         "p20/p50/p80: a fifth, half and four fifths of the calls took at most so long.",
         "time/adapterkern: median time over that of adapterkern's first row: above 1.00x",
-        "  adapterkern is faster, below it slower.",
+        "  adapterkern is faster, below it slower; ~: may be chance, p20 to p80 overlap.",
     ]
     if "limit" in names:
         lines.append("limit: copies of memory that no implementation can do without.")
@@ -242,10 +242,13 @@ def _times(timing: Timing | None, unit: str) -> str:
 
 
 def _ratio(row: Row, ours: Row | None) -> str:
-    """Return the time of a row over ours, which a row without an adapter has none of."""
+    """Return the time of a row over ours, which a row without an adapter has none of; behind a ~
+    if their ranges from the 20th to the 80th percentile overlap."""
     if ours is None or ours.time is None or row.time is None or row.provider in NO_RATIO:
         return "-"
-    return f"{row.time.p50 / ours.time.p50:.2f}x"
+    overlap = row.time.p80 > ours.time.p20 and ours.time.p80 > row.time.p20
+    doubt = "~" if overlap and row is not ours else ""
+    return f"{doubt}{row.time.p50 / ours.time.p50:.2f}x"
 
 
 def _number(value: float | None, form: str) -> str:

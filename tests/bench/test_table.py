@@ -171,7 +171,7 @@ def test_all_cases_are_in_one_table_at_the_end():
     assert [line.split() for line in block[1:]] == [
         ["case", "adapterkern", "ms", "plain", "limit", "lora"],
         ["forward-fp32-gelu-T128-H768-R48", "2.00", "0.75x", "0.05x", "-"],
-        ["step-fp32-gelu-T128-H768-R48", "4.00", "-", "-", "1.25x"],
+        ["step-fp32-gelu-T128-H768-R48", "4.00", "-", "-", "~1.25x"],
     ]
 
 
@@ -186,3 +186,13 @@ def test_too_wide_tables_say_how_to_get_fewer_columns(gpu_result):
     result.rows += on_cpu(dict.fromkeys(names, 1.0), BenchCase(768, 48, 16, "fp32")).rows
     (*_, last) = render(result).splitlines()
     assert last == "Fewer names behind --baseline make the table of all cases narrower."
+
+
+@pytest.mark.parametrize(("plain", "shown"), [(3000.0, "1.50x"), (2500.0, "~1.25x")])
+def test_a_ratio_that_may_be_chance_is_marked(plain, shown):
+    (line,) = (
+        line
+        for line in render(on_cpu({"reference": 2000.0, "plain": plain})).splitlines()
+        if line.startswith("  plain")
+    )
+    assert line.split()[-1] == shown  # ours ends at 2400; 90 % of these are 2700 and 2250
