@@ -47,14 +47,17 @@ VARIABLES = (
         "ADAPTERKERN_BUILD_CUDA",
         "auto | 1 | 0",
         "auto",
-        "Install time. auto: build the CUDA extension where nvcc is found; 1: fail the install if "
-        "it cannot be built; 0: do not build it.",
+        "Install time. auto: build the CUDA extension for the GPUs that are visible, and leave it "
+        "out where none is (`adapterkern info` tells why); 1: build it for all architectures, and "
+        "fail the install if it cannot be built; 0: leave it out.",
     ),
     Variable(
         "ADAPTERKERN_CUDA_ARCHS",
-        "e.g. 80;90a;compute_90",
-        "80;90a;compute_90",
-        "Install time. GPU architectures to compile the CUDA extension for.",
+        "native | e.g. 80;90a",
+        "native",
+        "Install time. GPU architectures to compile the CUDA extension for, whether such a GPU is "
+        "here or not; native: those of the visible GPUs. With ADAPTERKERN_BUILD_CUDA=1 the default "
+        "is 80;90a;compute_90.",
     ),
     Variable(
         "TRITON_INTERPRET",
