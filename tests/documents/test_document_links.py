@@ -33,8 +33,9 @@ def links_of(page):
 
 
 def anchors_of(page):
-    """The anchors of a page's headings, as GitHub forms them."""
-    tokens, seen, anchors = tokens_of(page), {}, set()
+    """The anchors of a page's headings, as GitHub forms them, and of the names of an API page."""
+    tokens, seen = tokens_of(page), {}
+    anchors = set(re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
     for opening, heading in itertools.pairwise(tokens):
         if opening.type == "heading_open":
             text = "".join(child.content for child in heading.children)
@@ -72,6 +73,18 @@ def test_readme_links_are_absolute():
 
 def test_the_generated_section_links_to_the_home_of_the_project():
     assert readme.HOME == HOME
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_page_defines_the_names_that_its_links_use(page):
+    """`[words][name]` without `[name]: address` is shown as it is written."""
+    words = [
+        child.content
+        for token in tokens_of(page)
+        for child in token.children or ()
+        if child.type == "text"
+    ]
+    assert [text for text in words if re.search(r"\w\]\[[\w-]+\]", text)] == []
 
 
 @pytest.mark.parametrize(
