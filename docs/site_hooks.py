@@ -1,9 +1,10 @@
-"""What the site needs beside its pages: links out of docs/, and the notebook of examples/.
+"""What the site needs beside its pages: the notebook of examples/, and links out of docs/.
 
-Pages link to sources and results by relative paths, which work in a checkout and in the
-repository's own viewer. A site has no such files, so that there they lead to the repository.
+Pages link to sources, results and the notebook by relative paths, which work in a checkout and in
+the repository's own viewer. On the site they lead to the notebook's page, or to the repository.
 """
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,31 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 BRANCH = "main"
-NOTEBOOKS: tuple = ()
+NOTEBOOKS = ("examples/first_hour.ipynb",)
 
 _LINK_UPWARDS = re.compile(r"(?<=\]\()(?P<path>\.\./[^)#\s]*)")
 
 
-@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+@event_priority(100)  # before mkdocs-jupyter, which looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
     """Add the notebooks, which live beside the other examples."""
     for notebook in NOTEBOOKS:
-        files.append(File.generated(config, notebook, abs_src_path=str(ROOT / notebook)))
+        files.append(File(notebook, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Lead links to files outside of docs/ to the repository; the file has to exist."""
+    """Lead links out of docs/ to where a reader of the site finds the file; it has to exist."""
+    folder = posixpath.dirname(page.file.src_uri)
     docs = Path(config.docs_dir)
-    here = (docs / page.file.src_uri).parent
 
-    def absolute(link: re.Match[str]) -> str:
-        target = (here / link["path"]).resolve()
+    def on_the_site(link: re.Match[str]) -> str:
+        target = (docs / folder / link["path"]).resolve()
         if target.is_relative_to(docs) or not target.exists():
             return link["path"]  # a page, or a mistake that the strict build names
-        kind = "tree" if target.is_dir() else "blob"
-        return f"{config.repo_url}/{kind}/{BRANCH}/{target.relative_to(ROOT).as_posix()}"
+        inside = target.relative_to(ROOT).as_posix()
+        if inside in NOTEBOOKS:
+            return posixpath.relpath(inside, folder or ".")
+        return f"{config.repo_url}/{'tree' if target.is_dir() else 'blob'}/{BRANCH}/{inside}"
 
-    return _LINK_UPWARDS.sub(absolute, markdown)
+    return _LINK_UPWARDS.sub(on_the_site, markdown)
