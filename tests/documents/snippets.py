@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import sys
 import tokenize
 import traceback
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def reason_to_skip(snippet):
         return "needs a CUDA device"
     imported = {match[1] for match in re.finditer(r"^\s*(?:import|from) (\w+)", snippet.code, re.M)}
     for package in sorted(imported & OPTIONAL | needed - {"gpu"}):
-        if importlib.util.find_spec(package) is None:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
             return f"needs {package}, which is not installed"
     return None
 
