@@ -32,8 +32,9 @@ def links_of(page):
 
 
 def anchors_of(page):
-    """The anchors of a page's headings, as GitHub forms them."""
-    tokens, seen, anchors = tokens_of(page), {}, set()
+    """The anchors of a page's headings, as GitHub forms them, and of the names of an API page."""
+    tokens, seen = tokens_of(page), {}
+    anchors = set(re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
     for opening, heading in itertools.pairwise(tokens):
         if opening.type == "heading_open":
             text = "".join(child.content for child in heading.children)
