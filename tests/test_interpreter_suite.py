@@ -48,5 +48,6 @@ def test_interpreter_suite_passes(capsys):
         "test_triton_norm_traffic.py": 6,
         "test_triton_norm.py": 50,
         "test_triton_grouped_backward.py": 43,
+        "test_triton_grouped_rows.py": 20,
     }
     assert all(count >= least.get(name, 51) for name, count in passed.items()), passed

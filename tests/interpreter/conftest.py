@@ -10,6 +10,8 @@ from adapterkern.testing import enable_triton_interpreter, nan_filled_memory
 
 if _env.TRITON_INTERPRET:
     enable_triton_interpreter()
+    from triton.runtime import interpreter
+
     from adapterkern.backends.triton import backend as triton_backend
     from adapterkern.backends.triton.launch_config import Device, RowBlock, Split
 else:
@@ -57,3 +59,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """A kernel patches the language for the interpreter, and each function that it calls does so
+    again, which takes half of the time of small tiles. Triton's own functions need it once."""
+    patched = set()
+
+    def called(function, *args, **named):
+        module = function.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        return function.rewrite()(*args, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
