@@ -72,6 +72,18 @@ def test_readme_links_are_absolute(tmp_path):
     assert len([link for link in links if IN_TREE.match(link)]) >= 8
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_page_defines_the_names_that_its_links_use(page):
+    """`[words][name]` without `[name]: address` is shown as it is written."""
+    words = [
+        child.content
+        for token in tokens_of(page)
+        for child in token.children or ()
+        if child.type == "text"
+    ]
+    assert [text for text in words if re.search(r"\w\]\[[\w-]+\]", text)] == []
+
+
 @pytest.mark.parametrize(
     ("link", "problem"),
     [
