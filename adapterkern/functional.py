@@ -50,7 +50,7 @@ def bottleneck_adapter(
             back.
 
     Returns:
-        [..., H], contiguous, in the dtype that the eager composition promotes to: the products'
+        [..., H], contiguous, in the dtype that the eager composition promotes to, the products'
         dtype, widened by the residual, skip and a learned scaling.
 
     Raises:
