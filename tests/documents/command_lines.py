@@ -24,7 +24,7 @@ HOME = PROJECT["project"]["urls"]["Homepage"]
 EXTRAS = set(PROJECT["project"]["optional-dependencies"])
 MARKERS = {text.split(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
 SHELLS = ("bash", "sh", "shell", "console")
-OURS = re.compile(r"((ADAPTERKERN_)?\w+=\S* )*(adapterkern|pip|pytest|python|torchrun) ")
+OURS = re.compile(r"((ADAPTERKERN_)?\w+=\S* )*(adapterkern|pip|pytest|python|torchrun) [\w.\"-]")
 FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir())
 # In running text `python -m benchmarks gpu` is a name; a block has to run as it stands.
 UNFINISHED = re.compile(r"are required|expected (one|at least one) argument")
