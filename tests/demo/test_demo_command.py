@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from adapterkern.cli.demo import checks, experiment, findings
+from adapterkern.cli.demo.recipes import RECIPES
 from adapterkern.cli.main import main
 
 
@@ -68,8 +69,9 @@ def test_demo_refuses_a_bad_option(option, capsys):
 def test_demo_with_an_incomplete_model_ends_with_a_sentence(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert main(["demo", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("adapterkern demo: ")
+    assert not (tmp_path / "out").exists()  # it was made, and nothing came into it
     assert f"tokenizer in {str(tmp_path)!r}" in line
 
 
@@ -77,7 +79,15 @@ def test_demo_with_an_incomplete_model_ends_with_a_sentence(tmp_path, capsys):
 def demo_run(tiny_model, tmp_path_factory):
     """One whole run of two steps: exit code and folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    command = ["demo", "--quick", "--steps=2", "--batch-size=4", "--device=cpu", "--seed=7"]
+    command = [
+        "demo",
+        "--quick",
+        "--steps=2",
+        "--batch-size=4",
+        "--device=cpu",
+        "--seed=7",
+        "--seeds=2",
+    ]
     return main([*command, "--model", tiny_model, "--out", str(out)]), out
 
 
@@ -87,7 +97,8 @@ def test_demo_runs_to_its_end_and_every_check_holds(demo_run):
     found = findings.Report.from_json((out / "report.json").read_text())
     assert [check.passed for check in found.checks] == [True] * 5
     assert [method.method for method in found.methods] == ["adapters", "lora", "full"]
-    assert found.command["seed"] == 7
+    assert found.seeds == [7, 8]
+    assert found.interval_of == "seeds"
     assert found.versions["torch"] == torch.__version__
     adapters, lora, full = found.methods
     assert adapters.trained == 4 * (2 * 32 * 2 + 2 + 32)
@@ -95,6 +106,8 @@ def test_demo_runs_to_its_end_and_every_check_holds(demo_run):
     assert lora.total == full.total + lora.trained
     for method in found.methods:
         assert [len(task.losses) for task in method.tasks] == [2, 2]
+        assert [len(task.by_seed) for task in method.tasks] == [2, 2]
+        assert method.learning_rate == RECIPES[method.method].learning_rate
     # The same head on the same features: before training, the methods are one.
     for index in range(2):
         assert len({method.tasks[index].before for method in found.methods}) == 1
@@ -117,8 +130,9 @@ def test_demo_exits_with_1_when_a_check_fails(tiny_model, texts, tmp_path, monke
     command = ["demo", "--quick", "--steps=1", "--batch-size=4", "--device=cpu"]
     assert main([*command, "--model", tiny_model, "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
-    assert "FAILED  gradients" in captured.out
-    assert "bottleneck adapters, topic: step 1/1, loss" in captured.err  # plain: no terminal
+    assert "FAILED    the adapters' gradients are those of autograd" in captured.out
+    assert "adapterkern's hand-written backward (plain PyTorch on this CPU)" in captured.out
+    assert "training on topic (seed 0): step 3/3, loss of" in captured.err  # plain: no terminal
 
 
 def test_a_hub_out_of_reach_is_told_once_and_in_our_words(tmp_path, capsys, monkeypatch):
@@ -137,7 +151,8 @@ def test_a_hub_out_of_reach_is_told_once_and_in_our_words(tmp_path, capsys, monk
     finally:
         hub.removeHandler(handler)
     assert capsys.readouterr().err == (
-        "looking for nosuch/model in the cache and on the Hugging Face hub\n"
+        "loading PyTorch, transformers and PEFT\n"
+        "loading the tokenizer, looking for nosuch/model in the cache and on the Hugging Face hub\n"
         "adapterkern demo: cannot load the tokenizer in 'nosuch/model': "
         "We couldn't connect to the hub\n"
     )

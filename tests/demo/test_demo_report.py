@@ -98,6 +98,13 @@ def test_text_says_what_was_done_on_what():
     assert "bootstrap over the 492 held-out texts" in said
 
 
+def test_a_quick_run_says_that_its_numbers_are_not_to_be_judged_by():
+    report = canned_report(steps=8)
+    assert "A quick run" not in wording.as_text(report)
+    report.command["held_out"] = 96
+    assert "A quick run shows the path, not what the methods reach" in wording.as_text(report)
+
+
 @pytest.mark.parametrize(
     ("seeds", "words"),
     [([3], "seed 3"), ([0, 1], "seeds 0, 1"), ([2, 3, 4], "seeds 2 to 4"), ([1, 9], "seeds 1, 9")],
@@ -185,6 +192,8 @@ def test_times_on_a_gpu_claim_what_was_measured_with_its_kernels():
     ) in said
     assert f"one without, 5.0 ms: 2.50 times as fast {measured}" in said
     assert "claim nothing" not in said
+    report.mixed_times[0].is_speed_claim = False
+    assert "claim nothing" not in sentences(wording.as_text(report))
     report.mixed_times = []
     report.step_times = [findings.StepTime("float32", [16, 48], "reference", 2.0, 3.0, 7, False)]
     assert "`adapterkern info` says why" in sentences(wording.as_text(report))

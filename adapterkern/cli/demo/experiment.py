@@ -112,7 +112,9 @@ def run(options: Options, story: Story) -> Report:
 def load(options: Options, device: torch.device) -> tuple[Corpus, Data]:
     """The texts, encoded; the tokenizer is loaded first, for a model that cannot be."""
     known = Path(options.model).is_dir()
-    where = "" if known else f", looking for {options.model} in the cache and on the hub"
+    where = (
+        "" if known else f", looking for {options.model} in the cache and on the Hugging Face hub"
+    )
     with Progress(f"loading the tokenizer{where}"):
         tokenizer = load_tokenizer(options.model)
     with Progress("reading the docstrings of the standard library"):

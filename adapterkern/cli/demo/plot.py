@@ -52,7 +52,7 @@ def draw(report: Report) -> Figure:
     loss_axes = bottom.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for index, (axes, task) in enumerate(zip(loss_axes, tasks, strict=True)):
         _draw_losses(axes, report.methods, index, task)
-    loss_axes[0].set_ylim(bottom=0)
+    loss_axes[0].set_ylim(0, 1.05 * loss_axes[0].get_ylim()[1])  # room for markers at the top
     loss_axes[0].set_ylabel(f"training loss of seed {report.seeds[0]}")
     return figure
 

@@ -73,11 +73,13 @@ class Progress:
 
     def __exit__(self, kind: object, *exc_info: object) -> None:
         global _running
-        self.ended.set()
-        self.clock.join()
-        if self.bar is not None:
-            self.bar.close()
-        elif self.done:
+        try:
+            self.ended.set()
+            self.clock.join()
+        finally:  # a Ctrl-C may come here too, and the bar's line has to end
+            if self.bar is not None:
+                self.bar.close()
+        if self.bar is None and self.done:
             self._print(self._line())
         if kind is None:
             _running = None

@@ -16,6 +16,7 @@ from adapterkern.cli.demo.snippet import COLUMNS, snippet
 
 SHORT = {"lora": "LoRA", "full": "full fine-tuning"}  # within a sentence
 STEP = "step: the median training step, the methods taken in turn."
+QUICK = "A quick run shows the path, not what the methods reach: leave out --quick for that."
 INDENT = 10  # of what stands beside a heading
 
 
@@ -24,8 +25,8 @@ def as_text(report: Report) -> str:
     first = report.methods[0].tasks[0].task
     parts = [
         list(_what_was_done(report)),
-        [*_table(_method_rows(report)), "", *_wrapped("", f"{intervals_meaning(report)} {STEP}")],
-        list(_differences(report)),
+        [*_table(_method_rows(report)), "", *_wrapped("", " ".join(_remarks(report)))],
+        _comparisons(report),
         [line for check in report.checks for line in _check(check)],
         [*_sizes(report), *_times(report), *_wrapped("whole run", duration(report.seconds))],
         _wrapped("written", f"{report.command['out']}: report.json, report.png, adapters/"),
@@ -82,6 +83,31 @@ def verdict(difference: Difference) -> str:
     if low > 0:
         return "beat"
     return "lose to" if high < 0 else "are indistinguishable from"
+
+
+def comparison_meaning(report: Report) -> str:
+    """What the numbers in `comparisons` are."""
+    paired = "seed by seed" if report.interval_of == "seeds" else "text by text"
+    return (
+        "Adapters against the others, in points; indistinguishable where the 95 % interval, paired "
+        f"{paired}, holds 0:"
+    )
+
+
+def comparisons(report: Report) -> dict[str, str]:
+    """By task a sentence of whom the adapters beat, lose to, or cannot be told from."""
+    sentences = {}
+    for task in dict.fromkeys(one.task for one in report.differences):
+        verdicts: dict[str, list[str]] = {}
+        for one in report.differences:
+            if one.task == task:
+                low, high = one.interval
+                points = f"{100 * one.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}"
+                other = SHORT.get(one.method, one.method)
+                verdicts.setdefault(verdict(one), []).append(f"{other} ({points})")
+        clauses = [f"{verb} {' and '.join(others)}" for verb, others in verdicts.items()]
+        sentences[task] = f"adapters {', and '.join(clauses)}."
+    return sentences
 
 
 def share(method: MethodResult) -> str:
@@ -155,6 +181,12 @@ def _method_rows(report: Report) -> list[list[str]]:
     return rows
 
 
+def _remarks(report: Report) -> list[str]:
+    """What the table's numbers mean; a quick run, judged by a part of the texts, warns of them."""
+    is_quick = report.command.get("held_out") is not None
+    return [*([QUICK] if is_quick else []), intervals_meaning(report), STEP]
+
+
 def _table(rows: list[list[str]]) -> list[str]:
     """Columns padded to their widest cell; the first to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -168,26 +200,9 @@ def _table(rows: list[list[str]]) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _differences(report: Report) -> Iterator[str]:
-    """A sentence for each task: whom the adapters beat, lose to, or cannot be told from."""
-    if not report.differences:
-        return
-    paired = "seed by seed" if report.interval_of == "seeds" else "text by text"
-    yield from _wrapped(
-        "",
-        "Adapters against the others, in points; indistinguishable where the 95 % interval, paired "
-        f"{paired}, holds 0:",
-    )
-    for task in dict.fromkeys(one.task for one in report.differences):
-        verdicts: dict[str, list[str]] = {}
-        for one in report.differences:
-            if one.task == task:
-                low, high = one.interval
-                points = f"{100 * one.mean:+.1f}; {100 * low:+.1f} to {100 * high:+.1f}"
-                other = SHORT.get(one.method, one.method)
-                verdicts.setdefault(verdict(one), []).append(f"{other} ({points})")
-        clauses = [f"{verb} {' and '.join(others)}" for verb, others in verdicts.items()]
-        yield from _wrapped(task, f"adapters {', and '.join(clauses)}.")
+def _comparisons(report: Report) -> list[str]:
+    lines = [line for said in comparisons(report).items() for line in _wrapped(*said)]
+    return [*_wrapped("", comparison_meaning(report)), *lines] if lines else []
 
 
 def _check(check: Check) -> list[str]:
