@@ -1,4 +1,4 @@
-"""Writes what README and docs say of speed, from the best committed GPU result and the model."""
+"""Writes what README and docs show of results: the best GPU result, the model, the demo's run."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from adapterkern.backends import NAMES
 from adapterkern.bench.calibration import from_dict
 from adapterkern.bench.results import Result, ResultError, Row
-from benchmarks import block_model, goals, many_model, model, pictures, records, summary
+from benchmarks import block_model, demo_page, goals, many_model, model, pictures, records, summary
 from benchmarks.gpu.output import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,9 @@ def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str
     blocks = block_model.table(list(block_model.overheads(card)))
     many = many_model.table(list(many_model.predictions(card)))
     predicted = {MODEL: ("model", f"{calls}\n\n{blocks}\n\n{many}")}
+    demo = demo_page.section(root)
+    if demo is not None:
+        predicted[demo_page.PAGE] = ("demo", demo)
     if folder is None:
         return predicted | {
             "README.md": ("performance", NO_RESULT),
@@ -146,7 +149,8 @@ def updated(folder: Path | None, root: Path = ROOT) -> dict[Path, str]:
 
 
 def write(root: Path = ROOT, results: Path = RESULTS) -> Path | None:
-    """Write the best result's pictures and tables anew, and both pages; the result's folder.
+    """Write the best result's pictures and tables anew, the demo's picture, and the pages; the
+    result's folder.
 
     Raises:
         ResultError: a result cannot be read, or a picture not drawn.
@@ -159,6 +163,7 @@ def write(root: Path = ROOT, results: Path = RESULTS) -> Path | None:
         if problems:
             raise ResultError(f"no picture for the README: {'; '.join(problems)}")
         (folder / f"{REPORT}.md").write_text(summary.summary(result), encoding="utf-8")
+    demo_page.draw(root)
     for path, text in updated(folder, root).items():
         path.write_text(text, encoding="utf-8")
     return folder

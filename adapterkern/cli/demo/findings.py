@@ -1,4 +1,4 @@
-"""The findings of a run, as data, as JSON and as a table to read."""
+"""The findings of a run, as data and as JSON; `wording.py` and `plot.py` show them."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2  # of the JSON; raised when a field changes its meaning
-MIB = 2**20
 
 
 @dataclass
@@ -141,7 +140,10 @@ class Report:
         """
         data = json.loads(text)
         if data.get("format") != FORMAT:
-            raise ValueError(f"the report must have format {FORMAT}, got {data.get('format')!r}.")
+            raise ValueError(
+                f"the report must have format {FORMAT}, got {data.get('format')!r}: another "
+                "version of adapterkern wrote it.\n  hint: let `adapterkern demo` write a new one"
+            )
         data["methods"] = [
             MethodResult(**{**m, "tasks": [TaskResult(**t) for t in m["tasks"]]})
             for m in data["methods"]
@@ -159,98 +161,3 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         unfinished = Path(scratch) / path.name
         write(unfinished)
         os.replace(unfinished, path)
-
-
-def as_text(report: Report) -> str:
-    """The report to read on a terminal or in a log; no colours, no cursor movements."""
-    model, corpus = report.model, report.corpus
-    lines = [
-        f"model    {model['name']}: {model['type']}, hidden size {model['hidden_size']}, "
-        f"{model['num_adapters']} adapters of width {model['bottleneck_size']}",
-        f"text     {corpus['texts']:,} docstrings from {corpus['modules']} modules of Python's "
-        f"standard library: {corpus['train']:,} to train on, {corpus['held_out']:,} held out",
-        f"training {report.command['steps']} steps of {report.command['batch_size']} texts for "
-        f"each task and method, seed {report.command['seed']}, on {report.machine['device']}",
-        "",
-        *_table(_method_rows(report)),
-        "",
-        *(
-            f"{'ok    ' if c.passed else 'FAILED'}  {c.name}\n        {c.detail}"
-            for c in report.checks
-        ),
-        "",
-        f"saved adapter   {report.saved['adapter_bytes'] / MIB:.2f} MiB a task with its head; "
-        f"a full model {report.saved['model_bytes'] / MIB:.1f} MiB",
-        *(_mixed_lines(mixed) for mixed in report.mixed_times),
-        *(_step_line(step) for step in report.step_times),
-        f"peak memory     {_peak_meaning(report)}",
-        f"whole run       {report.seconds:.0f} s",
-    ]
-    return "\n".join(lines)
-
-
-def _method_rows(report: Report) -> list[list[str]]:
-    tasks = [task.task for task in report.methods[0].tasks]
-    header = ["", "trained", "share", *(f"{task}: before, after" for task in tasks)]
-    rows = [[*header, "training", "peak memory"]]
-    majority = [f"{report.majority[task]:.1%}" for task in tasks]
-    rows.append(["majority class", "", "", *majority, "", ""])
-    for method in report.methods:
-        rows.append(
-            [
-                method.label,
-                f"{method.trained:,}",
-                f"{method.share:.2%}",
-                *(f"{task.before:.1%}  {task.after:.1%}" for task in method.tasks),
-                f"{sum(task.seconds for task in method.tasks):.0f} s",
-                "unknown" if method.peak_bytes is None else f"{method.peak_bytes / MIB:,.0f} MiB",
-            ]
-        )
-    return rows
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Columns padded to their widest cell; the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def _step_line(step: StepTime) -> str:
-    what, norm, best = "step time    ", "", step.fused_ms
-    if step.norm_ms is not None:
-        what, best = "forward time ", step.norm_ms
-        norm = f"with fuse_norms {step.norm_ms:.0f} ms, "
-    line = (
-        f"{what}   {norm}fused {step.fused_ms:.0f} ms ({step.backend} backend), "
-        f"eager {step.eager_ms:.0f} ms; {step.tokens[0]} x {step.tokens[1]} tokens, {step.dtype}, "
-        f"median of {step.repeats}"
-    )
-    if step.is_speed_claim:
-        return f"{line}: {step.eager_ms / best:.2f} times as fast"
-    return f"{line}\n                no claim about speed: that takes a GPU and a fused kernel"
-
-
-def _mixed_lines(mixed: MixedTime) -> str:
-    line = (
-        f"mixed batch     one run {mixed.mixed_ms:.0f} ms, {mixed.runs} switched runs "
-        f"{mixed.switched_ms:.0f} ms; {mixed.tokens[0]} x {mixed.tokens[1]} tokens, "
-        f"{mixed.dtype}, median of {mixed.repeats}\n{16 * ' '}"
-    )
-    if mixed.is_speed_claim:
-        times = mixed.switched_ms / mixed.mixed_ms
-        return f"{line}{mixed.backend} backend: {times:.2f} times as fast"
-    how = "in plain PyTorch, one after another" if mixed.backend == "reference" else mixed.backend
-    return f"{line}its adapters ran {how}: no claim about speed"
-
-
-def _peak_meaning(report: Report) -> str:
-    what = "torch's allocator" if report.machine["device"].startswith("cuda") else "the process"
-    span = "while that method ran" if report.peak_is_per_method else "up to the end of that method"
-    return f"of {what}, {span}"

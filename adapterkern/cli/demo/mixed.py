@@ -141,7 +141,7 @@ def time_mixed(batch: MixedBatch, repeats: int) -> list[MixedTime]:
 
     ways: Ways = {"mixed_ms": batch.banks_in_place, "switched_ms": nullcontext}
     made = partial(MixedTime, runs=len(batch.rows))
-    return times_in_turn(run, ways, made, batch.backend, batch.ids, repeats)
+    return times_in_turn("mixed batches", run, ways, made, batch.backend, batch.ids, repeats)
 
 
 def _bank_of(layer: Any, names: list[str]) -> AdapterBank:

@@ -18,17 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapterkern.cli.demo.corpus import Task
+from adapterkern.cli.demo.recipes import RECIPES, Recipe
 from adapterkern.integrations.peft import BottleneckConfig, BottleneckLinear
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
-METHODS = ("adapters", "lora", "full")
 LABELS = {
     "adapters": "bottleneck adapters",
     "lora": "LoRA, same budget",
     "full": "full fine-tuning",
 }
 MAX_LENGTH = 48  # tokens; two docstrings in three fit, and a run stays under five minutes
-REDUCTION_FACTOR = 16  # H = 384: R = 24
 
 # transformers raises these for incomplete folders, depending on the gap and on its version.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError)
@@ -120,17 +119,22 @@ def start_task(
     source: str,
     device: torch.device,
     lora_rank: int,
+    recipe: Recipe | None = None,
 ) -> TextClassifier:
     """A classifier whose parameters that require gradients are the ones to train for `task`.
 
     Adapters and LoRA add the task to the `model` of the task before, whose own adapter does not
     change. Full fine-tuning starts from a fresh base each time, to its advantage: a model a task.
+
+    Args:
+        recipe: of the method; None takes the demo's.
     """
     if method == "full":
         model = TextClassifier(load_encoder(source, device))
         model.add_head(task)
         return model
-    config = adapter_config() if method == "adapters" else lora_config(lora_rank)
+    recipe = recipe or RECIPES[method]
+    config = adapter_config(recipe) if method == "adapters" else lora_config(lora_rank, recipe)
     if model is None:
         encoder = load_encoder(source, device)
         model = TextClassifier(encoder)
@@ -143,31 +147,35 @@ def start_task(
     return model
 
 
-def adapter_config() -> BottleneckConfig:
-    """Adapters behind the output projections of attention and feed-forward."""
-    return BottleneckConfig(reduction_factor=REDUCTION_FACTOR, init="identity")
+def adapter_config(recipe: Recipe) -> BottleneckConfig:
+    """The adapters of a recipe, by default the demo's."""
+    return BottleneckConfig(**recipe.settings)
 
 
-def lora_config(rank: int) -> peft.LoraConfig:
-    """LoRA on every linear layer of the encoder, the placement in which it does best."""
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+def lora_config(rank: int, recipe: Recipe) -> peft.LoraConfig:
+    """LoRA of a recipe, with this rank in every layer that it targets."""
+    alpha = recipe.settings["alpha_over_rank"] * rank
+    targets = recipe.settings["target_modules"]
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
 
 
-def lora_rank_for(budget: int, source: str) -> int:
+def lora_rank_for(budget: int, source: str, recipe: Recipe = RECIPES["lora"]) -> int:
     """The LoRA rank whose number of parameters, linear in the rank, comes closest to `budget`."""
     encoder = load_encoder(source, torch.device("cpu"))
     with _model_fits(source), _quiet_transformers():
-        probe = peft.get_peft_model(encoder, lora_config(1))
+        probe = peft.get_peft_model(encoder, lora_config(1, recipe))
     return max(1, round(budget / num_trained(probe)))
 
 
 def describe_method(method: str, lora_rank: int) -> dict[str, object]:
     """The settings of a method, for the record."""
-    if method == "adapters":
-        return {"reduction_factor": REDUCTION_FACTOR, "init": "identity", "activation": "gelu"}
+    recipe = RECIPES[method]
+    facts = {"recipe": recipe.name, "head_learning_rate": recipe.head_learning_rate}
     if method == "lora":
-        return {"rank": lora_rank, "alpha": 2 * lora_rank, "target_modules": "all-linear"}
-    return {"one_model_per_task": True}
+        facts["rank"] = lora_rank
+    if method == "full":
+        facts["one_model_per_task"] = True
+    return {**facts, **recipe.settings}
 
 
 def num_trained(module: nn.Module) -> int:

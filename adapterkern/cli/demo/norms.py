@@ -95,7 +95,8 @@ def time_forwards(
         "fused_ms": nullcontext,
         "eager_ms": lambda: eager_adapters(model),
     }
-    return times_in_turn(forward, ways, StepTime, partial(fused_backend, model, data), ids, repeats)
+    backend_under = partial(fused_backend, model, data)
+    return times_in_turn("forwards", forward, ways, StepTime, backend_under, ids, repeats)
 
 
 def _results(

@@ -1,15 +1,11 @@
 """The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
 
-import pytest
 import torch
 
-test_demo = pytest.importorskip("test_demo", reason="the demo needs its packages")
+from adapterkern import norm
+from adapterkern.cli.demo import corpus, norms, training
+from adapterkern.integrations.transformers import explain
 
-from adapterkern import norm  # noqa: E402
-from adapterkern.cli.demo import corpus, findings, norms  # noqa: E402
-from adapterkern.integrations.transformers import explain  # noqa: E402
-
-texts, tiny_model, trained = test_demo.texts, test_demo.tiny_model, test_demo.trained
 TASK = corpus.TASKS[0]
 
 
@@ -23,7 +19,7 @@ def test_norm_check_holds_and_leaves_the_model_as_it_was(trained):
     assert any(error > 0 for error in errors.values())  # two different paths ran
     assert verdict.detail.startswith("4 of 4 adapters; loss and 16 gradients, largest relative")
     assert not any(row.fused for row in explain(classifier.encoder).rows)
-    assert torch.equal(test_demo.training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
+    assert torch.equal(training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
 
 
 def test_norm_check_notices_wrong_arithmetic(trained, monkeypatch):
@@ -54,16 +50,3 @@ def test_forward_times_make_no_speed_claim_on_a_cpu(trained):
     assert forward.backend == "reference"
     assert min(forward.norm_ms, forward.fused_ms, forward.eager_ms) > 0
     assert not any(row.fused for row in explain(classifier.encoder).rows)
-
-
-def test_the_line_of_a_forward_says_what_ran():
-    forward = findings.StepTime(
-        "float32", [16, 64], "triton", 20.0, 30.0, 3, is_speed_claim=True, norm_ms=15.0
-    )
-    assert findings._step_line(forward) == (
-        "forward time    with fuse_norms 15 ms, fused 20 ms (triton backend), eager "
-        "30 ms; 16 x 64 tokens, float32, median of 3: 2.00 times as fast"
-    )
-    report = test_demo.canned_report()
-    report.step_times.append(forward)
-    assert findings.Report.from_json(report.to_json()) == report

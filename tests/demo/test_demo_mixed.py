@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-test_demo = pytest.importorskip("test_demo", reason="the demo needs its packages")
+from adapterkern.cli.demo import corpus, mixed, training
+from adapterkern.grouped import reference
 
-from adapterkern.cli.demo import corpus, findings, mixed  # noqa: E402
-from adapterkern.grouped import reference  # noqa: E402
-
-texts, tiny_model, trained = test_demo.texts, test_demo.tiny_model, test_demo.trained
 TASK = corpus.TASKS[0]
 TRAINED = [task.name for task in corpus.TASKS]
 RANDOM = [f"random_{number}" for number in range(1, 7)]
@@ -42,7 +39,7 @@ def test_a_mixed_batch_leaves_the_model_as_it_was(trained):
     assert encoder.active_adapter == "topic"
     trains = {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert trains == {name for name in names if ".topic." in name}
-    assert torch.equal(test_demo.training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
+    assert torch.equal(training.logits_of(classifier, TASK, data[TASK]), recorded[TASK])
 
 
 @pytest.mark.parametrize("fault", ["another-adapter", "wrong-arithmetic", "not-switched"])
@@ -78,24 +75,3 @@ def test_mixed_times_make_no_speed_claim_on_a_cpu(trained):
     assert times.backend == "reference"
     assert (times.runs, times.tokens[0]) == (9, 18)
     assert min(times.mixed_ms, times.switched_ms) > 0
-
-
-def test_the_lines_of_a_mixed_batch_say_what_ran():
-    sizes = {"tokens": [18, 48], "mixed_ms": 200.0, "switched_ms": 300.0, "runs": 9, "repeats": 7}
-    on_cpu = findings.MixedTime(dtype="float32", backend="reference", is_speed_claim=False, **sizes)
-    assert findings._mixed_lines(on_cpu) == (
-        "mixed batch     one run 200 ms, 9 switched runs 300 ms; 18 x 48 tokens, float32, median "
-        "of 7\n                its adapters ran in plain PyTorch, one after another: no claim "
-        "about speed"
-    )
-    on_gpu = findings.MixedTime(
-        dtype="bfloat16 autocast", backend="triton", is_speed_claim=True, **sizes
-    )
-    assert findings._mixed_lines(on_gpu).splitlines()[1] == (
-        "                triton backend: 1.50 times as fast"
-    )
-    report = test_demo.canned_report()
-    report.mixed_times += [on_cpu, on_gpu]
-    assert findings.Report.from_json(report.to_json()) == report
-    lines = findings.as_text(report).splitlines()
-    assert max(len(line) for line in lines if "switched" in line) <= 106

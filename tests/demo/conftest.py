@@ -1,0 +1,63 @@
+"""What the tests of `adapterkern demo` share: texts, a tiny model, a trained one."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the demo needs transformers")
+for name in ("peft", "matplotlib", "tqdm"):
+    pytest.importorskip(name, reason=f"the demo needs {name}")
+
+from adapterkern.cli.demo import contest, corpus, model, training  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def texts() -> corpus.Corpus:
+    return corpus.load_corpus()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A folder with a random BERT of two layers and a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def options(tiny_model: str, **changes) -> contest.Options:
+    """Three steps with the tiny model; `changes` replace fields."""
+    given = {
+        "out": "", "model": tiny_model, "name": "tiny", "device": "cpu", "seed": 0, "seeds": 1,
+        "steps": 3, "batch_size": 8, "held_out": 24, "timing_repeats": 1,
+    }  # fmt: skip
+    return contest.Options(**{**given, **changes})
+
+
+def run_contest(tiny_model: str, texts: corpus.Corpus, **changes) -> contest.Contest:
+    """Both tasks under every method, trained on the texts that they are judged by."""
+    tokenizer = model.load_tokenizer(tiny_model)
+    data = training.encode(tokenizer, texts.held_out[:24], corpus.TASKS, CPU)
+    features = contest.base_features(tiny_model, data[corpus.TASKS[0]])
+    run = contest.Contest(options(tiny_model, **changes), contest.Data(data, data, features))
+    for seed in run.seeds:
+        run.run_seed(seed, corpus.TASKS)
+    return run
+
+
+@pytest.fixture
+def trained(tiny_model, texts):
+    """Both tasks trained for three steps with adapters: classifier, held-out data and logits."""
+    run = run_contest(tiny_model, texts)
+    recorded = {task: run.outcomes["adapters", task.name, 0].logits for task in corpus.TASKS}
+    return run.adapters, run.data.held_out, recorded
