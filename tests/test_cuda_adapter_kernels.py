@@ -10,7 +10,8 @@ from sass import Instruction, Loop
 
 from adapterkern.backends.cuda import launch_config
 
-ARCHS = ["sm_80", "sm_90a"]
+SM_80 = pytest.param("sm_80", marks=pytest.mark.thorough)  # half a minute of disassembly
+ARCHS = [SM_80, "sm_90a"]
 REGISTERS = 65536  # of an SM
 SHAPE = re.compile(r"RowBlockShapeI(f|6__half|13__nv_bfloat16|S\d*_)Li(\d+)ELb([01])E")
 EMPTY = 50  # instructions; kernels that an architecture has no use for trap at once
@@ -135,7 +136,10 @@ def test_registers_allow_the_blocks_that_the_plan_puts_on_an_sm(arch):
 
 @pytest.mark.parametrize(
     ("arch", "empty"),
-    [("sm_80", {"large", "cluster"}), ("sm_90a", {"small"})],
+    [
+        pytest.param("sm_80", {"large", "cluster"}, marks=pytest.mark.thorough),
+        ("sm_90a", {"small"}),
+    ],
 )
 def test_an_architecture_has_the_tiles_that_its_devices_have_room_for(arch, empty):
     """The others would be machine code that is never run."""

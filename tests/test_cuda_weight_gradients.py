@@ -13,7 +13,8 @@ from adapterkern.backends.cuda.launch_config import FEW_STAGES, MANY_STAGES, TOK
 
 THREADS, REGISTERS = 256, 65536  # of a block; of an SM
 WARPS = THREADS // 32
-ARCHS = ["sm_80", "sm_90a"]
+SM_80 = pytest.param("sm_80", marks=pytest.mark.thorough)  # half a minute of disassembly
+ARCHS = [SM_80, "sm_90a"]
 HALF = re.compile(r"GradientShapeI(?:6__half|13__nv_bfloat16)Li(\d+)EEELb1E")
 
 

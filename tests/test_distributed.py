@@ -104,7 +104,7 @@ def test_fsdp_refuses_adapters_narrower_than_their_bank(results):
     assert "contiguous" in results["bank_fsdp_narrow"]
 
 
-@pytest.mark.parametrize("method", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("method", ["DDP", pytest.param("FSDP2", marks=pytest.mark.thorough)])
 def test_distributed_example_learns_its_task(method):
     command = [
         sys.executable,

@@ -10,10 +10,28 @@ from adapterkern.testing import enable_triton_interpreter, nan_filled_memory
 
 if _env.TRITON_INTERPRET:
     enable_triton_interpreter()
+    from triton.runtime import interpreter
+
     from adapterkern.backends.triton import backend as triton_backend
     from adapterkern.backends.triton.launch_config import Device, RowBlock, Split
 else:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """A kernel patches the language for the interpreter, and each function that it calls does so
+    again, which takes half of the time of small tiles. Triton's own functions need it once."""
+    patched = set()
+
+    def called(function, *args, **named):
+        module = function.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        return function.rewrite()(*args, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
 
 
 @pytest.fixture

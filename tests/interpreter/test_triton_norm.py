@@ -174,6 +174,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sweep("form", "norm", "dtype")
 @pytest.mark.parametrize(("form", "norm", "dtype"), KINDS, ids=lambda kind: str(kind))
 def test_triton_norm_matches_float64_in_every_form(run_norm_as, form, norm, dtype):
     sizes = run_norm_as(form)
@@ -194,6 +195,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sweep("form", "options")
 @pytest.mark.parametrize("form", ["row_block", "rows"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_triton_norm_matches_float64_with_every_option(run_norm_as, form, options):
@@ -210,6 +212,7 @@ def test_triton_norm_matches_float64_in_tf32(run_norm_as):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.sweep("num_sms", "hidden")
 @pytest.mark.parametrize(
     ("tokens", "hidden", "bottleneck"),
     [(1, 70, 20), (37, 64, 16), (37, 1, 1), (2, 257, 5), (66, 130, 33)],
