@@ -105,6 +105,7 @@ def with_setup(name: str, mode: str, device: str, setup):
     return model
 
 
+@pytest.mark.sweep("device", "setup", lambda p: (p["name"], p["mode"]))
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize(
     ("name", "mode", "setup"),

@@ -87,7 +87,7 @@ def test_grouped_kernels_hold_the_rule_in_tf32(grouped, name, form):
     assert missed(case.draw(), backend(grouped, FORMS[form]), tf32=True) == []
 
 
-@pytest.mark.sweep()
+@pytest.mark.sweep
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_batches_are_as_right_as_eager(grouped, part):
     wrong = []

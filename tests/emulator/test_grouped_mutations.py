@@ -58,7 +58,7 @@ def test_grouped_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed(tmp_path))
 
 
-@pytest.mark.sweep()
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_many_adapters_turns_their_cases_red(tmp_path, fault):
     assert is_red(narrowed(tmp_path, fault))

@@ -311,7 +311,7 @@ def test_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
-@pytest.mark.sweep()
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CASES)

@@ -86,7 +86,7 @@ def test_norm_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(build(tmp_path))
 
 
-@pytest.mark.sweep()
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_norm_turns_its_cases_red(tmp_path, fault):
     assert is_red(build(tmp_path, fault))
