@@ -19,8 +19,9 @@ def few_or_all(few: Sequence, every: Sequence) -> list:
 def outcomes_of_each(function: Callable, cases: Sequence, folder: Path, chunk: int = 1) -> dict:
     """Map each case to what `function` returns for it; `folder` is Triton's cache meanwhile."""
     os.environ["TRITON_CACHE_DIR"] = str(folder)
+    processes = min(os.cpu_count() or 1, -(-len(cases) // 4))  # one costs as much as a few cases
     try:
-        with get_context("spawn").Pool(os.cpu_count()) as pool:
+        with get_context("spawn").Pool(processes) as pool:
             return dict(zip(cases, pool.map(function, cases, chunksize=chunk), strict=True))
     finally:
         del os.environ["TRITON_CACHE_DIR"]
