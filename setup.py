@@ -5,14 +5,16 @@ linked in statically, so one build serves every torch version. An install withou
 `adapterkern info` shows the reason, which each build keeps in adapterkern/_buildinfo.py.
 
 Environment:
-    ADAPTERKERN_BUILD_CUDA  auto (default): build where nvcc is found; 1: fail the install if the
+    ADAPTERKERN_BUILD_CUDA  auto (default): build for the GPUs that are visible, and nothing where
+                            none is; 1: build for all architectures, and fail the install if the
                             extension cannot be built; 0: do not build it
-    ADAPTERKERN_CUDA_ARCHS  architectures, "sm_80;sm_90a;compute_90" by default (see `parse_archs`)
+    ADAPTERKERN_CUDA_ARCHS  architectures to build for instead (see `parse_archs`)
     CUDA_HOME, CUDA_PATH    toolkit folders, searched before PATH (see `nvcc_candidates`)
     MAX_JOBS                compiler processes at a time
     NVCC_CCBIN              nvcc's own variable for its host compiler
 """
 
+import math
 import os
 import re
 import shlex
@@ -20,8 +22,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,8 +37,12 @@ EXTENSION = "adapterkern._cuda"
 
 # Machine code for 8.x (sm_80 runs on 8.6 and 8.9 too) and for 9.0 with its own instructions; on
 # every newer GPU the driver compiles the PTX at first use.
-DEFAULT_ARCHS = "sm_80;sm_90a;compute_90"
+ALL_ARCHS = "sm_80;sm_90a;compute_90"
 LOWEST_ARCH = 80  # bfloat16 tensor cores and cp.async
+# What a core of today and nvcc 13.0 take for all sources: 400 s for these three, 250 s for one of
+# them; forward.cu alone is two fifths of it, whatever the number of cores.
+SECONDS, SECONDS_AN_ARCH, LONGEST_FILE = 150, 90, 0.4
+SMI_TIMEOUT_S = 20
 
 # No fast-math flag: it changes division, denormals and erf. One thread per nvcc: ninja already runs
 # one nvcc per source, and threads times jobs is what exhausts memory.
@@ -60,7 +68,7 @@ class Settings:
     """The settings that the environment asks for."""
 
     mode: str  # auto | 1 | 0
-    archs: tuple[str, ...]
+    archs: tuple[str, ...]  # "native" stands for those of the visible GPUs
     max_jobs: int | None
 
 
@@ -92,28 +100,32 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     jobs = environ.get("MAX_JOBS", "").strip()
     if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
         raise SetupError(f"MAX_JOBS must be a positive integer, got {jobs!r}.")
-    archs = parse_archs(environ.get("ADAPTERKERN_CUDA_ARCHS", "").strip() or DEFAULT_ARCHS)
-    return Settings(mode, archs, int(jobs) if jobs else None)
+    archs = environ.get("ADAPTERKERN_CUDA_ARCHS", "").strip()
+    archs = archs or (ALL_ARCHS if mode == "1" else "native")
+    return Settings(mode, parse_archs(archs), int(jobs) if jobs else None)
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
     """Architectures in nvcc's names, in the given order, without repeats.
 
     Entries are separated by ";", "," or spaces. "sm_90a", "90a" and "9.0a" ask for machine code,
-    "compute_90" for PTX, and "9.0+PTX" for both, as in TORCH_CUDA_ARCH_LIST.
+    "compute_90" for PTX, and "9.0+PTX" for both, as in TORCH_CUDA_ARCH_LIST. "native" stays.
 
     Raises:
         SetupError: an entry has another form, or is below compute capability 8.0.
     """
     archs: list[str] = []
     for entry in filter(None, re.split(r"[;,\s]+", text)):
+        if entry.lower() == "native":
+            archs.append("native")
+            continue
         match = re.fullmatch(
             r"(sm_|compute_)?(\d{1,2}\.\d|\d{2,3})([af]?)(\+PTX)?", entry, re.IGNORECASE
         )
         if match is None or (match[1] and match[4]):
             raise SetupError(
                 f"ADAPTERKERN_CUDA_ARCHS: cannot read {entry!r}.\n"
-                f'  hint: write for instance "{DEFAULT_ARCHS}" or "8.0;9.0a;9.0+PTX".'
+                f'  hint: write for instance "{ALL_ARCHS}", "8.0;9.0a;9.0+PTX" or "native".'
             )
         number = match[2].replace(".", "")
         if int(number) < LOWEST_ARCH:
@@ -127,6 +139,74 @@ def parse_archs(text: str) -> tuple[str, ...]:
     if not archs:
         raise SetupError("ADAPTERKERN_CUDA_ARCHS names no architecture.")
     return tuple(dict.fromkeys(archs))
+
+
+def driver_says(environ: Mapping[str, str]) -> str:
+    """What nvidia-smi prints of the GPUs' compute capabilities, or why it prints nothing.
+
+    It is asked because pip's build environment has no torch. A driver that fails or hangs counts as
+    no GPU: it must not keep anyone from installing.
+    """
+    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides them"
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
+        )
+        return process.communicate(timeout=SMI_TIMEOUT_S)[0]
+    except OSError:
+        return "nvidia-smi is not installed"
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a hanging driver may not let go of it
+        return f"nvidia-smi gave no answer in {SMI_TIMEOUT_S} s"
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[int]:
+    """Compute capabilities, as 86 for 8.6, of the GPUs here that can run the kernels.
+
+    Raises:
+        NotBuilt: there is none; the message tells why, and how to build all the same.
+    """
+    says = driver_says(environ)
+    found = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", says, re.MULTILINE)}
+    if not found:
+        archs = parse_archs(ALL_ARCHS)
+        raise NotBuilt(
+            f"no GPU was visible when adapterkern was installed ({' '.join(says.split())}); "
+            f"ADAPTERKERN_BUILD_CUDA=1 alone builds for {', '.join(archs[:-1])} and {archs[-1]}, "
+            f"{duration(archs)}"
+        )
+    usable = sorted(gpu for gpu in found if gpu >= LOWEST_ARCH)
+    if not usable:
+        raise NotBuilt(
+            f"its kernels need compute capability 8.0, and the GPU here has {dotted(found)}"
+        )
+    return usable
+
+
+def dotted(gpus: Iterable[int]) -> str:
+    """Write [86, 90] as "8.6, 9.0"."""
+    return ", ".join(f"{gpu // 10}.{gpu % 10}" for gpu in sorted(gpus))
+
+
+def duration(archs: tuple[str, ...]) -> str:
+    """How long a build of all sources takes here."""
+    cores = os.cpu_count() or 1
+    seconds = (SECONDS + SECONDS_AN_ARCH * len(archs)) * max(1 / cores, LONGEST_FILE)
+    minutes = math.ceil(seconds / 60)
+    return f"about {minutes} minute{'s' * (minutes > 1)} on {cores} core{'s' * (cores > 1)}"
+
+
+def arch_of(gpu: int, nvcc: Path) -> str:
+    """The code for one GPU: sm_80 serves all of 8.x, sm_90a serves 9.0; newer ones get the newest
+    machine code of their major version that nvcc knows, or the PTX that they get by default.
+    """
+    if gpu < 100:
+        return "sm_90a" if gpu >= 90 else "sm_80"
+    known = map(int, re.findall(r"^sm_(\d+)$", _output([nvcc, "--list-gpu-code"]), re.MULTILINE))
+    serving = [number for number in known if gpu // 10 * 10 <= number <= gpu]
+    return f"sm_{max(serving)}" if serving else "compute_90"
 
 
 def gencode(arch: str) -> str:
@@ -191,13 +271,12 @@ def _output(command: list) -> str:
     return done.stdout
 
 
-def ninja_file(
-    sources: list[Path],
-    library: Path,
-    nvcc: Path,
-    archs: tuple[str, ...],
-) -> str:
-    """The text of the build; nvcc compiles every source, as it knows its headers and libraries."""
+def ninja_file(sources: list[Path], library: Path, nvcc: Path, info: BuildInfo) -> str:
+    """The text of the build; nvcc compiles every source, as it knows its headers and libraries.
+
+    ninja compiles anew what another command or other headers made. So the versions of the tools are
+    in the commands, and pip's build environment, a new folder each time, is not (see `run_ninja`).
+    """
     try:
         import pybind11
     except ImportError as error:
@@ -205,20 +284,23 @@ def ninja_file(
     # Kernels see neither Python nor pybind11.
     bindings = [
         f"-isystem={sysconfig.get_path('include')}",
-        f"-isystem={pybind11.get_include()}",
-        f'-DADAPTERKERN_ARCHS="{" ".join(archs)}"',
+        f"-DADAPTERKERN_PYBIND11={pybind11.__version__}",
+        f'-DADAPTERKERN_ARCHS="{" ".join(info.archs)}"',
     ]
-    code = [gencode(arch) for arch in archs]
+    code = [gencode(arch) for arch in info.archs]
     # Toolkits from PyPI keep their libraries in lib, where their nvcc does not look.
     libraries = f"-L{toolkit_root(nvcc) / 'lib'}"
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {_command(nvcc, *NVCC_FLAGS, *code)} $extra -MD -MF $out.d -c $in -o $out",
+        f"  command = {_command(nvcc, *NVCC_FLAGS, *code)} $extra -MMD -MF $out.d -c $in -o $out"
+        f" # {info.nvcc}",
+        "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {_command(nvcc, *LINK_FLAGS, *code, libraries)} -o $out $in",
+        "  description = $out",
     ]
     objects = []
     for source in sources:
@@ -237,11 +319,13 @@ def _command(*words: Path | str) -> str:
 
 
 def run_ninja(folder: Path, max_jobs: int | None) -> None:
-    """Build in `folder`, echoing the output into its build.log.
+    """Build in `folder`: a line for each file as it is done, everything else into build.log.
 
     Raises:
         NotBuilt: a command failed; the message carries the first error.
     """
+    import pybind11
+
     try:
         from ninja import BIN_DIR
 
@@ -249,33 +333,51 @@ def run_ninja(folder: Path, max_jobs: int | None) -> None:
     except ImportError:
         ninja = shutil.which("ninja") or "ninja"
     command = [ninja, "-C", str(folder), *(["-j", str(max_jobs)] if max_jobs else [])]
-    lines = []
+    environ = {**os.environ, "NINJA_STATUS": "[%f/%t, %e s] "}
+    include = os.environ.get("CPLUS_INCLUDE_PATH")
+    environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, [pybind11.get_include(), include]))
+    line, errors = "no output", []
     try:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        with (
+            (folder / "build.log").open("a") as log,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+            ) as process,
+        ):
             for line in process.stdout:
-                sys.stderr.write(line)
-                lines.append(line)
+                log.write(line)
+                wrong = re.search(r"\b(error|fatal)\b", line)
+                errors += [line.strip()] if wrong else []
+                if wrong or line.startswith("[") or "warning" in line:
+                    print(line, end="", file=sys.stderr, flush=True)
     except OSError as error:
         raise NotBuilt(f"ninja does not run: {error}") from error
-    (folder / "build.log").write_text("".join(lines))
     if process.returncode:
-        errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]
-        raise NotBuilt(f"compilation failed: {(errors or lines or ['no output'])[0].strip()}")
+        raise NotBuilt(f"compilation failed: {(errors or [line.strip()])[0]}")
+
+
+def say(text: str) -> None:
+    """Print a line, which `pip install -v` shows as it comes."""
+    print(f"adapterkern: {text}", file=sys.stderr, flush=True)
 
 
 class BuildCuda(build_ext):
     """build_ext that builds the CUDA extension, or records why it did not."""
 
+    def finalize_options(self) -> None:
+        # A place that stays, for `pip install .` and `-e .` alike, so that ninja finds the objects
+        # of the build before; setuptools' own is a new folder for each editable install.
+        self.build_temp = self.build_temp or str(ROOT / "build" / "cuda")
+        super().finalize_options()
+
     def run(self) -> None:
         settings = read_settings(os.environ)
-        library = None
+        library, start = None, time.monotonic()
         try:
             library, info = self.compile(settings)
-            print(
-                f"adapterkern: CUDA extension built by nvcc {info.nvcc} for {' '.join(info.archs)}",
-                file=sys.stderr,
+            say(
+                f"CUDA extension built by nvcc {info.nvcc} for {' '.join(info.archs)} in "
+                f"{time.monotonic() - start:.0f} s"
             )
         except NotBuilt as error:
             if settings.mode == "1":
@@ -283,7 +385,7 @@ class BuildCuda(build_ext):
                     f"ADAPTERKERN_BUILD_CUDA=1, but the CUDA extension was not built: {error}"
                 ) from error
             info = BuildInfo(reason=str(error))
-            print(f"adapterkern: CUDA extension not built: {error}", file=sys.stderr)
+            say(f"CUDA extension not built: {error}")
         for folder in [Path(self.build_lib), *([ROOT] if self.inplace else [])]:
             self.place(folder, library, info)
 
@@ -293,16 +395,24 @@ class BuildCuda(build_ext):
             raise NotBuilt("ADAPTERKERN_BUILD_CUDA=0 when it was installed")
         if not sys.platform.startswith("linux"):
             raise NotBuilt(f"it is built on Linux only, and this is {sys.platform}")
+        gpus = visible_gpus(os.environ) if "native" in settings.archs else []
         nvcc = find_nvcc(os.environ)
-        info = BuildInfo(nvcc=nvcc_version(nvcc), archs=settings.archs)
+        native = [arch_of(gpu, nvcc) for gpu in gpus]
+        archs = chain(*(native if arch == "native" else [arch] for arch in settings.archs))
+        info = BuildInfo(nvcc=nvcc_version(nvcc), archs=tuple(dict.fromkeys(archs)))
         folder = Path(self.build_temp).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / Path(self.get_ext_filename(EXTENSION)).name
         sources = sorted(
             path for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")
         )
-        text = ninja_file(sources, library, nvcc, settings.archs)
-        (folder / "build.ninja").write_text(text)
+        (folder / "build.ninja").write_text(ninja_file(sources, library, nvcc, info))
+        why = f"for the GPU here, of {dotted(gpus)}" if gpus else "as the environment asks"
+        say(
+            f"building the CUDA extension for {' '.join(info.archs)}, {why}: "
+            f"{duration(info.archs)} if all is new, compilers' output in {folder / 'build.log'}; "
+            "ADAPTERKERN_BUILD_CUDA=0 skips it"
+        )
         run_ninja(folder, settings.max_jobs)
         return library, info
 

@@ -119,7 +119,8 @@ def is_declared(feature: str, device_type: str) -> bool:
 
 
 def check_environment() -> None:
-    """Refuse what is none of a variable's values, before it decides anything.
+    """Refuse what is none of a variable's values, before it decides anything; warn once of a
+    variable that is none of the package's: it may be misspelled, or be known to a later version.
 
     Raises:
         ValueError: a variable has such a value.
@@ -134,6 +135,16 @@ def check_environment() -> None:
                 f"the environment variable {name} must be one of {', '.join(known)}, "
                 f"got {value!r}.\n  hint: unset {name}, or set it to one of these."
             )
+    if _env.UNKNOWN:
+        _warn_of_unknown_variables()
+
+
+@_torch.constant_under_compile  # it can trace neither the search for the nearest name nor the log
+def _warn_of_unknown_variables() -> None:
+    for sentence in _env.unknown_variables():
+        mark = object()
+        if _logged.setdefault(sentence, mark) is mark:
+            logger.warning("%s", sentence)
 
 
 def _decide(spec: AdapterSpec, wanted: str) -> Decision:

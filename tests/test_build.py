@@ -10,26 +10,21 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pybind11
 import pytest
-from setuptools import Distribution, Extension
+from building import (
+    BUILD_VARIABLES,
+    ROOT,
+    build,
+    built_extensions,
+    recorded,
+    run_build,
+    script,
+)
+from setuptools import Distribution
 from setuptools.errors import CompileError, SetupError
 
-from adapterkern import _env
 from adapterkern.backends.cuda import extension
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("adapterkern_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
-BUILD_VARIABLES = ("ADAPTERKERN_BUILD_CUDA", "ADAPTERKERN_CUDA_ARCHS", "MAX_JOBS")
 
 
 def usable_nvcc() -> Path | None:
@@ -42,78 +37,13 @@ def usable_nvcc() -> Path | None:
 needs_nvcc = pytest.mark.skipif(usable_nvcc() is None, reason="needs nvcc, and none was found")
 
 
-def script(path: Path, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
-def run_build(tmp_path: Path, monkeypatch, **environ: str) -> Path:
-    """Run build_ext with these build variables alone; return the built package's folder."""
-    for name in BUILD_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    extension = Extension(build.EXTENSION, sources=[], optional=True)
-    command = build.BuildCuda(Distribution({"name": "adapterkern", "ext_modules": [extension]}))
-    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
-    command.ensure_finalized()
-    command.run()
-    package = tmp_path / "lib" / "adapterkern"
-    listed = {Path(output) for output in command.get_outputs()}
-    assert listed == set(package.iterdir())
-    return package
-
-
-def recorded(package: Path) -> dict:
-    values: dict = {}
-    exec((package / "_buildinfo.py").read_text(), values)
-    return values
-
-
-def built_extensions(package: Path) -> list[Path]:
-    return list(package.glob("_cuda*.so"))
-
-
-@pytest.mark.parametrize(
-    ("text", "archs"),
-    [
-        ("80", ("sm_80",)),
-        ("8.0;9.0a", ("sm_80", "sm_90a")),
-        ("sm_80, sm_90a,compute_90", ("sm_80", "sm_90a", "compute_90")),
-        ("9.0+PTX", ("sm_90", "compute_90")),
-        ("12.0 10.3a", ("sm_120", "sm_103a")),
-        ("SM_90A 80 8.0", ("sm_90a", "sm_80")),
-    ],
-)
-def test_parse_archs_reads_every_documented_spelling(text, archs):
-    assert build.parse_archs(text) == archs
-
-
-@pytest.mark.parametrize("text", ["ninety", "sm_9x", "compute_90+PTX", "9.0.1", ";", "80-90"])
-def test_parse_archs_refuses_what_it_cannot_read(text):
-    with pytest.raises(SetupError, match="ADAPTERKERN_CUDA_ARCHS"):
-        build.parse_archs(text)
-
-
-def test_parse_archs_refuses_devices_without_bfloat16():
-    with pytest.raises(SetupError, match=r"'7\.5' is below the lowest, sm_80"):
-        build.parse_archs("8.0;7.5")
-
-
-def test_default_archs_are_those_that_the_documentation_names():
-    documented = next(v.default for v in _env.VARIABLES if v.name == "ADAPTERKERN_CUDA_ARCHS")
-    assert build.parse_archs(documented) == build.parse_archs(build.DEFAULT_ARCHS)
-
-
 def test_gencode_makes_machine_code_for_sm_and_ptx_for_compute():
     assert build.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
     assert build.gencode("compute_90") == "-gencode=arch=compute_90,code=compute_90"
 
 
 def test_read_settings_takes_defaults_for_unset_and_empty_variables():
-    expected = build.Settings("auto", ("sm_80", "sm_90a", "compute_90"), None)
+    expected = build.Settings("auto", ("native",), None)
     assert build.read_settings({}) == expected
     assert build.read_settings(dict.fromkeys(BUILD_VARIABLES, "")) == expected
 
@@ -179,12 +109,14 @@ def test_run_ninja_obeys_max_jobs_and_keeps_the_log(tmp_path, monkeypatch):
     script(tmp_path / "bin" / "ninja", 'echo "called with $*"')
     monkeypatch.setattr(ninja, "BIN_DIR", str(tmp_path / "bin"))
     build.run_ninja(tmp_path, 3)
-    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path} -j 3\n"
+    log = tmp_path / "build.log"
+    assert log.read_text() == f"called with -C {tmp_path} -j 3\n"
     build.run_ninja(tmp_path, None)
-    assert (tmp_path / "build.log").read_text() == f"called with -C {tmp_path}\n"
+    assert log.read_text().splitlines()[1] == f"called with -C {tmp_path}"
 
 
 def test_build_without_nvcc_records_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(script(tmp_path / "bin" / "nvidia-smi", "echo 8.6").parent))
     monkeypatch.setattr(build, "nvcc_candidates", lambda environ: iter([Path("/nowhere/bin/nvcc")]))
     package = run_build(tmp_path, monkeypatch)
     assert built_extensions(package) == []
@@ -222,34 +154,56 @@ def test_build_demanded_with_a_broken_nvcc_fails_with_the_compilers_words(tmp_pa
 def test_build_with_a_broken_nvcc_goes_on_without_and_records_the_error(tmp_path, monkeypatch):
     script(tmp_path / "cuda" / "bin" / "nvcc", BROKEN_NVCC)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    package = run_build(tmp_path, monkeypatch)
+    package = run_build(tmp_path, monkeypatch, ADAPTERKERN_CUDA_ARCHS="80")
     assert built_extensions(package) == []
     reason = "compilation failed: probe.cu(7): error: expected a ;"
     assert recorded(package)["REASON"] == reason
 
 
-def with_one_width(root: Path) -> Path:
-    """Give `root` a csrc/ whose kernels have one of the five widths of R, a tenth of the work.
+def with_few_kernels(root: Path) -> Path:
+    """Give `root` a csrc/ whose kernels have one of five widths of R and one of four dtypes.
 
     An install that builds the extension has compiled the others.
     """
     shutil.copytree(ROOT / "csrc", root / "csrc")
     switch = root / "csrc" / "static_switch.h"
-    others = r"^ *if \(bottleneck_size <= (16|64|128|256)\) .*\n"
-    text, dropped = re.subn(others, "", switch.read_text(), flags=re.MULTILINE)
-    assert dropped == 4
+    text, widths = re.subn(
+        r"^ *if \(bottleneck_size <= (16|64|128|256)\) .*\n", "", switch.read_text(), flags=re.M
+    )
+    text, dtypes = re.subn(r"^ *case k(T?Float32|Float16):\n.*\n", "", text, flags=re.M)
+    assert (widths, dtypes) == (4, 3)
     switch.write_text(text)
     return root
+
+
+# A third of the work.
+FOR_ONE_ARCH = {"ADAPTERKERN_BUILD_CUDA": "1", "ADAPTERKERN_CUDA_ARCHS": "sm_80"}
 
 
 @pytest.fixture(scope="module")
 def built_package(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(build, "ROOT", with_one_width(tmp_path_factory.mktemp("sources")))
-        yield run_build(
-            tmp_path_factory.mktemp("build"), monkeypatch,
-            ADAPTERKERN_BUILD_CUDA="1", ADAPTERKERN_CUDA_ARCHS="sm_80",  # a third of the work
-        )  # fmt: skip
+        monkeypatch.setattr(build, "ROOT", with_few_kernels(tmp_path_factory.mktemp("sources")))
+        # As in pip's build environment, pybind11's headers are gone after the build.
+        headers = shutil.copytree(
+            pybind11.get_include(), tmp_path_factory.mktemp("pip") / "include"
+        )
+        with monkeypatch.context() as pip:
+            pip.setattr(pybind11, "get_include", lambda: str(headers))
+            package = run_build(tmp_path_factory.mktemp("build"), pip, **FOR_ONE_ARCH)
+        shutil.rmtree(headers)
+        yield package
+
+
+@needs_nvcc
+def test_second_build_finds_the_headers_of_pybind11_elsewhere_and_compiles_nothing(
+    built_package, monkeypatch
+):
+    folder = built_package.parents[1]
+    log = folder / "temp" / "build.log"
+    size = len(log.read_text())
+    run_build(folder, monkeypatch, **FOR_ONE_ARCH)
+    assert log.read_text()[size:].splitlines()[1:] == ["ninja: no work to do."]
 
 
 @needs_nvcc

@@ -92,7 +92,8 @@ def signalled(command: list[str], number: int, **variables: str) -> int:
     children = []
     try:
         while not children and (line := process.stdout.readline()):
-            children = [int(word) for word in line.split() if word.isdecimal()]
+            if all(word.isdecimal() for word in line.split()):  # not of the command itself
+                children = [int(word) for word in line.split()]
         assert children
         assert all(map(is_alive, children))
         process.send_signal(number)

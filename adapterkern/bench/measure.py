@@ -16,7 +16,7 @@ from adapterkern.bench.calibration import Calibration
 from adapterkern.bench.cases import BenchCase, Inputs
 from adapterkern.bench.gate import Gate, repeats
 from adapterkern.bench.providers import PROVIDERS, Provider
-from adapterkern.bench.results import LostDeviceError, Row, Timing
+from adapterkern.bench.results import NO_RATIO, LostDeviceError, Row, Timing
 from adapterkern.bench.rotation import FixedWeightsError
 from adapterkern.bench.timing import CALLS_IN_EAGER, CudaTimer, Subject, WallTimer
 
@@ -27,8 +27,6 @@ FEW_TOKENS = 4096
 EXCHANGE_SLACK = 4
 MOST_TOKENS_EAGER = 2048  # beyond, the host runs ahead and wall time says nothing more
 _CASES = {"one": "a case of one adapter", "norm": "a norm", "many": "many adapters in a batch"}
-# What does not compute y: its time over ours is no ratio of like with like.
-_NO_RATIO = ("no-adapter", "routing")
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,8 @@ class _Run:
 
     def _admit(self, entry: _Entry) -> None:
         """Build a provider and send it through the parity gate."""
-        self.progress(f"{self.case}: checking {entry.provider.name}")
+        doing = "compiling" if entry.provider.compiled else "checking"
+        self.progress(f"{self.case}: {doing} {entry.provider.name}")
         if self.case.kind not in entry.provider.kinds:
             raise UnavailableError(f"it is not for {_CASES[self.case.kind]}")
         row, built = entry.row, entry.provider.build(self.case, self.inputs)
@@ -344,7 +343,7 @@ def _derive(
     limit = next((row for row in rows if row.provider == "limit"), None)
     in_l2 = limit and limit.headline == "graph" and (limit.buffer_bytes or 0) < l2_bytes
     copy = limit.time if limit and not in_l2 else None
-    timed = [(row, row.time) for row in rows if row.time and row.provider not in _NO_RATIO]
+    timed = [(row, row.time) for row in rows if row.time and row.provider not in NO_RATIO]
     for row, time in timed:
         rate = roofline.moved_bytes(case, _bytes_of(row)) / (time.p50 * 1e-6)
         row.gb_per_s = rate / 1e9

@@ -1,4 +1,5 @@
-"""Pictures of a result: time against tokens, one panel a shape and mode, with the floor."""
+"""Pictures of a result, one panel a shape and mode: time against tokens, with the floor; where
+there is one number of tokens, bars."""
 
 import itertools
 from pathlib import Path
@@ -6,13 +7,13 @@ from typing import Any
 
 from adapterkern.bench import roofline
 from adapterkern.bench.calibration import from_dict
-from adapterkern.bench.results import Result, Row
+from adapterkern.bench.results import NO_RATIO, Result, Row
+from adapterkern.bench.table import TIME_UNITS, in_unit, processor, time_unit
 
 # Okabe and Ito's palette; markers tell the lines apart without any colour.
 _OURS = ("#D55E00", "#0072B2", "#009E73")
 _BASELINE_COLORS = ("#555555", "#E69F00", "#56B4E9", "#CC79A7", "#999999", "#B8A400", "#8C564B")
 _MARKERS = "sv^D<>P*X"
-_UNDRAWN = ("no-adapter", "routing")
 
 
 def refusal(path: Path) -> str | None:
@@ -38,71 +39,147 @@ def plot(result: Result, path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: no row has a time.
     """
-    rows = [row for row in result.rows if row.time is not None and row.provider not in _UNDRAWN]
+    rows = [row for row in result.rows if row.time is not None and row.provider not in NO_RATIO]
     if not rows:
         raise ValueError("no row has a time, so there is nothing to plot.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys(_panel(row) for row in rows))
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    panels = _panels(rows)
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.4 * columns + 1.9, 3.4 * lines + 0.8), layout="constrained")
+    height = 1.0 + 0.34 * max(map(len, panels)) if all(map(_one_count, panels)) else 3.4
+    figure = Figure(figsize=(4.4 * columns + 1.9, height * lines + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(result), fontsize=11)
+    figure.supxlabel(_caption(result), fontsize=8, color="#444444")
     grid = figure.subplots(lines, columns, squeeze=False)
     styles = _styles(rows)
     for axes, panel in itertools.zip_longest(grid.flat, panels):
         if panel is None:
             axes.set_axis_off()
-            continue
-        _draw(axes, [row for row in rows if _panel(row) == panel], styles, result)
+        elif _one_count(panel):
+            _draw_bars(axes, panel, styles, result)
+        else:
+            _draw_lines(axes, panel, styles, result)
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9
-    )
+    if handles:  # bars carry their names
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9
+        )
     figure.savefig(path, dpi=130)
 
 
-def _panel(row: Row) -> tuple[str, ...]:
+def _panels(rows: list[Row]) -> list[list[Row]]:
+    """Return the rows of each panel. A line needs two numbers of tokens in one kind of timing;
+    where there is none, each number of tokens is a panel of its own, of bars.
+    """
+    panels: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        panels.setdefault(_shape(row), []).append(row)
+    found: list[list[Row]] = []
+    for panel in panels.values():
+        points = {(row.headline, row.case.tokens) for row in panel}
+        if len(points) > len({headline for headline, _ in points}):
+            found.append(panel)
+            continue
+        for tokens in sorted({row.case.tokens for row in panel}):
+            found.append([row for row in panel if row.case.tokens == tokens])
+    return found
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
     case = row.case
-    many = (f"{case.adapters} {case.mix}",) if case.adapters else ()
+    many = (case.adapters, case.mix) if case.adapters else ()
     return case.mode, case.norm, case.dtype, case.activation, case.shape, *many
+
+
+def _one_count(rows: list[Row]) -> bool:
+    return len({row.case.tokens for row in rows}) == 1
 
 
 def _title(result: Result) -> str:
     if not result.on_gpu:
-        return f"{result.device}: PyTorch reference and plain layers, no GPU was measured"
+        return f"{processor(result)}: one adapter on the CPU, no GPU was measured"
     return f"{result.device}: time of one adapter"
+
+
+def _caption(result: Result) -> str:
+    """Say by which versions and when, and what is drawn."""
+    header = result.header
+    versions = header.get("versions", {})
+    names = ("adapterkern", "torch", *(("triton",) if result.on_gpu else ()))
+    facts = [f"{name} {versions[name]}" for name in names if versions.get(name)]
+    facts += [f"commit {header['commit'][:9]}"] if header.get("commit") else []
+    facts += [header["created"][:10]] if header.get("created") else []
+    floor = "; floor: what memory and products allow at least" if result.on_gpu else ""
+    return f"{', '.join(facts)}\nmedian of the calls, and the 20th to the 80th percentile{floor}"
 
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
-    ours = list(dict.fromkeys(row.provider for row in rows if row.ours))
+    ours = list(dict.fromkeys(row.label for row in rows if row.ours))
     for name, color in zip(ours, itertools.cycle(_OURS)):
         styles[name] = {"color": color, "marker": "o", "linewidth": 2.4, "zorder": 3}
-    others = list(dict.fromkeys(row.provider for row in rows if not row.ours))
+    others = list(dict.fromkeys(row.label for row in rows if not row.ours))
     marks = zip(others, itertools.cycle(_BASELINE_COLORS), itertools.cycle(_MARKERS))
     for name, color, marker in marks:
         styles[name] = {"color": color, "marker": marker, "linewidth": 1.2}
     return styles
 
 
-def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result: Result) -> None:
+def _draw_bars(
+    axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result: Result
+) -> None:
+    """Draw a bar for each implementation, the first on top, with its median as a number."""
+    timed = [(row, row.time) for row in rows if row.time is not None]
+    unit = time_unit(time.p50 for _, time in timed)
+    scale = TIME_UNITS[unit]
+    longest = max(time.p50 for _, time in timed) / scale
+    # A disturbed run has whiskers that would leave no room for the bars: they end at an arrow.
+    end = max(1.3 * longest, min(2 * longest, 1.05 * max(time.p80 for _, time in timed) / scale))
+    for place, (row, time) in enumerate(timed):
+        low, median, high = (value / scale for value in (time.p20, time.p50, time.p80))
+        axes.barh(place, median, height=0.7, color=styles[row.label]["color"])
+        shown = min(high, end)
+        axes.plot([low, shown], [place, place], color="black", linewidth=1)
+        for mark, at in (("|", low), ("|" if high <= end else ">", shown)):
+            axes.plot(at, place, mark, color="black", markersize=6, clip_on=False)
+        number = f"{in_unit(time.p50, unit)} {unit}"
+        axes.text(median + 0.01 * end, place - 0.08, number, va="bottom", fontsize=8)
+    machine = from_dict(result.header.get("calibration", {})).machine(rows[0].case.dtype)
+    if result.on_gpu and machine is not None:
+        floor = roofline.seconds(rows[0].case, machine) * 1e6 / scale
+        axes.axvline(floor, linestyle="--", color="black", linewidth=1.4, label="floor")
+    axes.set_yticks(range(len(timed)), [row.label for row, _ in timed], fontsize=9)
+    for tick, (row, _) in zip(axes.get_yticklabels(), timed, strict=True):
+        tick.set_fontweight("bold" if row.ours else "normal")
+    axes.invert_yaxis()
+    axes.set_xlim(0, end)
+    axes.set_xlabel(_unit_label(unit, [rows[0].headline], result))
+    _finish(axes, rows[0], f", {rows[0].case.tokens:,} tokens")
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_lines(
+    axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result: Result
+) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     case = rows[0].case
     headlines = list(dict.fromkeys(row.headline for row in sorted(rows, key=_tokens)))
+    unit = time_unit(row.time.p50 for row in rows if row.time)
+    scale = TIME_UNITS[unit]
     for name, style in styles.items():
         label = name
         for kind in headlines:  # a line never joins two kinds of timing
             points = sorted(
-                (row.case.tokens, row.time.p50, row.time.p20, row.time.p80)
+                (row.case.tokens, *(t / scale for t in (time.p50, time.p20, time.p80)))
                 for row in rows
-                if row.provider == name and row.headline == kind and row.time is not None
+                if row.label == name and row.headline == kind and (time := row.time) is not None
             )
             if points:
                 tokens, middle, low, high = zip(*points, strict=True)
@@ -116,7 +193,7 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
         floor = sorted({row.case.tokens: row.case for row in rows}.items())
         axes.plot(
             [tokens for tokens, _ in floor],
-            [roofline.seconds(case, machine) * 1e6 for _, case in floor],
+            [roofline.seconds(case, machine) * 1e6 / scale for _, case in floor],
             "--", color="black", linewidth=1.4, label="floor",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -131,12 +208,22 @@ def _draw(axes: Any, rows: list[Row], styles: dict[str, dict[str, Any]], result:
     axes.yaxis.set_major_formatter(lambda value, _place: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"us a call ({', '.join(headlines)})")
-    title = f"{case.mode}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}"
+    axes.set_ylabel(_unit_label(unit, headlines, result))
+    _finish(axes, rows[0])
+
+
+def _unit_label(unit: str, headlines: list[str], result: Result) -> str:
+    return f"{unit} a call" + (f" ({', '.join(headlines)})" if result.on_gpu else "")
+
+
+def _finish(axes: Any, row: Row, tokens: str = "") -> None:
+    case = row.case
+    title = f"{case.mode}{tokens}, H {case.hidden_size}, R {case.bottleneck_size}, {case.dtype}"
     title += "" if case.norm == "none" else f", {case.norm} norm"
     title += f", {case.adapters} adapters ({case.mix})" if case.adapters else ""
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.2)
 
 

@@ -16,6 +16,8 @@ from adapterkern.bench.cases import BenchCase
 
 SCHEMA = "adapterkern-bench/2"
 STATUSES = ("ok", "unavailable", "wrong", "out_of_memory", "failed")
+# What does not compute y: its time over ours is no ratio of like with like.
+NO_RATIO = ("no-adapter", "routing")
 
 
 class ResultError(ValueError):
@@ -90,6 +92,11 @@ class Row:
     def key(self) -> str:
         """The row's identity across files."""
         return f"{self.case} {self.provider}"
+
+    @property
+    def label(self) -> str:
+        """The name in tables and pictures, which says of our backends whose they are."""
+        return f"adapterkern ({self.provider})" if self.ours else self.provider
 
     @property
     def time(self) -> Timing | None:

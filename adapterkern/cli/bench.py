@@ -2,33 +2,53 @@
 
 import argparse
 import math
+import os
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 EPILOG = """\
-baselines: plain, adapterhub, addmm, compile, compile-max, cublaslt, lora, no-adapter, limit; all
-with --adapters: single, loop, lora-mixed, routing, limit; all
+names for --baseline:
+  plain         two nn.Linear with the activation between them, plus x
+  adapterhub    the Adapter module of the `adapters` package
+  addmm         torch.addmm with fused biases
+  compile       torch.compile of plain; compile-max with max-autotune
+  cublaslt      cuBLASLt products with fused epilogues (a GPU, nvmath-python)
+  lora          PEFT's LoRA layer of equal rank, without its base product
+  no-adapter    y is x
+  limit         copies of memory that no implementation can do without
+  separate      with --norm: the fused adapter, then torch's norm
+  single, loop, lora-mixed, routing, limit
+                with --adapters: one adapter for all tokens, a call for each
+                adapter, PEFT with a LoRA for each sequence, the sort of tokens
+  all           all of them
+
 presets: bert-base, roberta-large, gpt2-medium, llama-7b, llama-70b
 
 examples:
   adapterkern bench --quick
-  adapterkern bench --preset bert-base gpt2-medium --mode forward step --json mine.json
-  adapterkern bench --hidden-size 1024 --bottleneck-size 64 --tokens 16 2048 16384 --plot times.png
+  adapterkern bench --quick --baseline all --plot bars.png
+  adapterkern bench --preset bert-base --mode forward --json mine.json
+  adapterkern bench --hidden-size 1024 --bottleneck-size 64 \\
+                    --tokens 16 2048 16384 --plot times.png
   adapterkern bench --adapters 4 16 --rows 1 128 --mode forward
-  adapterkern bench --compare before.json after.json
   adapterkern bench --quick --compare before.json
+  adapterkern bench --compare before.json after.json
 
-exit codes: 0 success, 1 a backend of this package gave a wrong result or the GPU was lost, 2 wrong
-usage or a backend that cannot run here, 130 interrupted
+exit codes: 0 success, 1 a backend of this package gave a wrong result or the
+GPU was lost, 2 wrong usage or a backend that cannot run here, 130 interrupted
 """
 
 DESCRIPTION = """\
-Times adapters in one process, all implementations in turn on the same tensors, and reports for
-each: 20th, 50th and 80th percentile, achieved bandwidth, the share of a copy's speed on the same
-tensors and of the memory's peak, the ratio to every baseline, host time, memory and kernels. Each
-is first compared with float64: a wrong result gets no time. Without a GPU it times the PyTorch
-reference against plain layers.
+Times one adapter layer as this package runs it and as others do, in turn on
+the same tensors in one process, and prints for each the 20th, 50th and 80th
+percentile of its calls and its time over adapterkern's. Every result is first
+compared with float64: a wrong one gets no time. A GPU adds bandwidth, the
+shares of a copy's speed and of the memory's peak, host time, memory and
+kernels. Without a GPU it times the package's PyTorch reference, which says
+nothing about the kernels.
 """
 
 
@@ -56,7 +76,8 @@ def add_parser(subparsers: Any) -> None:
         "--mode",
         nargs="+",
         metavar="MODE",
-        help="forward, backward, step (default: forward step)",
+        help="forward (no gradients recorded), backward (of a saved forward), step (both in one "
+        "call) (default: forward step)",
     )
     _add_many(parser, sizes)
     norms = ("layer", "rms")
@@ -71,20 +92,30 @@ def add_parser(subparsers: Any) -> None:
         help="what to compare with, or all (default on a GPU: all but compile-max, which takes "
         "about a minute a case; on a CPU: plain); on a GPU limit is always among them",
     )
-    parser.add_argument("--quick", action="store_true", help="one shape, nothing that compiles")
+    parser.add_argument("--quick", action="store_true", help="one shape, and nothing that compiles")
     parser.add_argument(
         "--seconds",
         type=float,
         metavar="S",
-        help="S > 0 of sampling a case and kind of timing, 5 to 200 samples (default: 0.5, with "
-        "--quick 0.2)",
+        help="S > 0 seconds of sampling a case and kind of timing, 5 to 200 samples (default: 0.5, "
+        "with --quick 0.2)",
+    )
+    _add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is written, drawn, printed and compared."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result, also after each case"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result, after each case"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw time against tokens, or bars where there is one number (.png, .svg, .pdf, ...)",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw time against tokens (.png, .svg, .pdf, ...)"
-    )
+    parser.add_argument("--brief", action="store_true", help="print times and ratios alone")
     parser.add_argument(
         "--compare",
         type=Path,
@@ -93,7 +124,6 @@ def add_parser(subparsers: Any) -> None:
         help="one file: this run against it; two files: the second against the first",
     )
     parser.add_argument("--force", action="store_true", help="compare results of different devices")
-    parser.set_defaults(run=run)
 
 
 def _add_many(parser: argparse.ArgumentParser, sizes: dict[str, Any]) -> None:
@@ -141,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan.measure(arguments.json)
     except (KeyboardInterrupt, LostDeviceError) as error:
         ended = error
-    shown = table.render(result).splitlines()[len(table.first_lines(result)) :]
+    shown = table.render(result, arguments.brief).splitlines()[len(table.first_lines(result)) :]
     print("\n".join([*_calibration_lines(result), *shown]))
     if ended is not None:
         lost = isinstance(ended, LostDeviceError)
@@ -174,6 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
 _MEASURING = (
     *("hidden_size", "bottleneck_size", "tokens", "preset", "dtype", "activation", "mode"),
     *("norm", "adapters", "rows", "mix", "backend", "baseline", "quick", "seconds", "json", "plot"),
+    "brief",
 )
 
 
@@ -285,6 +316,8 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         choices.backend_names(arguments, kind) + choices.baseline_names(arguments, kind)
     )
     header = environment.header(torch.device(kind), environment.command_line("adapterkern"))
+    if kind == "cpu" and hasattr(os, "getloadavg"):  # Windows has none
+        header |= {"load_average": os.getloadavg()[0], "cpus": os.cpu_count()}
     return _Plan(header, cases, chosen, Settings(seconds=seconds))
 
 
@@ -305,23 +338,37 @@ def _print_comparison(paths: list[Path], results: list[Any], force: bool) -> Non
 
 
 class _Progress:
-    """Progress on stderr: rewritten in place on a terminal, else one line a case."""
+    """Progress on stderr: rewritten in place on a terminal, else a line a case and compilation,
+    which take longest. From the second case on it says about how long the rest will take.
+    """
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.live = sys.stderr.isatty()
-        self._case = ""
+        self._start = time.monotonic()
+        self._said = ""
 
     def next(self) -> None:
         self.done += 1
 
     def __call__(self, text: str) -> None:
+        case, _, doing = text.partition(": ")
+        place = f"[{self.done}/{self.total}]"
         if self.live:
-            print(f"\r\033[K[{self.done}/{self.total}] {text[:100]}", end="", file=sys.stderr)
-            sys.stderr.flush()
-        elif text.partition(":")[0] != self._case:
-            self._case = text.partition(":")[0]
-            print(f"[{self.done}/{self.total}] {self._case}", file=sys.stderr, flush=True)
+            shown = f"{place} {case}{self._left()}: {doing}"
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{shown[:width]}", end="", file=sys.stderr, flush=True)
+        elif doing.startswith("compiling"):
+            print(f"{place} {text}, up to a minute", file=sys.stderr, flush=True)
+        elif case != self._said:
+            self._said = case
+            print(f"{place} {case}{self._left()}", file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        if self.done < 2:
+            return ""
+        each = (time.monotonic() - self._start) / (self.done - 1)
+        return f", about {each * (self.total - self.done + 1):.0f} s to go"
 
     def end(self) -> None:
         if self.live:

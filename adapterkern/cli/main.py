@@ -1,22 +1,19 @@
 """Entry point of the `adapterkern` command: finds the command and imports that one module alone."""
 
 import argparse
-import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from adapterkern import __version__, dispatch
+from adapterkern.cli import interrupts
 
 # name -> (module, one line of help). The module offers add_parser(subparsers), whose parser sets
 # the default `run`: a function of the parsed arguments that returns the exit code.
 COMMANDS = {
-    "info": ("adapterkern.cli.info", "what is installed, what can run here, and what is amiss"),
-    "check": ("adapterkern.cli.check", "compare every backend that can run here with float64"),
+    "info": ("adapterkern.cli.info", "whether adapters run here, with what, and what is amiss"),
+    "check": ("adapterkern.cli.check", "does this machine compute right? all against float64"),
     "bench": (
         "adapterkern.cli.bench",
         "what an adapter costs, against plain layers and the limits",
@@ -27,12 +24,14 @@ COMMANDS = {
 
 EPILOG = """\
 examples:
-  adapterkern info           versions, GPUs, and which backend would run
-  adapterkern check          is the arithmetic right on this machine?
+  adapterkern info           first of all: do adapters run here, and with what?
+  adapterkern check --quick  does this machine compute right?
   adapterkern demo --quick   the whole path, in under a minute
   adapterkern check --help   options, examples and exit codes of one command
 
-exit codes: 0 success, 1 a check failed, 2 wrong usage, 128 + N ended by signal N
+exit codes:
+  0 success, 1 a check failed, 2 wrong usage,
+  128 + N ended by signal N, such as 130 by Ctrl-C
 """
 
 
@@ -55,48 +54,33 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (`sys.argv` by default) and return its exit code."""
+    """Run one command line (`sys.argv` by default) and return its exit code.
+
+    Where a signal ends it, that is 128 + its number. What the command has to say on that it gives
+    to `interrupts.told`; where it says nothing, one line tells the signal.
+    """
+    with interrupts.handled(ends_process=argv is None):
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt as interrupt:
+            return interrupts.report(interrupt)
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _run(words: list[str]) -> int:
     try:
         dispatch.check_environment()
     except ValueError as error:
         print(f"adapterkern: error: {error}", file=sys.stderr)
         return 2
-    words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = build_parser(chosen)
     arguments = parser.parse_args(words)
     if not hasattr(arguments, "run"):
         parser.print_help(sys.stderr)
         return 2
-    try:
-        with _interruptible():
-            code = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt as interrupt:
-        return 128 + next(iter(interrupt.args), signal.SIGINT)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: with the processes that it started.
-
-    A signal that the caller ignores, as nohup does, stays so.
-    """
-
-    def interrupt(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in mine:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+    code = arguments.run(arguments)
+    sys.stdout.flush()
+    return code

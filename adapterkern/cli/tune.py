@@ -106,7 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device"
     if reason is not None:
-        return _refuse(f"a search needs the triton backend on a GPU: {reason}")
+        return _refuse(
+            f"nothing to tune here: it searches for the Triton kernels on a GPU ({reason}).\n"
+            "  hint: run it on the machine with the GPU; everything works without it too"
+        )
     gpu = torch.cuda.get_device_name()
     path = arguments.out or tuned.FOLDERS[0] / f"{environment.folder_name(gpu)}.json"
     try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adapterkern.bench import results
+from adapterkern.bench.table import in_unit, time_unit
 from adapterkern.cli.main import main
 
 TINY = ["bench", "--hidden-size", "32", "--bottleneck-size", "4", "--tokens", "8", "16"]
@@ -20,13 +21,15 @@ def test_without_a_gpu_the_first_line_says_so_and_no_speed_up_is_claimed(capsys)
     assert main(TINY) == 0
     out, err = capsys.readouterr()
     first = out.splitlines()[0]
-    assert first.startswith("no GPU here: the PyTorch reference against plain layers")
-    names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert [name for name in names if name != "provider"] == ["reference", "plain"] * 4
-    for claim in ("x faster", "speed", "against ", "of copy", "of peak", "%"):
-        assert claim not in out.split("layers", 1)[1].split("\n", 1)[1]
+    assert first.startswith("no GPU here: these are times of this package's PyTorch reference")
+    labels = ("  adapterkern (reference)", "  plain")
+    rows = [line for line in out.splitlines() if line.startswith(labels)]
+    assert [row.split()[0] for row in rows] == ["adapterkern", "plain"] * 4
+    for claim in ("x faster", "speed", "of copy", "of peak", "GB/s", "host", "%"):
+        assert claim not in out
+    assert max(map(len, out.splitlines())) <= 80
     assert "[1/4] forward-fp32-gelu-T8-H32-R4" in err
-    assert "[4/4] step-fp32-gelu-T16-H32-R4" in err
+    assert "[4/4] step-fp32-gelu-T16-H32-R4, about " in err
 
 
 @no_gpu
@@ -43,7 +46,9 @@ def test_json_holds_what_was_printed(tmp_path, capsys):
     assert header["device_type"] == "cpu"
     assert header["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert f"{result.rows[0].time.p50:.1f}" in printed
+    times = [result.rows[0].time.p20, result.rows[0].time.p50, result.rows[0].time.p80]
+    unit = time_unit(row.time.p50 for row in result.rows[:2])
+    assert "/".join(in_unit(time, unit) for time in times) in printed
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_backends_that_cannot_run_here_are_an_error_and_no_table(capsys):
     assert "no backend that --backend names can run here:" in err
     assert "  - triton: no CUDA device\n  - cuda: " in err
     assert main([*TINY, "--mode", "forward", "--backend", "reference", "triton"]) == 0
-    assert "triton: not available, no CUDA device" in capsys.readouterr().out
+    assert "adapterkern (triton): not available, no CUDA device" in capsys.readouterr().out
 
 
 def test_help_names_every_dtype_and_the_bounds(capsys):
@@ -108,6 +113,44 @@ def test_help_names_every_dtype_and_the_bounds(capsys):
     bounds = ("fp64", "T >= 1", "H >= 1", "R >= 1", "S > 0", "5 to 200 samples")
     for said in (*bounds, "or the GPU was lost", "on a GPU limit is always among them"):
         assert said in text
+
+
+def test_help_explains_every_baseline_in_80_columns(capsys):
+    from adapterkern.bench.providers import BASELINES
+
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    explained = text[text.index("names for --baseline:") : text.index("presets:")]
+    assert {entry.name for entry in BASELINES} <= set(explained.replace(",", " ").split())
+
+
+@no_gpu
+def test_a_compilation_is_announced_before_it_takes_its_time(capsys, monkeypatch):
+    from adapterkern.bench import providers
+
+    quick = providers.Provider("compile", "", providers._plain, compiled=True)
+    monkeypatch.setitem(providers.PROVIDERS, "compile", quick)
+    assert main([*TINY[:5], "--tokens", "8", "--seconds", "0.001", "--baseline", "compile"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "[1/2] forward-fp32-gelu-T8-H32-R4",
+        "[1/2] forward-fp32-gelu-T8-H32-R4: compiling compile, up to a minute",
+    ]
+
+
+@no_gpu
+def test_the_load_of_the_machine_is_in_the_header(tmp_path, monkeypatch, capsys):
+    import os
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (12.5, 1.0, 1.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path = tmp_path / "result.json"
+    options = [*TINY[:5], "--tokens", "8", "--seconds", "0.001", "--mode", "forward"]
+    assert main([*options, "--brief", "--json", str(path)]) == 0
+    assert results.load(path).header["load_average"] == 12.5
+    assert "BUSY: a load of 12.5 on 2 CPUs" in capsys.readouterr().out
 
 
 def test_all_among_the_baselines_is_all_of_them():
@@ -144,7 +187,7 @@ def test_an_interrupted_run_prints_what_was_measured(tmp_path, monkeypatch, caps
     path = tmp_path / "result.json"
     assert main([*TINY, *(["--json", str(path)] if saved else [])]) == 130
     out = capsys.readouterr().out
-    assert out.count("  reference ") == 2
+    assert out.count("  adapterkern (reference) ") == 2
     where = f"; they are in {path}" if saved else ""
     assert out.splitlines()[-1] == f"interrupted: 2 of 4 cases were measured{where}"
     if saved:
@@ -172,7 +215,7 @@ def test_a_lost_gpu_ends_the_run_with_what_was_measured(tmp_path, monkeypatch, c
     path = tmp_path / "result.json"
     assert main([*TINY, *(["--json", str(path)] if saved else [])]) == 1
     out = capsys.readouterr().out
-    assert out.count("  reference ") == 2
+    assert out.count("  adapterkern (reference) ") == 2
     assert "  plain: failed, the GPU was lost" in out
     where = f"; they are in {path}" if saved else ""
     assert out.splitlines()[-2:] == [
@@ -195,7 +238,7 @@ def test_a_picture_that_fails_costs_no_number(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, "refusal", lambda _path: None)
     assert main([*TINY, "--mode", "forward", "--plot", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
-    assert out.count("  reference ") == 2
+    assert out.count("  adapterkern (reference) ") == 2
     assert out.endswith("not drawn: no font\n")
 
 
@@ -229,7 +272,7 @@ def test_a_wrong_backend_is_an_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(ReferenceBackend, "forward", wrong)
     assert main([*TINY, "--mode", "forward"]) == 1
     out = capsys.readouterr().out
-    assert "reference: WRONG RESULT, not timed, y: error" in out
+    assert "adapterkern (reference): WRONG RESULT, not timed, y: error" in out
 
 
 def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
@@ -241,11 +284,11 @@ def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
     )
     assert "measured in this run: copy 4.00 TB/s, bf16 products 700 TFLOP/s" in text
     assert "UNSTEADY" not in text
-    head = next(line for line in text.splitlines() if line.startswith("  provider"))
+    head = next(line for line in text.splitlines() if line.startswith("  implementation"))
     labels = (
         "cold us p20/p50/p80",
         "hot us",
-        "against",
+        "time/adapterkern",
         "GB/s",
         "of copy",
         "of peak",
@@ -263,6 +306,10 @@ def test_a_gpu_table_labels_every_timing_and_ratio(gpu_result):
 @no_gpu
 def test_tune_needs_a_gpu_and_says_so(capsys):
     assert main(["tune"]) == 2
-    assert "a search needs the triton backend on a GPU: no CUDA device" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (
+        "nothing to tune here: it searches for the Triton kernels on a GPU (no CUDA device)" in err
+    )
+    assert "everything works without it" in err
     assert main(["tune", "--preset", "bert"]) == 2
     assert "known presets are" in capsys.readouterr().err

@@ -18,22 +18,6 @@ else:
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(autouse=True)
-def language_patched_once(monkeypatch):
-    """A kernel patches the language for the interpreter, and each function that it calls does so
-    again, which takes half of the time of small tiles. Triton's own functions need it once."""
-    patched = set()
-
-    def called(function, *args, **named):
-        module = function.fn.__module__
-        if module.startswith("triton.") and module not in patched:
-            interpreter._patch_lang(function.fn)
-            patched.add(module)
-        return function.rewrite()(*args, **named)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
-
-
 @pytest.fixture
 def run_as(monkeypatch):
     """run_as(name): from here on every call takes that form, and each launch is checked to."""
@@ -75,3 +59,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """A kernel patches the language for the interpreter, and each function that it calls does so
+    again, which takes half of the time of small tiles. Triton's own functions need it once."""
+    patched = set()
+
+    def called(function, *args, **named):
+        module = function.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        return function.rewrite()(*args, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)

@@ -7,61 +7,70 @@ runs in this process.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
 from adapterkern import _env, parity, testing
 from adapterkern.backends import NAMES, get
+from adapterkern.cli import interrupts
 from adapterkern.cli.check.outcome import Outcome, line_of
+from adapterkern.cli.check.process import events_of_a_process
+from adapterkern.cli.check.pulse import Pulse
+from adapterkern.cli.check.verdict import Limits, first_lines, last_lines, stopped
 from adapterkern.cli.check.worker import (
     DTYPES,
     Event,
     backend_event,
-    case_event,
     cases_of,
     events,
     shard_of,
 )
 
 DESCRIPTION = """\
-Compares y, the norm of it, and the gradients of x, residual, skip, both weights, both biases, the
-scaling and the norm's parameters with a computation in float64, for every backend that can run on
-this machine, over dtypes (TF32 among them), activations, sizes and all options of a call, also with
-Inf and NaN in x and the gradient of y, and with many adapters in a batch. On a GPU the sizes reach
-every form of the kernels. Without one the Triton kernels run in Triton's CPU interpreter, at small
-sizes.
+Does this machine compute right? Compares y, the norm of it, and the gradients
+of x, residual, skip, both weights, both biases, the scaling and the norm's
+parameters with a computation in float64, for every backend that can run here,
+over dtypes (TF32 among them), activations, sizes and all options of a call,
+also with Inf and NaN in x and the gradient of y, and with many adapters in a
+batch. On a GPU the sizes reach every form of the kernels. Without one the
+Triton kernels run in Triton's CPU interpreter, at small sizes.
 
-Prints a line as each case ends: the verdict, the case, the most that a tensor used up of its
-tolerance, the seconds. A backend stops where it loses the device or dies, and the others still run.
+Prints a line as each case ends: the verdict, the most that a tensor used up of
+its tolerance, the seconds, the case. A backend stops where it loses the device
+or dies, and the others still run. A table shows, per dtype of the products and
+tensor, the case that came closest to its tolerance. The last lines say whether
+this machine computes right, and what was not checked.
 
-The error is rms(out - float64) / rms(float64). The tolerance is twice (gradients: three times) the
-error that plain PyTorch operations make in the same dtype on the same device, and at least one
-rounding of the output. The table at the end shows, per dtype of the products and tensor, the case
-that came closest to its tolerance.
+The error is rms(out - float64) / rms(float64). The tolerance is twice
+(gradients: three times) the error that plain PyTorch operations make in the
+same dtype on the same device, and at least one rounding of the output.
 """
 
 EPILOG = """\
 examples:
-  adapterkern check                        about half a minute on two CPU cores
-  adapterkern check --quick                every dtype and activation, once
+  adapterkern check                 minutes on a CPU: the interpreter is slow
+  adapterkern check --quick         every dtype and activation, once
   adapterkern check --backend triton --dtype bf16 --full
   adapterkern check --backend cuda --case 'bf16-*-nonfinite' --case '*R136*'
-  adapterkern check --shard 2/14           of every 14 cases the second, for 14 processes at once
-  adapterkern check --json | tail -n 1     one JSON object a line; the last has the verdict
+  adapterkern check --shard 2/14    of every 14 cases the second, for 14
+                                    processes at once
+  adapterkern check --json | tail -n 1
+                                    one JSON object a line; the last has the
+                                    verdict
 
 exit codes:
-  0  every comparison is within its tolerance
-  1  a miss, a backend that raised, died or lost the device, or a backend named with --backend that
-     cannot run here
-  2  wrong usage
+  0        every comparison is within its tolerance
+  1        a miss, a backend that raised, died or lost the device, or a backend
+           named with --backend that cannot run here
+  2        wrong usage
+  128 + N  ended by signal N, such as 130 by Ctrl-C; what was done until then is
+           told on stderr
 """
 
 _EXAMPLES = 3  # case ids in an error
@@ -141,20 +150,58 @@ def run(arguments: argparse.Namespace) -> int:
     cases = {name: cases_of(name, device, arguments) for name in names}
     if arguments.case and not any(cases.values()):
         return _usage_error(_no_such_case(names, device, arguments))
-
+    planned = {name: shard_of(cases[name], arguments.shard) for name in names}
     outcome = Outcome()
-    for name in names:
-        left = shard_of(cases[name], arguments.shard)
-        for event in _events(name, device, left, arguments, alone=len(names) == 1):
-            outcome.add(event)
-            if arguments.json or event["event"] != "begin":
-                print(json.dumps(event) if arguments.json else line_of(event), flush=True)
+    try:
+        _check(planned, device, arguments, outcome)
+    except KeyboardInterrupt as interrupt:
+        left = {name: _number_here(name, device, planned[name]) for name in names}
+        raise interrupts.told(interrupt, stopped(interrupt, outcome, left)) from None
     passed = outcome.passed(named=bool(arguments.backend), whole=arguments.shard is None)
     if arguments.json:
         print(json.dumps(outcome.end(passed)), flush=True)
     else:
-        print(f"\n{outcome.render(passed)}")
+        print(f"\n{outcome.render()}\n")
+        print(last_lines(outcome, passed, _limits(device, arguments)))
     return 0 if passed else 1
+
+
+def _check(
+    planned: dict[str, list[parity.AnyCase]],
+    device: torch.device,
+    arguments: argparse.Namespace,
+    outcome: Outcome,
+) -> None:
+    """Run every backend's cases, print as they end, and leave the events in `outcome`."""
+    with Pulse("starting", silent=arguments.json) as pulse:
+        if not arguments.json:
+            numbers = {name: _number_here(name, device, planned[name]) for name in planned}
+            print(first_lines(device, numbers), flush=True)
+        for name, cases in planned.items():
+            pulse.now(f"{name} starts")
+            stream = _events(name, device, cases, arguments, alone=len(planned) == 1)
+            with contextlib.closing(stream):
+                for event in stream:
+                    outcome.add(event)
+                    begins = event["event"] == "begin"
+                    if arguments.json or not begins:
+                        print(json.dumps(event) if arguments.json else line_of(event), flush=True)
+                    pulse.now(f"{name}, {event['case']}" if begins else name)
+
+
+def _number_here(name: str, device: torch.device, cases: list[parity.AnyCase]) -> int:
+    """How many cases of a backend can run: none, where it cannot."""
+    can_run = _is_interpreted(name, device) or get(name).unavailable_reason() is None
+    return len(cases) if can_run else 0
+
+
+def _limits(device: torch.device, arguments: argparse.Namespace) -> Limits:
+    chosen = ("case", "dtype", "shard")
+    return Limits(
+        device=device,
+        has_gpu=torch.cuda.is_available(),
+        options=[f"--{option}" for option in chosen if getattr(arguments, option)],
+    )
 
 
 def _usage_error(message: str) -> int:
@@ -170,74 +217,29 @@ def _no_such_case(names: list[str], device: torch.device, arguments: argparse.Na
     return f"--case {patterns} fits none of {len(ids)} cases; some are {examples or 'none'}."
 
 
+def _is_interpreted(name: str, device: torch.device) -> bool:
+    """Whether the kernels of this backend run in Triton's interpreter, for want of a GPU."""
+    on_cpu = name == "triton" and device.type == "cpu"
+    return on_cpu and importlib.util.find_spec("triton") is not None
+
+
 def _events(
     name: str,
     device: torch.device,
     cases: list[parity.AnyCase],
     arguments: argparse.Namespace,
     alone: bool,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Yield one backend's events, run here or in a process of its own, or why in neither."""
+    interpreted = _is_interpreted(name, device)
     if not cases:  # none are in this shard, or fit --case
-        return iter([backend_event(name, device, None, 0)])
-    interpreted = name == "triton" and device.type == "cpu" and importlib.util.find_spec("triton")
-    if interpreted and not _env.TRITON_INTERPRET:
-        return _in_a_process(name, device, cases, arguments, {"TRITON_INTERPRET": "1"})
-    if not alone and get(name).unavailable_reason() is None:
-        return _in_a_process(name, device, cases, arguments, {})
-    if interpreted:
-        testing.enable_triton_interpreter()
-    return events(name, device, cases)
-
-
-def _in_a_process(
-    name: str,
-    device: torch.device,
-    cases: list[parity.AnyCase],
-    arguments: argparse.Namespace,
-    environment: dict[str, str],
-) -> Iterator[Event]:
-    """Yield the events of `adapterkern check --json --backend NAME`, or of its death."""
-    command = [sys.executable, "-m", "adapterkern", "check", "--json", "--backend", name]
-    command += ["--device", str(device)]
-    command += [f"--{arguments.level}"] if arguments.level != "default" else []
-    command += [word for dtype in arguments.dtype or [] for word in ("--dtype", dtype)]
-    command += [f"--case={pattern}" for pattern in arguments.case or []]
-    command += ["--shard", "{}/{}".format(*arguments.shard)] if arguments.shard else []
-    done = {"backend": 0, "begin": 0, "case": 0, "end": 0}
-    with subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                try:
-                    event = json.loads(line)
-                except json.JSONDecodeError:  # printed by a library or a kernel
-                    print(line, end="", file=sys.stderr)
-                    continue
-                done[event["event"]] += 1
-                if event["event"] != "end":
-                    yield event
-        except BaseException:  # this process was interrupted
-            process.kill()
-            raise
-    if done["end"]:
-        return
-    if not done["backend"]:
-        yield backend_event(name, device, None, len(cases))
-    during = cases[min(done["case"], len(cases) - 1)]
-    note = (
-        f"the process ended {_how(process.returncode)} during this case, or between two: see above"
-    )
-    row = {"tensor": "-", "error": None, "tolerance": None, "passed": False, "note": note}
-    row |= {"dtype": during.dtype_class, "activation": during.activation}
-    yield case_event(name, str(during), "lost", 0.0, note, [row])
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"with code {code}"
-    try:
-        return f"by signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"by signal {-code}"
+        yield backend_event(name, device, None, 0)
+    elif interpreted and not _env.TRITON_INTERPRET:
+        variables = {"TRITON_INTERPRET": "1"}
+        yield from events_of_a_process(name, device, cases, arguments, variables)
+    elif not alone and get(name).unavailable_reason() is None:
+        yield from events_of_a_process(name, device, cases, arguments, {})
+    else:
+        if interpreted:
+            testing.enable_triton_interpreter()
+        yield from events(name, device, cases)

@@ -1,10 +1,9 @@
-"""The output of `adapterkern check`: a line as each case ends, and a table of all at the end."""
+"""The events of `adapterkern check` put together: a line as each case ends, a table of all."""
 
 import math
+import textwrap
+import time
 
-import torch
-
-from adapterkern import __version__
 from adapterkern.cli.check.worker import Event
 from adapterkern.grouped.call import GroupedNeeds
 from adapterkern.parity import share
@@ -12,6 +11,7 @@ from adapterkern.spec import TENSOR_NAMES
 
 _GRADIENTS = dict.fromkeys((*TENSOR_NAMES[1:], *GroupedNeeds._fields[1:]))
 _ORDER = ("y", "normed", "dx", *(f"d_{name}" for name in _GRADIENTS), "-")  # the table's rows
+WIDTH = 80  # of what has no long name of a case in it
 _MOST_MISSES = 20  # listed one by one
 _VERDICTS = {"missed": "MISSED", "raised": "RAISED", "lost": "LOST"}  # these stand out
 
@@ -22,6 +22,7 @@ class Outcome:
     def __init__(self) -> None:
         self.backends: list[Event] = []  # those of kind "backend"
         self.cases: dict[str, list[Event]] = {}
+        self._started = time.monotonic()
 
     def add(self, event: Event) -> None:
         if event["event"] == "backend":
@@ -58,33 +59,40 @@ class Outcome:
             "cases": sum(bool(event["rows"]) for events in self.cases.values() for event in events),
         }
 
-    def render(self, passed: bool) -> str:
-        """Return the table of every backend and the verdict."""
+    def ran(self) -> list[str]:
+        """Return the backends that were compared."""
+        return [name for name in self.cases if self.rows(name)]
+
+    def is_lost(self, backend: str) -> bool:
+        """Return whether a backend stopped at a case that lost the device, or its process."""
+        return any(event["status"] == "lost" for event in self.cases[backend])
+
+    def seconds(self) -> float:
+        """Return the time since the beginning."""
+        return time.monotonic() - self._started
+
+    def render(self) -> str:
+        """Return the table of every backend."""
         lines = [
-            f"adapterkern {__version__}, torch {torch.__version__}",
-            "error: rms relative to float64; tolerance: twice (gradients: three times) the error",
-            "of plain PyTorch in the same dtype, at least one rounding",
-            "",
+            "error: rms relative to float64; tolerance: twice (gradients: three times) the",
+            "error of plain PyTorch in the same dtype, at least one rounding",
         ]
         for backend in self.backends:
-            lines += [*self._render_backend(backend), ""]
-        end = self.end(passed)
-        ran = [name for name in self.cases if self.rows(name)]
-        verdict = "passed" if passed else "FAILED"
-        counts = f"{end['comparisons']} comparisons on {', '.join(ran) or 'nothing'}"
-        return "\n".join([*lines, f"{verdict}: {counts}, {end['missed']} missed"])
+            lines += ["", *self._render_backend(backend)]
+        return "\n".join(lines)
 
     def _render_backend(self, backend: Event) -> list[str]:
         name = backend["backend"]
         if backend["unavailable"] is not None:
-            return [f"{name}: not run, {backend['unavailable']}"]
+            return [wrapped(f"{name}: not run, {backend['unavailable']}")]
         events, rows = self.cases[name], self.rows(name)
         activations = len({row["activation"] for row in rows})
         seconds = sum(event["seconds"] for event in events)
-        lines = [
+        told = (
             f"{name} on {backend['device']}: {sum(bool(event['rows']) for event in events)} cases, "
             f"{activations} activations, {len(rows)} comparisons ({seconds:.1f} s)"
-        ]
+        )
+        lines = [wrapped(told)]
         worst: dict[tuple[str, str], dict] = {}
         for row in rows:
             key = row["dtype"], row["tensor"].split()[0]
@@ -109,10 +117,10 @@ class Outcome:
 
 
 def line_of(event: Event) -> str:
-    """Return one line: a case's verdict, its id, the worst share of a tolerance, and seconds."""
+    """Return one line: a case's verdict, the worst share of a tolerance, seconds, its id."""
     if event["event"] == "backend":
         if event["unavailable"] is not None:
-            return f"{event['backend']}: not run, {event['unavailable']}"
+            return wrapped(f"{event['backend']}: not run, {event['unavailable'].splitlines()[0]}")
         return f"{event['backend']} on {event['device']}: {event['cases']} cases"
     verdict = _VERDICTS.get(event["status"], event["status"])
     note = event["note"]
@@ -123,7 +131,19 @@ def line_of(event: Event) -> str:
         if event["status"] == "missed":
             over = [row["tensor"] for row in event["rows"] if not row["passed"]]
             note = ", ".join([worst["tensor"], *(t for t in over if t != worst["tensor"])])
-    return f"{verdict:8}{event['case']:60} {used:>6}{event['seconds']:7.1f} s  {note}".rstrip()
+    note = f"  {note}" if note else ""
+    return f"{verdict:8}{used:>5}{event['seconds']:7.1f} s  {event['case']}{note}"
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """Return text within WIDTH; the lines that it has stay apart."""
+    lines = [
+        textwrap.fill(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines)
 
 
 def _render_miss(row: dict) -> str:

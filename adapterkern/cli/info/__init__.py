@@ -1,4 +1,4 @@
-"""`adapterkern info`: versions, extension, driver, GPUs, Triton's needs, and what is amiss.
+"""`adapterkern info`: whether adapters run here and with what, what is amiss, and all details.
 
 Every probe is guarded by itself: a broken part of the installation becomes a line of the report.
 """
@@ -9,21 +9,27 @@ from collections.abc import Callable
 
 from adapterkern.cli.info.probes import PROBES
 from adapterkern.cli.info.problems import find_problems
+from adapterkern.cli.info.summary import summarise
 from adapterkern.cli.info.text import render
 
 DESCRIPTION = """\
-Shows what an installation consists of and what would run on this machine: versions and whether they
-fit together, the CUDA extension or why it is missing, driver and GPUs, what Triton needs to start a
-kernel, and the backend that each dtype would use. Ends with a list of problems and their cures.
+Tells in its first line whether adapters run on this machine, and with what.
+Then what is amiss, each with its cure. Then the details: versions, the backend
+that each dtype would use, why a backend cannot run, GPUs and driver, for which
+GPUs the CUDA extension was built or why it was not, what Triton needs to start
+a kernel, and the environment variables in force.
 """
 
 EPILOG = """\
 examples:
   adapterkern info
-  adapterkern info --json | python -m json.tool
-  ADAPTERKERN_BACKEND=triton adapterkern info   the choice with that variable in force
+  adapterkern info --json                   the same, with every field
+  ADAPTERKERN_BACKEND=triton adapterkern info
+                                            with that variable in force
 
-exit codes: 0 the report was made, whatever it says; 2 wrong usage
+exit codes:
+  0  the report was made, whatever it says
+  2  wrong usage
 """
 
 
@@ -47,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> dict:
-    """The report: one entry per probe, {"error": text} where a probe failed, and "problems"."""
+    """The report: "summary", one entry per probe, {"error": text} where it failed, "problems"."""
     report = {name: _guarded(probe) for name, probe in PROBES.items()}
-    return {**report, "problems": find_problems(report)}
+    return {"summary": summarise(report), **report, "problems": find_problems(report)}
 
 
 def _guarded(probe: Callable[[], dict]) -> dict:

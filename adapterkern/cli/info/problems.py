@@ -6,6 +6,8 @@ from collections.abc import Callable
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from adapterkern import _env
+
 LOWEST = {"torch": "2.9.1", "triton": "3.5"}
 LOWEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
@@ -138,6 +140,11 @@ def backend_problems(report: dict) -> list[str]:
     ]
 
 
+def variable_problems(_report: dict) -> list[str]:
+    """Variables that the package does not have, which are probably misspelled."""
+    return _env.unknown_variables()
+
+
 RULES: tuple[Callable[[dict], list[str]], ...] = (
     version_problems,
     driver_problems,
@@ -146,4 +153,5 @@ RULES: tuple[Callable[[dict], list[str]], ...] = (
     launch_problems,
     tuned_problems,
     backend_problems,
+    variable_problems,
 )

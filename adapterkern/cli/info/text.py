@@ -1,65 +1,70 @@
-"""The report as text for people, without colour or cursor movement."""
+"""The report as text for people, without colour or cursor movement, in 80 columns."""
 
 import textwrap
 from collections.abc import Callable
 
-WIDTH = 100
-INDENT = 15
+WIDTH = 80
+INDENT = 14
+KEPT = "\u00a0"  # between words that stay on one line; it is printed as a space
 
 
 def render(report: dict) -> str:
-    """The report as lines of text, without colour or cursor movement."""
-    sections = []
+    """The report as lines of text: what a user needs first, the details behind."""
+    lines = [_wrapped(report["summary"])]
+    if report["problems"]:
+        lines += ["", "What is amiss:"]
+        lines += [_wrapped(problem, first="- ", others="  ") for problem in report["problems"]]
+    else:
+        lines.append("Nothing is amiss.")
+    lines.append("")
     for title, name, text in SECTIONS:
         part = report[name]
-        sections.append((title, ["not known, see problems"] if "error" in part else text(part)))
-    sections.append(("problems", report["problems"] or ["none found"]))
-    return "\n".join(
-        _row(title if first == 0 else "", line)
-        for title, lines in sections
-        for first, line in enumerate(lines)
-    )
-
-
-def _row(title: str, text: str) -> str:
-    """One line of the report under its title, wrapped; each newline in `text` starts a new line."""
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        lines += textwrap.wrap(
-            paragraph.strip(),
-            WIDTH,
-            initial_indent=" " * INDENT if lines else f"{title:<{INDENT - 2}}",
-            subsequent_indent=" " * INDENT,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        found = ["not known, see above"] if "error" in part else text(part, report)
+        for index, line in enumerate(found):
+            first = f"{'' if index else title:<{INDENT}}"
+            lines.append(_wrapped(line, first, " " * INDENT))
     return "\n".join(lines)
 
 
-def _versions_text(part: dict) -> list[str]:
-    return ["   ".join(f"{name} {version}" for name, version in part.items() if version)]
+def _wrapped(text: str, first: str = "", others: str = "") -> str:
+    """Text within WIDTH; each newline in it starts a new line."""
+    lines: list[str] = []
+    for paragraph in text.splitlines() or [""]:
+        lines += textwrap.wrap(
+            paragraph.strip(),
+            WIDTH,
+            initial_indent=others if lines else first,
+            subsequent_indent=others,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines).replace(KEPT, " ")
 
 
-def _torch_text(part: dict) -> list[str]:
+def _versions_text(part: dict, _report: dict) -> list[str]:
+    return [", ".join(f"{name}{KEPT}{version}" for name, version in part.items() if version)]
+
+
+def _torch_text(part: dict, _report: dict) -> list[str]:
     if part["cuda"]:
-        return [f"for CUDA {part['cuda']}"]
-    return [f"for ROCm {part['rocm']}" if part["rocm"] else "CPU-only build"]
+        return [f"built for CUDA {part['cuda']}"]
+    return [f"built for ROCm {part['rocm']}" if part["rocm"] else "built for the CPU alone"]
 
 
-def _extension_text(part: dict) -> list[str]:
+def _extension_text(part: dict, _report: dict) -> list[str]:
     if not part["built"]:
         return [part["reason"]]
-    kernels = ", ".join(part["kernels"]) or "no adapter kernels yet"
-    return [f"built by nvcc {part['nvcc']} for {', '.join(part['archs'])}; holds {kernels}"]
+    kernels = f"{len(part['kernels'])} kernels" if part["kernels"] else "no adapter kernels yet"
+    return [f"built for {', '.join(part['archs'])} by nvcc {part['nvcc']}; {kernels}"]
 
 
-def _driver_text(part: dict) -> list[str]:
+def _driver_text(part: dict, _report: dict) -> list[str]:
     if not (part["version"] or part["cuda"]):
-        return ["none found"]
+        return ["no NVIDIA driver found"]
     return [f"{part['version'] or 'version unknown'}, CUDA up to {part['cuda'] or 'unknown'}"]
 
 
-def _gpus_text(part: dict) -> list[str]:
+def _gpus_text(part: dict, _report: dict) -> list[str]:
     lines = []
     for index, gpu in enumerate(part["devices"]):
         line = (
@@ -71,13 +76,13 @@ def _gpus_text(part: dict) -> list[str]:
     return lines or ["none"]
 
 
-def _compiler_text(part: dict) -> list[str]:
+def _compiler_text(part: dict, _report: dict) -> list[str]:
     compiler = part["version"] or f"{part['compiler'] or 'no C compiler'} not found"
     header = "found" if part["python_h_found"] else f"not found ({part['python_h']})"
     return [f"{compiler}; Python.h {header}"]
 
 
-def _cache_text(part: dict) -> list[str]:
+def _cache_text(part: dict, _report: dict) -> list[str]:
     state = "writable" if part["writable"] else "not writable"
     disk = "network" if part["network"] else "local"
     return [
@@ -85,11 +90,15 @@ def _cache_text(part: dict) -> list[str]:
     ]
 
 
-def _launches_text(part: dict) -> list[str]:
-    return ["each in Triton's own way" if part["problem"] else "repeated with new addresses alone"]
+def _launches_text(part: dict, _report: dict) -> list[str]:
+    return [
+        "each in Triton's own way, which costs the host more"
+        if part["problem"]
+        else "a repeated call launches its kernels with new addresses alone"
+    ]
 
 
-def _tuned_text(part: dict) -> list[str]:
+def _tuned_text(part: dict, _report: dict) -> list[str]:
     lines = [
         f"{file['path']}: {file['entries']} entries from {file['gpu']}, "
         f"{'used here' if file['used'] else 'for other GPUs'}"
@@ -98,30 +107,39 @@ def _tuned_text(part: dict) -> list[str]:
     return lines or [f"none; `adapterkern tune` writes to {part['folder']}"]
 
 
-def _backends_text(part: dict) -> list[str]:
-    return [f"{name}: {(reason or 'available').splitlines()[0]}" for name, reason in part.items()]
+def _backends_text(part: dict, report: dict) -> list[str]:
+    """The reason is one line; that of a missing extension stands in full under its own title."""
+    told_below = report["extension"].get("reason")
+    return [
+        f"{name}: {'see CUDA build' if reason and reason == told_below else _first_line(reason)}"
+        for name, reason in part.items()
+    ]
 
 
-def _choice_text(part: dict) -> list[str]:
+def _first_line(reason: str | None) -> str:
+    return (reason or "can run").splitlines()[0]
+
+
+def _choice_text(part: dict, _report: dict) -> list[str]:
     choices = [f"{name} -> {backend}" for name, backend in part.items() if name != "device"]
-    return [f"on {part['device']}: {', '.join(choices)}"]
+    return [f"on {part['device']}: {', '.join(choices)}".replace(" -> ", f"{KEPT}->{KEPT}")]
 
 
-def _environment_text(part: dict) -> list[str]:
+def _environment_text(part: dict, _report: dict) -> list[str]:
     return [f"{name}={value}" for name, value in part.items()] or ["no variable set"]
 
 
-SECTIONS: tuple[tuple[str, str, Callable[[dict], list[str]]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[dict, dict], list[str]]], ...] = (
     ("versions", "versions", _versions_text),
     ("torch", "torch", _torch_text),
-    ("extension", "extension", _extension_text),
+    ("would run", "choice", _choice_text),
+    ("backends", "backends", _backends_text),
+    ("GPUs", "gpus", _gpus_text),
     ("driver", "driver", _driver_text),
-    ("gpus", "gpus", _gpus_text),
+    ("CUDA build", "extension", _extension_text),
     ("C compiler", "compiler", _compiler_text),
-    ("triton cache", "cache", _cache_text),
+    ("Triton cache", "cache", _cache_text),
     ("launches", "launches", _launches_text),
     ("tuned", "tuned", _tuned_text),
-    ("backends", "backends", _backends_text),
-    ("would run", "choice", _choice_text),
     ("environment", "environment", _environment_text),
 )
