@@ -38,7 +38,7 @@ def section(root: Path) -> str | None:
         f"method and seed; [all numbers](../{RUN}).",
         f"![accuracies, trained parameters and losses of the three methods](../{PICTURE})",
         _markdown(_method_rows(report)),
-        intervals_meaning(report),
+        f"{intervals_meaning(report)} In brackets: each seed's accuracy.",
         "\n".join([comparison_meaning(report), "", *_verdicts(report)]),
     ]
     if (root / SEARCH).exists():

@@ -50,7 +50,7 @@ def test_section_has_the_table_with_every_seed(root):
     ) in text
     assert "| largest class, always |  |  | 10.5 | 30.5 |  |\n" in text
     assert "| before training |  |  | 9.1 | 15.2 |  |\n" in text
-    assert "from the spread over 5 seeds" in text
+    assert "means over the seeds. In brackets: each seed's accuracy." in text
     assert (
         "\n- topic: adapters are indistinguishable from LoRA (-0.6; -3.1 to +1.9), and lose to "
         "full fine-tuning (-4.7; -7.8 to -1.6).\n- kind: "
