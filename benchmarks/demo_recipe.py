@@ -31,7 +31,7 @@ from adapterkern.cli.demo.training import Encoded, Training, accuracy, encode, l
 FOLDER = Path(__file__).parent / "results" / "demo"
 VALIDATION_SHARE = 0.2
 FIRST_STEPS = 30
-FINALISTS, SEEDS = 3, 3
+FINALISTS, SEEDS = 3, 2
 CPU = torch.device("cpu")
 
 
