@@ -27,7 +27,7 @@ def bottleneck_adapter(
 ) -> Tensor:
     """Bottleneck adapter, fused: residual + skip + scaling * up(act(down(x))).
 
-    y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up)
+        y = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up)
 
     Args:
         x: [..., H], float32 | float16 | bfloat16 | float64; any strides (a non-unit last stride is
@@ -50,7 +50,7 @@ def bottleneck_adapter(
             back.
 
     Returns:
-        [..., H], contiguous, in the dtype that the eager composition promotes to: the products'
+        [..., H], contiguous, in the dtype that the eager composition promotes to, the products'
         dtype, widened by the residual, skip and a learned scaling.
 
     Raises:
@@ -145,8 +145,8 @@ def bottleneck_adapter_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bottleneck adapter and the norm behind it, in one pass over memory.
 
-    stream = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up)
-    normed = (stream - mean) * rstd * (norm_weight + weight_offset) + norm_bias
+        stream = residual + skip + scaling * (act(x W_down^T + b_down) W_up^T + b_up)
+        normed = (stream - mean) * rstd * (norm_weight + weight_offset) + norm_bias
 
     mean and 1 / rstd^2 - eps are mean and variance of a token's features; for norm="rms" the mean
     is left out and the mean of the squares takes the variance's place.

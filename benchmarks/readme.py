@@ -14,9 +14,13 @@ RESULTS = Path(__file__).parent / "results"
 REPORT = "report"  # the stem of what is drawn into a result's folder
 GOALS = "docs/benchmarks.md"
 MODEL = "docs/performance.md"
+# An index shows the README without the tree around it, so that its links and pictures are absolute.
+HOME = "https://github.com/adapterkern/adapterkern"  # as [project.urls] of pyproject.toml has it
+FILES = f"{HOME}/blob/main"
+PICTURES = f"{HOME}/raw/main"
 NO_RESULT = (
     "All kernels were compared with float64 on CPUs alone (see above), and none has been timed on a"
-    f"\nGPU, so no [goal]({GOALS}#goals) has been measured."
+    f"\nGPU, so no [goal]({FILES}/{GOALS}#goals) has been measured."
 )
 PREFERRED = ("H200", "H100")  # the goals are stated for the first
 TOKENS = (16, 2048, 16384)
@@ -73,7 +77,7 @@ def sections(folder: Path | None, root: Path = ROOT) -> dict[str, tuple[str, str
 def _performance(result: Result, folder: Path, root: Path) -> str:
     commit = (result.header.get("commit") or "unknown")[:9]
     versions = result.header.get("versions", {})
-    where = folder.relative_to(root).as_posix()
+    where = f"{FILES}/{folder.relative_to(root).as_posix()}"
     parts = [
         f"{result.device}, torch {versions.get('torch')}, triton {versions.get('triton')}, commit "
         f"{commit}, {result.header['created'][:10]}: "
@@ -84,11 +88,11 @@ def _performance(result: Result, folder: Path, root: Path) -> str:
         *([] if result.header["finished"] else [UNFINISHED]),
         *([UNSTEADY] if from_dict(result.header["calibration"]).steady is False else []),
         summary.adapters(_telling(result), on_gpu=True, baselines=BASELINES),
-        f"Of the [goals]({GOALS}#goals), {_count_states(result)}.",
+        f"Of the [goals]({FILES}/{GOALS}#goals), {_count_states(result)}.",
     ]
     images = [folder / f"{REPORT}-{mode}.png" for mode in ("forward", "step")]
     parts += [
-        f"![time against tokens]({image.relative_to(root).as_posix()})"
+        f"![time against tokens]({PICTURES}/{image.relative_to(root).as_posix()})"
         for image in images
         if image.exists()
     ]

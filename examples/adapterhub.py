@@ -1,6 +1,6 @@
 """A script that uses AdapterHub's `adapters`, before and after the one line that makes it fused.
 
-    pip install "adapterkern[adapterhub]" accelerate
+    pip install -e ".[adapterhub]" accelerate
     python examples/adapterhub.py
 
 The model is a random BERT of two layers, so that nothing is downloaded. A real one comes from

@@ -1,6 +1,6 @@
 """Adapter, residual add and norm of a transformer's blocks in one pass over memory.
 
-    pip install adapterkern peft transformers
+    pip install -e ".[peft]"
     python examples/fused_norms.py
 
 A post-LN encoder (BERT) and a pre-LN decoder (Llama), both tiny and random, so that nothing is

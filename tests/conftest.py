@@ -6,6 +6,7 @@ import sys
 
 import cuda_facts
 import pytest
+import thorough
 import torch
 
 from adapterkern import dispatch
@@ -23,7 +24,8 @@ def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def pytest_configure():
+def pytest_configure(config):
+    config.pluginmanager.register(thorough.Report(config))
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: fixtures end what they started
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)

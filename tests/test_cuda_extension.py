@@ -45,7 +45,7 @@ def test_missing_extension_tells_the_recorded_reason_and_the_cure(imports):
     imports["adapterkern._buildinfo"] = record("nvcc not found")
     reason = extension.unavailable_reason()
     assert reason.startswith("the CUDA extension is not built: nvcc not found.")
-    assert "pip install --force-reinstall --no-cache-dir --no-deps adapterkern" in reason
+    assert "pip install -v --no-deps -e . in a clone of adapterkern" in reason
 
 
 def test_source_tree_without_a_build_record_says_so(imports):

@@ -195,10 +195,8 @@ def test_limits_are_those_of_one_adapter(recorder):
     assert reasons == ["bottleneck_size 257 exceeds 256, the widest that stays on chip"]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", cuda_sass.ARCHS)
 def test_rows_have_their_loads_of_a_weight_under_way_together(arch):
-    if arch not in cuda_sass.archs():
-        pytest.skip(f"the extension holds no code for {arch}")
     found = {n: code for n, code in cuda_sass.sass(arch).items() if "grouped_rows" in n}
     assert len(found) == 6
     for name, code in found.items():

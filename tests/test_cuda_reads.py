@@ -47,7 +47,7 @@ READS = {
     "grouped rows_first": f"{GROUPED_IN} token_slots:d partial:d",
     "grouped rows_second": f"x:dts ranks:d {GROUPED_OUT} token_slots:d partial:d",
 }
-ARCHS = ["sm_80", "sm_90a", "compute_90"]
+ARCHS = [*cuda_sass.ARCHS, "compute_90"]
 
 
 @cache

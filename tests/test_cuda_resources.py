@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import cuda_sass
+import pytest
 import sass
 
 KB, MB = 1024, 1024 * 1024
@@ -39,20 +40,20 @@ def test_shared_memory_is_all_dynamic():
         assert max(used) <= MOST_STATIC_SHARED + reserved, arch
 
 
-def test_products_run_on_tensor_cores_all_but_full_float32():
-    for arch in cuda_sass.archs():
-        counts = {
-            name: sass.count(code, "HMMA")
-            for name, code in cuda_sass.sass(arch).items()
-            if cuda_sass.kernel_name(name)
-        }
-        fast = {n for n in counts if re.search("__half|__nv_bfloat16|TFloat32", n)}
-        # The norm has no products, and those of single rows are too thin.
-        fast = {n for n in fast if not re.search("bwd_norm|grouped_rows", n)}
-        of_many = 2 * 3 + 2
-        assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 2 * 6 + 2 * 4 * 2 * 3 + of_many, arch
-        fast = {n for n in fast if not cuda_sass.is_empty(arch, n)}
-        assert {n for n, count in counts.items() if count} == fast, arch
+@pytest.mark.parametrize("arch", cuda_sass.ARCHS)
+def test_products_run_on_tensor_cores_all_but_full_float32(arch):
+    counts = {
+        name: sass.count(code, "HMMA")
+        for name, code in cuda_sass.sass(arch).items()
+        if cuda_sass.kernel_name(name)
+    }
+    fast = {n for n in counts if re.search("__half|__nv_bfloat16|TFloat32", n)}
+    # The norm has no products, and those of single rows are too thin.
+    fast = {n for n in fast if not re.search("bwd_norm|grouped_rows", n)}
+    of_many = 2 * 3 + 2
+    assert len(fast) == 3 * (5 * 6 + 2 * 2) + 2 * 2 * 6 + 2 * 4 * 2 * 3 + of_many
+    fast = {n for n in fast if not cuda_sass.is_empty(arch, n)}
+    assert {n for n, count in counts.items() if count} == fast
 
 
 def test_binary_stays_small():

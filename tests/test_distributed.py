@@ -15,7 +15,7 @@ import torch
 
 LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 120  # seconds, of about 15
+TIMEOUT = 400  # seconds, of about 15 on an idle machine
 
 
 def environment():
@@ -104,7 +104,7 @@ def test_fsdp_refuses_adapters_narrower_than_their_bank(results):
     assert "contiguous" in results["bank_fsdp_narrow"]
 
 
-@pytest.mark.parametrize("method", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("method", ["DDP", pytest.param("FSDP2", marks=pytest.mark.thorough)])
 def test_distributed_example_learns_its_task(method):
     command = [
         sys.executable,
@@ -132,7 +132,7 @@ def test_distributed_example_learns_its_task(method):
             said += line
         # Now and then gloo's threads keep a process from ending, after all is done and said.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            assert process.wait(timeout=20) == 0, said + process.stdout.read()
+            assert process.wait(timeout=60) == 0, said + process.stdout.read()
     finally:
         late.cancel()
         with contextlib.suppress(ProcessLookupError):

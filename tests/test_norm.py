@@ -174,6 +174,7 @@ def test_autocast_gives_the_dtype_of_plain_layers(backend, dtype):
     )
 
 
+@pytest.mark.sweep("tier", "prenorm", "backend")
 @pytest.mark.parametrize("tier", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_compiled_calls_equal_eager_ones(recompiled, tier, prenorm, backend):

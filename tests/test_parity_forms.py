@@ -179,6 +179,7 @@ def test_default_grid_reaches_every_launch_on_every_device(cases):
     assert not missing(cases)
 
 
+@pytest.mark.thorough
 def test_form_without_a_case_is_named(cases, monkeypatch):
     """A planner might come to give clusters of sixteen."""
     monkeypatch.setattr(cuda, "CLUSTER_SIZES", (2, 4, 8, 16))

@@ -33,6 +33,7 @@ def assert_same(function, arguments, tolerance=CLOSE, expected=ak.bottleneck_ada
         torch.testing.assert_close(found[name], want[name], **tolerance, msg=name)
 
 
+@pytest.mark.sweep("backend", "options")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
@@ -44,6 +45,7 @@ def test_compiled_forward_and_backward_equal_eager(backend, options):
     assert_same(compiled_of(backend), arguments, expected=eager_adapter)
 
 
+@pytest.mark.sweep("backend", "dynamic")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["auto", "dynamic"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_of_many_sizes_need_at_most_one_recompilation(backend, dynamic):
@@ -104,6 +106,7 @@ def test_compiled_code_without_gradients_does_not_save_z(spy):
     assert spy.forwards == [False]
 
 
+@pytest.mark.sweep("backend", "inside")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
 def test_autocast_inside_and_around_compiled_code(backend, inside):
@@ -169,6 +172,7 @@ def tolerance_of(tensor):
     return {"rtol": 4 * rounding, "atol": 4 * rounding * tensor.abs().max().item()}
 
 
+@pytest.mark.sweep("backend", "dtype", "of_module")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("of_module", [True, False], ids=["attribute", "argument"])

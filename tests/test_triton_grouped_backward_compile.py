@@ -3,8 +3,6 @@ registers, and its products wait for no load, though rows are gathered.
 """
 
 import itertools
-import os
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import sass
 import triton_sass
+from compile_pool import few_or_all, outcomes_of_each
 
 from adapterkern.backends.base import empty_units
 from adapterkern.backends.triton import traffic
@@ -91,18 +90,11 @@ def outcomes(case: Case) -> list[tuple]:
         return [(n.kernel, n.shared, *resources(n.cubin), n.cubin) for n in launches]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
-    try:
-        with get_context("spawn").Pool(os.cpu_count()) as pool:
-            found = pool.map(outcomes, CASES, chunksize=1)
-            return {
-                case: {outcome[0]: outcome for outcome in one}
-                for case, one in zip(CASES, found, strict=True)
-            }
-    finally:
-        del os.environ["TRITON_CACHE_DIR"]
+@pytest.fixture(scope="module", params=few_or_all((MAIN, CONVERTED), CASES))
+def compiled(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton_cache")
+    found = outcomes_of_each(outcomes, request.param, folder)
+    return {case: {outcome[0]: outcome for outcome in one} for case, one in found.items()}
 
 
 def code_of(outcome: tuple) -> list[sass.Instruction]:
@@ -174,7 +166,7 @@ def test_bytes_of_16_adapters_are_near_those_of_one(kind):
 
 def test_gathered_rows_are_under_way_while_products_run(compiled):
     """Vectors of 16 bytes, past the registers, several steps ahead, whatever the ranks."""
-    for case in (MAIN, CASES[1], CASES[7]):
+    for case in compiled.keys() & {MAIN, CASES[1], CASES[7]}:
         for kernel, least in (DX, 2), (DW, 3):
             code = code_of(compiled[case][kernel])
             product = "HMMA" if case.capability < 90 else "HGMMA"

@@ -2,8 +2,6 @@
 fit, keep their registers, and load in whole vectors, as one adapter's kernel does.
 """
 
-import os
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import sass
 import triton_sass
+from compile_pool import few_or_all, outcomes_of_each
 from fake_gpu import FakeGpu, fake_gpu, pointers
 
 from adapterkern.backends.triton.backend import TritonBackend
@@ -106,18 +105,20 @@ def routing_outcomes(sizes: tuple[int, int]) -> list[tuple]:
 
 
 ROUTINGS = ((64, 16), (16384, 16), (256, 1024), (32768, 1024))
+FEW = (MAIN, EVEN, DECODE, ROUTINGS[0])
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
-    try:
-        with get_context("spawn").Pool(os.cpu_count()) as pool:
-            forwards = pool.map(outcomes, CASES, chunksize=1)
-            routings = pool.map(routing_outcomes, ROUTINGS, chunksize=1)
-        return dict(zip((*CASES, *ROUTINGS), (*forwards, *routings), strict=True))
-    finally:
-        del os.environ["TRITON_CACHE_DIR"]
+def any_outcomes(case: Case | tuple[int, int]) -> list[tuple]:
+    return outcomes(case) if isinstance(case, Case) else routing_outcomes(case)
+
+
+@pytest.fixture(scope="module", params=few_or_all(FEW, (*CASES, *ROUTINGS)))
+def compiled(request, tmp_path_factory):
+    return outcomes_of_each(any_outcomes, request.param, tmp_path_factory.mktemp("triton_cache"))
+
+
+def forwards(compiled: dict) -> list[Case]:
+    return [case for case in compiled if isinstance(case, Case)]
 
 
 def loops_of(outcome: tuple) -> list[sass.Loop]:
@@ -125,30 +126,30 @@ def loops_of(outcome: tuple) -> list[sass.Loop]:
 
 
 def test_one_launch_serves_many_tokens_and_two_a_few(compiled):
-    for case in CASES:
+    for case in forwards(compiled):
         found = [outcome[0] for outcome in compiled[case]]
         assert found == (BY_ROW if case.sizes[0] <= 64 else TILED), case
     # As many tiles as 16384 tokens can take, whatever their adapters are.
     assert compiled[MAIN][0][1] == (16384 // 64 + 16, 1, 1)
-    for sizes in ROUTINGS:
+    for sizes in compiled.keys() & set(ROUTINGS):
         assert [outcome[0] for outcome in compiled[sizes]] == ["grouped_route_kernel"]
 
 
 def test_registers_of_many_adapters_do_not_spill(compiled):
     """Not at all in half precision; elsewhere some beside the loops."""
     for case, found in compiled.items():
-        plain = case not in CASES or (case.added == HALF and case.sizes[1] % 16 == 0)
+        plain = not isinstance(case, Case) or (case.added == HALF and case.sizes[1] % 16 == 0)
         for kernel, _, _, registers, stack, _ in found:
             most = MOST_STACK_BYTES if plain else 4 * MOST_STACK_BYTES
             assert stack <= most, (case, kernel, registers, stack)
-    for case in CASES:
+    for case in forwards(compiled):
         for outcome in (one for one in compiled[case] if one[4]):
             moved = [loop.count("LDL", "STL") for loop in loops_of(outcome)]
             assert not any(moved), (case, outcome[0], moved)
 
 
 def test_kernels_of_many_adapters_fit_an_sm(compiled):
-    for case in CASES:
+    for case in forwards(compiled):
         for kernel, _, shared, *_ in compiled[case]:
             assert shared <= DEVICES[case.capability].shared_memory, (case, kernel)
     for case in (MAIN, EVEN):  # two blocks of four warps an SM, as the plan counts on
@@ -164,9 +165,10 @@ def products_of(outcome: tuple) -> list[sass.Loop]:
 def test_tiled_loops_copy_whole_vectors_while_they_compute(compiled):
     """Gathered rows and a slot's weights alike; with ranks there are a loop out of the bottleneck
     for those of whole vectors, which costs what it costs without ranks, and one for ragged ones."""
-    for case, number in ((MAIN, 3), (EVEN, 2), (CASES[3], 3), (CASES[10], 3)):
+    numbers = {MAIN: 3, EVEN: 2, CASES[3]: 3, CASES[10]: 3}
+    for case in compiled.keys() & numbers.keys():
         loops = products_of(compiled[case][0])
-        assert len(loops) == number, case
+        assert len(loops) == numbers[case], case
         for loop in loops:
             copies = loop.named("LDGSTS")
             # The bias of the features, and single tokens' scales, are narrower.

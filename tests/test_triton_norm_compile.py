@@ -5,8 +5,6 @@ Each case is a plan of its own: a row block of each height, a width with and wit
 kernels that have rows to themselves.
 """
 
-import os
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import sass
 import triton_sass
+from compile_pool import few_or_all, outcomes_of_each
 
 from adapterkern.backends.triton.backend import TritonBackend
 from adapterkern.backends.triton.compile_only import MOST_STACK_BYTES, compile_only, resources
@@ -60,6 +59,7 @@ CASES = (
     Case(89, uniform(HALF), (16384, 1024, 64), 32),
     Case(89, uniform(SINGLE), (16384, 4096, 64), None),
 )
+FEW = CASES[0], CASES[4]  # one of each kind
 
 
 def outcomes(case: Case) -> list[tuple]:
@@ -88,14 +88,9 @@ def outcomes(case: Case) -> list[tuple]:
         ]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
-    try:
-        with get_context("spawn").Pool(os.cpu_count()) as pool:
-            return dict(zip(CASES, pool.map(outcomes, CASES, chunksize=1), strict=True))
-    finally:
-        del os.environ["TRITON_CACHE_DIR"]
+@pytest.fixture(scope="module", params=few_or_all(FEW, CASES))
+def compiled(request, tmp_path_factory):
+    return outcomes_of_each(outcomes, request.param, tmp_path_factory.mktemp("triton_cache"))
 
 
 def code_of(outcome: tuple) -> list[sass.Instruction]:
@@ -131,7 +126,7 @@ def test_row_blocks_of_a_norm_fit_an_sm(compiled):
 def test_loops_of_a_norm_read_in_whole_vectors_that_are_under_way(compiled):
     """The read-back of the sum and of ds among them. Vectors over the features, and the partial
     sums of the norm's gradients, are narrower than 16 bytes a thread."""
-    for case in (CASES[0], CASES[4]):
+    for case in FEW:
         for outcome in compiled[case]:
             loops = sass.loops(code_of(outcome))
             inner = [loop for loop in loops if loop.count("STG") and not spans(loop, loops)]

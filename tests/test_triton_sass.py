@@ -63,7 +63,7 @@ def product_loops(instructions: list[Instruction]) -> list[Loop]:
     return [loop for loop in found if loop.count("HGMMA", "HMMA")]
 
 
-@pytest.fixture(params=DEVICES, ids=lambda capability: f"sm_{capability}")
+@pytest.fixture(params=[90, pytest.param(80, marks=pytest.mark.thorough)], ids="sm_{}".format)
 def code(request):
     return kernels(request.param)
 
@@ -141,6 +141,7 @@ def narrow_loads(launch: Launch, least: int = 16) -> list[str]:
     ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bottleneck", [24, 40, 104])
 def test_weights_load_in_whole_vectors_where_8_divides_r(bottleneck):
     """Triton itself looks for 16 alone."""
@@ -148,6 +149,7 @@ def test_weights_load_in_whole_vectors_where_8_divides_r(bottleneck):
         assert not narrow_loads(launch), launch.kernel
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bottleneck", [5, 10, 100])
 def test_rows_of_units_load_in_whole_vectors_whatever_r_is(bottleneck):
     """dz and a in the weight gradients: 16 bytes a thread, or its share of a tile of 16 units, 4.

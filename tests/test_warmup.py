@@ -66,6 +66,7 @@ def test_without_warmup_the_first_calls_compile(gpu):
     assert gpu.binaries == 6  # down with and without z, up, dz, dx, dw
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "x",
     [

@@ -74,6 +74,7 @@ def train(model, checkpointing):
     }
 
 
+@pytest.mark.sweep("build", "checkpointing")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("build", [bert, gpt2, llama], ids=lambda build: build.__name__)
 def test_training_is_that_of_plain_layers(build, checkpointing):

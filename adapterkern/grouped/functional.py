@@ -28,8 +28,9 @@ def grouped_bottleneck_adapter(
 ) -> Tensor:
     """Bottleneck adapters of a batch in which each token takes its own, in one launch.
 
-    y[t] = residual[t] + skip[t] + s_i * (act(x[t] D_i^T + b_i) U_i^T + c_i), i the slot of token t;
-    y[t] = residual[t] + skip[t] for a token without an adapter.
+        y[t] = residual[t] + skip[t] + s_i * (act(x[t] D_i^T + b_i) U_i^T + c_i)
+
+    with i the slot of token t, and residual[t] + skip[t] for a token without an adapter.
 
     Args:
         x: [..., H], T tokens; dtypes and strides as in `bottleneck_adapter`.

@@ -27,6 +27,7 @@ def patched_and_stock(model, twin):
         return run(model), expected
 
 
+@pytest.mark.sweep("name", "kind")
 @pytest.mark.parametrize("name", ["adapter_down", "adapter_up"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("recompiled")

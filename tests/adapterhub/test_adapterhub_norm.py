@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep("name", "kind", "mode", "trained_norm")
 @pytest.mark.parametrize(("name", "kind", "mode", "trained_norm"), CASES)
 @pytest.mark.filterwarnings("ignore::adapterkern.FallbackWarning")
 def test_layers_agree_with_stock_and_hold_the_norm(name, kind, mode, trained_norm, counted):

@@ -129,6 +129,7 @@ def calls_of(model, name: str, mode: str) -> list[oracle.Call]:
         return oracle.record(lambda: model(**inputs))
 
 
+@pytest.mark.sweep("device", lambda p: (p["name"], p["mode"]), lambda p: (p["name"], p["preset"]))
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def model_with_a_composition(name: str, mode: str, device: str):
     return placed(model, mode, device)
 
 
+@pytest.mark.sweep("device", "composition", lambda p: (p["name"], p["mode"]))
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize(
     ("name", "mode", "composition"),
@@ -199,6 +201,7 @@ def model_with_other_configs(name: str, device: str):
     return model.to(device)
 
 
+@pytest.mark.sweep("device", "config", "name")
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("config", OTHER_CONFIGS)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -257,6 +260,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.sweep("device", "layer_level", "name", lambda p: (p["preset"], p["mutation"]))
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("layer_level", [True, False], ids=["layer", "adapter"])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

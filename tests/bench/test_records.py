@@ -201,8 +201,9 @@ def test_the_section_shows_the_result_and_what_it_is_of(gpu_result, root):
     text, docs = pages(root)
     assert "Made-up GPU, torch 2.9.0, triton 3.5.0, commit 012345678, 2026-01-02" in text
     where = "benchmarks/results/made-up-gpu/2026-01-02-012345678"
-    assert f"[all rows]({where}/report.md), [raw]({where}/rows.jsonl)" in text
-    assert f"]({where}/report-forward.png)" in text
+    rows = f"{readme.FILES}/{where}"
+    assert f"[all rows]({rows}/report.md), [raw]({rows}/rows.jsonl)" in text
+    assert f"]({readme.PICTURES}/{where}/report-forward.png)" in text
     assert (folder / "report-forward.png").exists()
     head = "| case | backend | timing | us | of copy | of peak | vs adapterhub | vs plain |"
     assert head in text

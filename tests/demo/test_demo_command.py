@@ -52,7 +52,7 @@ def test_demo_names_a_missing_extra(package, monkeypatch, tmp_path, capsys):
     assert main(["demo"]) == 2
     err = capsys.readouterr().err
     assert package.replace("_", "-") in err
-    assert 'pip install "adapterkern[demo]"' in err
+    assert 'pip install -e ".[demo]"' in err
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

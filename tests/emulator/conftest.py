@@ -1,6 +1,8 @@
 """Runs the CUDA kernels on the CPU: the backend as it is, with the emulator as its extension."""
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator
 
 import cuda_emulator
@@ -32,7 +34,15 @@ def emulated(kernels: cuda_emulator.Emulator, device: Device = ONE_SM) -> Iterat
 def kernels(tmp_path_factory) -> cuda_emulator.Emulator:
     if cuda_emulator.missing() is not None:
         pytest.skip(cuda_emulator.missing())
-    return cuda_emulator.Emulator(cuda_emulator.build(tmp_path_factory.mktemp("emulator")))
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a minute's work: the first worker does it for all
+        root = root.parent
+    with open(root / "emulator.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = root / "emulator" / "library.so"
+        if not library.exists():
+            cuda_emulator.build(library.parent)
+    return cuda_emulator.Emulator(library)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 from conftest import emulated
 from cuda_forms import FORMS
 from special_values import assert_gradient_is_autograds
+from thorough import fields_of
 
 from adapterkern.backends import get
 from adapterkern.backends.cuda import backend as cuda_backend
@@ -102,6 +103,9 @@ def _cases() -> dict[str, tuple[str, str, Case]]:
 CASES = _cases()
 
 
+@pytest.mark.sweep(
+    lambda p: (p["form"], p["case"].dtype), lambda p: p["case"].activation, "schedule"
+)
 @pytest.mark.parametrize(("form", "schedule", "case"), CASES.values(), ids=CASES.keys())
 def test_cuda_matches_float64_in_every_form(run_as, form, schedule, case):
     run_as(form, schedule)
@@ -111,6 +115,7 @@ def test_cuda_matches_float64_in_every_form(run_as, form, schedule, case):
 OPTIONS = grid(CudaBackend.dtypes, ["gelu"], "default", small=True)
 
 
+@pytest.mark.sweep("form", *fields_of("case", Case))
 @pytest.mark.parametrize("form", ["row_block", "split"])
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_cuda_matches_float64_with_every_option(kernels, monkeypatch, case, form):
@@ -128,6 +133,7 @@ WHOLE_OPTIONS = options(WHOLE, HALVES, every_dtype=False) + [
 ]
 
 
+@pytest.mark.sweep("form", *fields_of("case", Case))
 @pytest.mark.parametrize("form", ["row_block", "split", "cluster", "cluster_few"])
 @pytest.mark.parametrize("case", WHOLE_OPTIONS, ids=str)
 def test_cuda_matches_float64_with_every_option_in_whole_vectors(kernels, monkeypatch, case, form):
@@ -144,6 +150,7 @@ def in_clusters(problem, device):
     return plan
 
 
+@pytest.mark.sweep("dtype", "bottleneck")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128, 129, 256])
 def test_cuda_matches_float64_at_the_edges_of_every_tile(kernels, dtype, bottleneck):
@@ -154,6 +161,7 @@ def test_cuda_matches_float64_at_the_edges_of_every_tile(kernels, dtype, bottlen
         assert not missed(case)
 
 
+@pytest.mark.sweep("form", "bottleneck", "skip")
 @pytest.mark.parametrize("form", ["row_block_large", "split_large"])
 @pytest.mark.parametrize("bottleneck", [33, 64, 65, 128])
 @pytest.mark.parametrize("skip", [False, True])
@@ -167,6 +175,7 @@ def test_cuda_large_tiles_match_float64_at_their_edges(kernels, form, bottleneck
         assert not missed(case)
 
 
+@pytest.mark.sweep("tokens", "bottleneck")
 @pytest.mark.parametrize("tokens", [16, 64])
 @pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128])
 def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
@@ -183,6 +192,7 @@ def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
         assert not missed(case)
 
 
+@pytest.mark.sweep("form", "dtype")
 @each_form_and_dtype
 def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch, form, dtype):
     case = Case(dtype=dtype, scaling="channel", skip=True, **FORMS[form].sizes)
@@ -200,6 +210,7 @@ def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch
         assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.sweep("form", "dtype")
 @each_form_and_dtype
 def test_cuda_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, dtype):
     run_as(form)
@@ -221,6 +232,7 @@ def test_cuda_float32_residual_stream_is_not_rounded(kernels, form):
     assert torch.equal(y, tensors["x"])
 
 
+@pytest.mark.sweep("form", "dtype")
 @each_form_and_dtype
 def test_cuda_nan_stays_in_its_row(run_as, form, dtype):
     """A NaN in x makes its token NaN, as in eager, and no other: with relu too."""
@@ -234,6 +246,7 @@ def test_cuda_nan_stays_in_its_row(run_as, form, dtype):
     assert rows.sum() == 1
 
 
+@pytest.mark.sweep("form", "dtype", "activation")
 @each_form_and_dtype
 @pytest.mark.parametrize(
     ("activation", "bottleneck"), [("tanh", None), ("sigmoid", 3), ("relu", None)]
@@ -251,6 +264,7 @@ def test_cuda_has_inf_and_nan_where_eager_has_them(
         assert not missed(replace(case, bottleneck_size=bottleneck or case.bottleneck_size))
 
 
+@pytest.mark.sweep("dtype", "activation")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cuda_gradients_of_special_values_are_autograds(run_as, activation, dtype):

@@ -51,7 +51,7 @@ CASES = {
 def grouped(tmp_path_factory) -> GroupedEmulator:
     if cuda_emulator.missing() is not None:
         pytest.skip(cuda_emulator.missing())
-    return build(tmp_path_factory.mktemp("grouped"), flags=["-O1"])
+    return build(tmp_path_factory.mktemp("grouped"))
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 
+@pytest.mark.sweep("name", lambda p: (p["form"], p["dtype"]))
 @pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +87,7 @@ def test_grouped_kernels_hold_the_rule_in_tf32(grouped, name, form):
     assert missed(case.draw(), backend(grouped, FORMS[form]), tf32=True) == []
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_batches_are_as_right_as_eager(grouped, part):
     wrong = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import emulated
 from cuda_norms import CLUSTERS, NormCase, all_needs, missed, plan, results_of
+from thorough import fields_of
 
 from adapterkern import bottleneck_adapter_norm
 from adapterkern.backends import get
@@ -66,6 +67,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.sweep("shape", "options")
 @pytest.mark.parametrize(("shape", "options"), PAIRS)
 def test_cuda_norm_matches_float64(run_as, shape, options):
     schedule = list(cuda_emulator.SCHEDULES)[PAIRS.index((shape, options)) % 3]
@@ -90,6 +92,7 @@ def _grid() -> list[Case]:
 GRID = _grid()
 
 
+@pytest.mark.sweep(*fields_of("case", Case))
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_cuda_norm_matches_float64_with_every_option(kernels, monkeypatch, case):
     """A sum in float32, of a residual or an input in it, is declined."""
@@ -114,6 +117,7 @@ def test_cuda_norm_returns_what_is_asked_for(run_as, shape, prenorm):
     assert saved == Saved(None)
 
 
+@pytest.mark.sweep("norm", "shape")
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cuda_norm_takes_its_statistics_from_the_sum_before_it_is_rounded(run_as, shape, norm):

@@ -39,7 +39,7 @@ def narrowed(folder, fault: str | None = None) -> GroupedEmulator:
     if fault is not None:
         file, text, replacement = FAULTS[fault]
         changes[file] = [(text, replacement)]
-    return build(folder, flags=["-O1"], changes=changes)
+    return build(folder, changes=changes)
 
 
 def is_red(kernels: GroupedEmulator) -> bool:
@@ -53,10 +53,12 @@ def is_red(kernels: GroupedEmulator) -> bool:
     return False
 
 
+@pytest.mark.thorough
 def test_grouped_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed(tmp_path))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_many_adapters_turns_their_cases_red(tmp_path, fault):
     assert is_red(narrowed(tmp_path, fault))

@@ -303,23 +303,27 @@ def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
     if fault is not None:
         file, text, replacement = {**FAULTS, **WEIGHT_FAULTS, **CLUSTER_FAULTS}[fault]
         changes[file] = [(text, replacement)]
-    return cuda_emulator.Emulator(cuda_emulator.build(folder, flags=["-O1"], changes=changes))
+    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
 
 
+@pytest.mark.thorough
 def test_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CASES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
 def test_fault_in_the_weight_gradients_turns_their_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), WEIGHT_CASES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", CLUSTER_FAULTS)
 def test_fault_in_the_cluster_form_turns_its_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CLUSTER_CASES)

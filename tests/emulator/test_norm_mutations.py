@@ -64,7 +64,7 @@ def build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
     if fault is not None:
         file, text, replacement = FAULTS[fault]
         changes[file] = [(text, replacement)]
-    return cuda_emulator.Emulator(cuda_emulator.build(folder, flags=["-O1"], changes=changes))
+    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
 
 
 def is_red(kernels: cuda_emulator.Emulator) -> bool:
@@ -81,10 +81,12 @@ def is_red(kernels: cuda_emulator.Emulator) -> bool:
     return False
 
 
+@pytest.mark.thorough
 def test_norm_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(build(tmp_path))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_norm_turns_its_cases_red(tmp_path, fault):
     assert is_red(build(tmp_path, fault))

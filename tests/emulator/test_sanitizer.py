@@ -33,12 +33,15 @@ def run_sanitized(
     return subprocess.run(command, env=environ, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("source", ["library.cpp", "grouped.cpp"])
+@pytest.mark.parametrize(
+    "source", [pytest.param("library.cpp", marks=pytest.mark.thorough), "grouped.cpp"]
+)
 def test_kernels_stay_within_their_tensors(tmp_path, source):
     done = run_sanitized(tmp_path, {}, source)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("file", "mask", "off_by_one"),
     [

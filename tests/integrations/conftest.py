@@ -7,7 +7,12 @@ pytest.importorskip("peft", reason="the PEFT plug-in needs peft")
 pytest.importorskip("transformers", reason="the PEFT plug-in needs transformers")
 
 import huggingface_hub.constants
+import peft
 import transformers as tf
+from mixed_models import randomised
+
+from adapterkern.grouped import functional
+from adapterkern.integrations.peft import BottleneckConfig, grouped
 
 VOCABULARY = 61
 LAYERS = 2
@@ -159,5 +164,44 @@ def output():
     def run(model, inputs, **options):
         with torch.no_grad():
             return model(**inputs, **options)[0]
+
+    return run
+
+
+@pytest.fixture
+def mixed(tiny):
+    """mixed(name, **fields): a model with "french", and the narrower "legal" and "unused"."""
+
+    def build(name, **fields):
+        model = peft.get_peft_model(tiny(name), BottleneckConfig(**fields), "french")
+        for other in ("legal", "unused"):
+            model.add_adapter(other, BottleneckConfig(bottleneck_size=5, **fields))
+        model.set_requires_grad(["french", "legal", "unused"])
+        return randomised(model).eval()
+
+    return build
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The grouped calls that have run."""
+    calls, run_call = [], functional.run_call
+
+    def counted(call, *args):
+        calls.append(call)
+        return run_call(call, *args)
+
+    monkeypatch.setattr(functional, "run_call", counted)
+    return calls
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """looped(function): its result where every adapter runs apart, on its own inputs."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(grouped, "_reason_of", lambda adapter: "a test asks for it")
+            return function()
 
     return run

@@ -1,6 +1,7 @@
 """Processes that save into one folder, are killed, and read it: run by test_peft_interrupted.py.
 
-python peft_folder_races.py kills|readers|same-settings FOLDER SECONDS prints what was seen.
+python peft_folder_races.py kills|readers|same-settings FOLDER LOADS prints what was seen by that
+many loads, and by more until each model was seen that often: how fast a machine is decides nothing.
 """
 
 import json
@@ -76,22 +77,30 @@ def load(folder, expected, seen):
     seen[key] = seen.get(key, 0) + 1
 
 
-def main(what, folder, seconds):
+def saving_takes(models, folder):
+    """Seconds of a save, on this machine with what else it has to do."""
+    start = time.monotonic()
+    for model in models:
+        model.save_pretrained(folder)
+    return (time.monotonic() - start) / len(models)
+
+
+def main(what, folder, loads):
     torch.set_num_threads(1)
     activations = ACTIVATIONS if what != "same-settings" else ("relu", "relu")
     models = [adapted(activation, seed) for seed, activation in enumerate(activations)]
     expected = [output(model) for model in models]
-    models[0].save_pretrained(folder)
+    once = saving_takes(models[::-1], folder)
     instants = random.Random(0)
     seen: dict[str, int] = {}
     writers = []
-    end = time.monotonic() + float(seconds)
+    names = [f"model {index}" for index in range(len(models))]
     if what != "kills":
         writers = [start_writer(order, folder) for order in (models, models[::-1])]
-    while time.monotonic() < end:
+    while sum(seen.values()) < int(loads) or min(seen.get(name, 0) for name in names) < 6:
         if what == "kills":
             writer = start_writer(models, folder)
-            time.sleep(instants.uniform(0.005, 0.06))
+            time.sleep(instants.uniform(0, 3 * once))
             stop(writer)
         load(folder, expected, seen)
     for writer in writers:

@@ -53,6 +53,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.sweep("backend", "name")
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_family_gives_the_same_in_one_pass(name, backend, calls):

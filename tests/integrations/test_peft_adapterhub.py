@@ -46,6 +46,7 @@ def double(**fields):
     return adapters.DoubleSeqBnConfig(**fields)
 
 
+@pytest.mark.sweep("name", "fields")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_folder_computes_the_same_in_both(tiny, batch, output, tmp_path, name, fields):

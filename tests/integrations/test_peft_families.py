@@ -32,7 +32,15 @@ def check_places(model, expected, times):
         assert found == dict.fromkeys(expected, times)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Encoders and decoders of text, both together, pictures, sound, experts, fused projections.
+KINDS = {"bart", "bert", "bloom", "clip", "gpt2", "llama", "mixtral", "t5", "vit", "wav2vec2"}
+each_family = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.thorough] * (n not in KINDS)) for n in FAMILIES],
+)
+
+
+@each_family
 def test_family_is_adapted_where_it_belongs_trains_saves_and_reloads(name, tmp_path):
     family, inputs = FAMILIES[name], inputs_of(name)
     model = peft.get_peft_model(build(name), BottleneckConfig(**SIZE)).eval()
@@ -68,7 +76,7 @@ def test_family_is_adapted_where_it_belongs_trains_saves_and_reloads(name, tmp_p
     assert all(torch.equal(*pair) for pair in zip(again, trained, strict=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family
 def test_placements_at_the_ffn_leave_attention_alone(name):
     family = FAMILIES[name]
     after, beside = (BottleneckConfig(placement=one, **SIZE) for one in ("pfeiffer", "parallel"))

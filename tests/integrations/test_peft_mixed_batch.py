@@ -101,6 +101,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep("name", "options", "place", "task_type")
 @pytest.mark.parametrize(("name", "options", "place", "task_type"), CASES)
 def test_mixed_batch_generates_as_each_adapter_does(mixed, batch, name, options, place, task_type):
     if task_type:

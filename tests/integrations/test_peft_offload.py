@@ -26,6 +26,7 @@ def randomised(base, **fields):
     return model
 
 
+@pytest.mark.sweep("fields", "name")
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize(("name", "kilobytes"), [("llama", 60), ("gpt2", 200)])
 def test_adapter_loads_into_a_model_on_the_disk(
@@ -57,6 +58,7 @@ def test_adapter_loads_into_a_model_on_the_disk(
     assert {path: path.read_bytes() for path in (tmp_path / "base").iterdir()} == files
 
 
+@pytest.mark.sweep("fields", "how")
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_adapted_model_can_be_offloaded(tiny, batch, output, tmp_path, how, fields):

@@ -94,6 +94,7 @@ def test_stack_trains_both_adapters(tiny, batch):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
+@pytest.mark.sweep("dtype", "scaling", "autocast_adapter_dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("scaling", [1.0, "learned", "channel"])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False], ids=["float32", "half"])

@@ -38,12 +38,17 @@ def missed(case: Case) -> str:
     return "\n".join(str(row) for row in check_case(case, "triton") if not row.passed)
 
 
+@pytest.mark.sweep(lambda p: (p["form"], p["case"].dtype), lambda p: p["case"].activation)
 @pytest.mark.parametrize(("form", "case"), CASES.values(), ids=CASES.keys())
 def test_triton_matches_float64_in_every_form(run_as, form, case):
     run_as(form)
     assert not missed(case)
 
 
+one_of_each_kind = pytest.mark.sweep(lambda p: FORMS[p["form"]].row_block)
+
+
+@one_of_each_kind
 @pytest.mark.parametrize("form", FORMS)
 def test_triton_repeats_bit_for_bit(run_as, form):
     run_as(form)
@@ -51,6 +56,7 @@ def test_triton_repeats_bit_for_bit(run_as, form):
     assert differing_bits(case, "triton") == []
 
 
+@pytest.mark.sweep("form", "dtype")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_triton_zero_up_projection_returns_the_residual_bit_for_bit(run_as, form, dtype):
@@ -75,6 +81,7 @@ def test_triton_nan_stays_in_its_row(run_as, form):
     assert rows.sum() == 1
 
 
+@pytest.mark.sweep("form", "dtype", "activation")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
@@ -96,6 +103,7 @@ def test_triton_gradients_of_special_values_are_autograds(activation, dtype):
     assert_gradient_is_autograds(triton, activation, dtype)
 
 
+@one_of_each_kind
 @pytest.mark.parametrize("form", FORMS)
 def test_triton_computes_only_the_gradients_asked_for(run_as, form):
     """Those asked for equal the full set's, the others are absent: every subset of the six on the

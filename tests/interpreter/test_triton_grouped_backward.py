@@ -147,6 +147,7 @@ def test_one_adapter_with_all_tokens_is_summed_over_several_chunks(with_scalings
     assert same_bits(found, triton_gradients(call, dy))
 
 
+@pytest.mark.thorough
 def test_a_zipf_mix_over_16_slots_is_right_and_repeats_its_bits():
     """Slots that lie in one chunk, begin in one and end in the next, and fill several."""
     generator = torch.Generator().manual_seed(3)

@@ -174,6 +174,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sweep("form", "norm", "dtype")
 @pytest.mark.parametrize(("form", "norm", "dtype"), KINDS, ids=lambda kind: str(kind))
 def test_triton_norm_matches_float64_in_every_form(run_norm_as, form, norm, dtype):
     sizes = run_norm_as(form)
@@ -194,6 +195,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sweep("form", "options")
 @pytest.mark.parametrize("form", ["row_block", "rows"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_triton_norm_matches_float64_with_every_option(run_norm_as, form, options):
@@ -210,6 +212,7 @@ def test_triton_norm_matches_float64_in_tf32(run_norm_as):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.sweep("num_sms", "hidden")
 @pytest.mark.parametrize(
     ("tokens", "hidden", "bottleneck"),
     [(1, 70, 20), (37, 64, 16), (37, 1, 1), (2, 257, 5), (66, 130, 33)],
@@ -235,6 +238,7 @@ def test_triton_norm_of_no_tokens_is_empty(needs):
         assert not found[name].any()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     """A mean of a thousand standard deviations: the mean of the squares, less the square of the
@@ -248,6 +252,7 @@ def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     assert metric(saved.rstd, 1 / (y.var(-1, correction=0) + call.eps).sqrt()) < 3e-5
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
     """Of float32 parameters the outcome shows it, which the rounding of the results would hide."""
@@ -263,6 +268,7 @@ def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
             assert max(errors) < 1e-6 if rounds == cast else min(errors) > 1e-4
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["two_programs", "rows"])
 def test_triton_norm_repeats_bit_for_bit(run_norm_as, form):
     call, upstream = drawn(run_norm_as(form))
@@ -289,6 +295,7 @@ def subsets():
     return [*alone, *others, *pairs]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["row_block", "rows"])
 def test_triton_norm_computes_only_the_gradients_asked_for(run_norm_as, form):
     """Those asked for equal the full set's, the others are absent; the call has no value that they

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from forms import FORMS
+from thorough import fields_of
 
 from adapterkern.backends import get
 from adapterkern.backends.triton import launches as triton_launches
@@ -36,6 +37,7 @@ def missed(case: Case) -> list[str]:
     return [str(row) for row in check_case(case, "triton") if not row.passed]
 
 
+@pytest.mark.sweep("form", *fields_of("case", Case))
 @pytest.mark.parametrize(("form", "case"), OPTIONS.values(), ids=OPTIONS.keys())
 def test_triton_matches_float64_with_every_option(run_as, form, case):
     reasons = refusals(case, "triton")
@@ -45,6 +47,7 @@ def test_triton_matches_float64_with_every_option(run_as, form, case):
     assert not missed(case)
 
 
+@pytest.mark.sweep(*fields_of("case", Case))
 @pytest.mark.parametrize("case", SIZES.values(), ids=SIZES.keys())
 def test_triton_matches_float64_at_ragged_sizes_in_the_form_it_chooses(case):
     assert not missed(case)

@@ -10,10 +10,7 @@ import torch
 
 from adapterkern import _torch
 
-REINSTALL = (
-    "pip install --force-reinstall --no-cache-dir --no-deps adapterkern "
-    "(in a source tree: pip install -e .)"
-)
+REINSTALL = "pip install -v --no-deps -e . in a clone of adapterkern"
 
 
 class BuildRecord(NamedTuple):

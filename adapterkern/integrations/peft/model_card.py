@@ -13,7 +13,7 @@ _SECTION = f"""{_HEADING}
 
 ```python
 import peft
-import adapterkern.integrations.peft  # tells PEFT the method; pip install adapterkern
+import adapterkern.integrations.peft  # tells PEFT the method
 
 model = peft.PeftModel.from_pretrained(base_model, "the folder or repository of this file")
 ```
