@@ -22,7 +22,7 @@ def refusal(path: Path) -> str | None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except Exception as error:  # a broken installation raises whatever it likes
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return f'matplotlib cannot be imported ({text})\n  hint: pip install matplotlib'
+        return f"matplotlib cannot be imported ({text})\n  hint: pip install matplotlib"
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         return (
