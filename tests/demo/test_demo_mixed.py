@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import run_contest
 
-from adapterkern.cli.demo import corpus, mixed, training
+from adapterkern.cli.demo import checks, corpus, mixed, training
+from adapterkern.cli.demo.recipes import RECIPES, Recipe
 from adapterkern.grouped import reference
 
 TASK = corpus.TASKS[0]
@@ -25,6 +27,18 @@ def test_mixed_check_holds_for_trained_and_random_adapters_and_for_none(trained)
     assert max(errors.values()) < 1e-6  # 0 where products have the same bits for any number of rows
     assert verdict.numbers["backend"] == "reference"
     assert verdict.detail.startswith("8 adapters and none, 2 texts each; largest relative RMS")
+
+
+def test_checks_hold_for_adapters_beside_the_ffn(tiny_model, texts, monkeypatch):
+    settings = {"placement": "parallel", "reduction_factor": 8, "scaling": 4.0}
+    recipe = Recipe("parallel", 2e-3, settings=settings)
+    monkeypatch.setitem(RECIPES, "adapters", recipe)
+    run = run_contest(tiny_model, texts)
+    with mixed.open_mixed_batch(run.adapters, run.data.held_out[TASK]) as batch:
+        verdict = mixed.check_mixed(batch)
+        assert len(batch.banks) == 2  # one a layer
+    assert verdict.passed
+    assert checks.check_gradients(run.adapters, TASK, run.data.held_out[TASK], 8).passed
 
 
 def test_a_mixed_batch_leaves_the_model_as_it_was(trained):

@@ -209,9 +209,10 @@ def adapter_gradients(
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def _eager_forward(adapter: BottleneckAdapter, x: Tensor) -> Tensor:
+def _eager_forward(adapter: BottleneckAdapter, x: Tensor, residual: Tensor | None = None) -> Tensor:
     activation = ACTIVATIONS[adapter.activation].value
-    return x + adapter.scaling * adapter.up_proj(activation(adapter.down_proj(x)))
+    to_add = x if residual is None else residual  # an adapter beside its FFN is given one
+    return to_add + adapter.scaling * adapter.up_proj(activation(adapter.down_proj(x)))
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None):

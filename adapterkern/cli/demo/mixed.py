@@ -41,6 +41,7 @@ class MixedBatch:
         layers = [m for m in model.encoder.modules() if isinstance(m, BottleneckLinear)]
         self.banks = {layer: _bank_of(layer, names) for layer in layers}
         self.are_in_place = False
+        self._read: dict[nn.Module, Tensor] = {}  # what the FFN reads whose adapters are beside it
         self._routings: dict[int, AdapterRouting] = {}  # by tokens of a text, for one run
 
     @contextmanager
@@ -50,6 +51,10 @@ class MixedBatch:
             layer.register_forward_hook(partial(self._adapt, bank))
             for layer, bank in self.banks.items()
         ]
+        for layer in self.banks:
+            if layer.reads is not None and layer.parallel:
+                reader = layer.reads[0]
+                hooks.append(reader.register_forward_pre_hook(partial(self._keep, layer)))
         self.are_in_place = True
         try:
             with self.model.encoder.disable_adapter():
@@ -82,7 +87,13 @@ class MixedBatch:
             return self.model.features(self.ids[rows], self.mask[rows])
 
     def _adapt(self, bank: AdapterBank, layer: nn.Module, _: Any, y: Tensor) -> Tensor:
-        return bank(y, self._routing_for(bank, y))
+        routing = self._routing_for(bank, y)
+        if layer in self._read:
+            return bank(self._read.pop(layer), routing, residual=y)
+        return bank(y, routing)
+
+    def _keep(self, layer: nn.Module, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._read[layer] = args[0]
 
     def _routing_for(self, bank: AdapterBank, y: Tensor) -> AdapterRouting:
         """Made at the first place: in some models others have more tokens, or fewer, by padding or
@@ -100,12 +111,15 @@ def open_mixed_batch(model: TextClassifier, data: Encoded) -> Iterator[MixedBatc
     narrower than these or as wide."""
     encoder = model.encoder
     active, trained = encoder.active_adapter, list(encoder.peft_config)
-    width = adapters_of(encoder)[0].bottleneck_size
+    width, like = adapters_of(encoder)[0].bottleneck_size, encoder.peft_config[trained[0]]
     added = [f"random_{number}" for number in range(1, ADAPTERS - len(trained) + 1)]
     try:
         for place, name in enumerate(added):
             size = max(1, width // (1 + place % 3))
-            encoder.add_adapter(name, BottleneckConfig(bottleneck_size=size, init="bert"))
+            config = BottleneckConfig(
+                bottleneck_size=size, init="bert", placement=like.placement, scaling=like.scaling
+            )
+            encoder.add_adapter(name, config)
         yield MixedBatch(model, [*trained, *added], data)
     finally:
         encoder.set_adapter(active)  # PEFT warns of an active adapter that goes
