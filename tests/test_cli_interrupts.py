@@ -23,7 +23,8 @@ CASES = 16
 # The package is imported once. For each line that it reads, a run of `check` in a session of its
 # own, as a shell starts one; the parent prints the run's process id, and at its end the exit code.
 RUNS = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
 from adapterkern.cli import check
 from adapterkern.cli.main import main
 for line in sys.stdin:
