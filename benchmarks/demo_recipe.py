@@ -2,8 +2,8 @@
 
 Trains on four fifths of the demo's training texts and judges on the rest; the texts that the demo
 holds out are never seen. Every method gets as many trials. The first round is short and takes all
-candidates; the better half goes on to the demo's number of steps, and the best two of these to
-more seeds. What is done stands in trials.jsonl, a line for each trial: a search that was stopped
+candidates; the best four go on to the demo's number of steps, and the best two of these to more
+seeds. What is done stands in trials.jsonl, a line for each trial: a search that was stopped
 goes on from there.
 """
 
@@ -58,12 +58,12 @@ def shapes() -> dict[str, list[Recipe]]:
     targeted = {"all-linear": (2, "all-linear"), "all-linear, alpha 4r": (4, "all-linear"),
                 "query-value": (2, ["query", "value"])}  # fmt: skip
     lora = [
-        Recipe(
-            name, 0.0, HEAD_RATE, settings={"alpha_over_rank": alpha, "target_modules": targets}
-        )
+        Recipe(name, 0.0, HEAD_RATE, settings={"alpha_over_rank": alpha, "target_modules": targets})
         for name, (alpha, targets) in targeted.items()
     ]
-    full = [Recipe(f"head {rate:g}", 0.0, head_learning_rate=rate) for rate in (5e-3, 2e-3, HEAD_RATE)]
+    full = [
+        Recipe(f"head {rate:g}", 0.0, head_learning_rate=rate) for rate in (5e-3, 2e-3, HEAD_RATE)
+    ]
     return {"adapters": adapters, "lora": lora, "full": full}
 
 

@@ -136,7 +136,7 @@ def test_render_keeps_a_name_and_its_version_on_one_line():
 def test_render_tells_what_the_machine_has():
     out = render(HEALTHY)
     assert "cuda:0 NVIDIA H100, capability 9.0, 79.2 GiB, runs sm_90a of the" in out
-    assert "launches      a repeated call launches its kernels with new addresses alone" in out
+    assert "launches      repeated calls reuse recorded launches, which costs the host less" in out
     assert "tuned         /home/me/h100.json: 25 entries from NVIDIA H100, used here" in out
     assert "/package/a100.json: 7 entries from NVIDIA A100, for other GPUs" in out
     assert "on cuda: float32 -> cuda, float16 -> cuda, bfloat16 -> cuda" in out

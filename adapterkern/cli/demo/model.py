@@ -27,7 +27,7 @@ LABELS = {
     "lora": "LoRA, same budget",
     "full": "full fine-tuning",
 }
-MAX_LENGTH = 48  # tokens; two docstrings in three fit, and a run stays under five minutes
+MAX_LENGTH = 48  # tokens; two docstrings in three fit, and a run stays short
 
 # transformers raises these for incomplete folders, depending on the gap and on its version.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError)

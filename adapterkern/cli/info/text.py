@@ -94,7 +94,7 @@ def _launches_text(part: dict, _report: dict) -> list[str]:
     return [
         "each in Triton's own way, which costs the host more"
         if part["problem"]
-        else "a repeated call launches its kernels with new addresses alone"
+        else "repeated calls reuse recorded launches, which costs the host less"
     ]
 
 
