@@ -195,6 +195,7 @@ def built_package(tmp_path_factory):
         yield package
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_second_build_finds_the_headers_of_pybind11_elsewhere_and_compiles_nothing(
     built_package, monkeypatch
@@ -206,6 +207,7 @@ def test_second_build_finds_the_headers_of_pybind11_elsewhere_and_compiles_nothi
     assert log.read_text()[size:].splitlines()[1:] == ["ninja: no work to do."]
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_build_makes_an_extension_that_knows_what_it_was_built_for(built_package):
     (library,) = built_extensions(built_package)
@@ -228,6 +230,7 @@ print(json.dumps([module.archs(), module.RUNTIME_VERSION, module.driver_version(
         assert (count, error) == (0, "cudaErrorInsufficientDriver")
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_build_exports_no_symbol_of_the_cuda_runtime(built_package):
     (library,) = built_extensions(built_package)
@@ -239,6 +242,7 @@ def test_build_exports_no_symbol_of_the_cuda_runtime(built_package):
     assert [name for name in names if re.match(r"_*cu(da)?[A-Z]", name)] == []
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_build_links_neither_torch_nor_a_shared_cuda_library(built_package):
     (library,) = built_extensions(built_package)
@@ -269,6 +273,7 @@ def test_installed_extension_holds_machine_code_and_ptx_as_recorded():
     assert sorted(found) == sorted(f"sm_{number}.{kinds[kind]}" for kind, _, number in archs)
 
 
+@pytest.mark.thorough
 @needs_nvcc
 def test_build_log_keeps_the_resources_of_every_kernel(built_package):
     log = (built_package.parents[1] / "temp" / "build.log").read_text()

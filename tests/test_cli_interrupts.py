@@ -139,6 +139,7 @@ def assert_none_stays(run: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.sweep("number")
 @pytest.mark.parametrize(
     ("lines", "delay", "number"),
     moments(),

@@ -95,6 +95,7 @@ def test_backward_computes_exactly_what_is_needed():
             assert all(torch.equal(some[name], everything[name]) for name in needs)
 
 
+@pytest.mark.sweep("options", "activation")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_function_passes_gradcheck_and_gradgradcheck(activation, options):

@@ -72,6 +72,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(settings, upstream):
     torch.testing.assert_close(alone, results[0][0], rtol=0, atol=0)
 
 
+@pytest.mark.sweep("prenorm", "settings")
 @pytest.mark.parametrize("prenorm", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_function_passes_gradcheck_and_gradgradcheck(settings, prenorm):

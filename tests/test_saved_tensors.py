@@ -153,6 +153,7 @@ def test_the_op_takes_outlines_where_operations_are_watched(spy, trained):
     assert_close(found, grads(eager_adapter(**arguments), arguments, trained))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("trained", ALONE, ids="".join)
 def test_a_compiled_call_keeps_no_more_and_agrees(recompiled, spy, trained):
     arguments = problem(trained)
@@ -165,6 +166,7 @@ def test_a_compiled_call_keeps_no_more_and_agrees(recompiled, spy, trained):
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("trained", [("x",), ("up_bias",), ("scaling", "down_bias")], ids="+".join)
 def test_compiled_autograd_and_dynamic_shapes_know_outlines(recompiled, spy, trained):
     for tokens in (TOKENS, TOKENS + 2):

@@ -49,6 +49,7 @@ OP_CASES = {
 }
 
 
+@pytest.mark.sweep("save", "options")
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
 def test_forward_op_passes_opcheck(options, save):
@@ -73,6 +74,7 @@ def with_a_norm(call, norm_weight=1.0, norm_bias=0.5, norm="layer", prenorm=Fals
     return call._replace(**parameters, norm=norm, prenorm=prenorm, **options)
 
 
+@pytest.mark.sweep("save", "options")
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("options", NORM_CASES.values(), ids=NORM_CASES)
 def test_forward_op_passes_opcheck_with_a_norm(options, save):
@@ -92,6 +94,7 @@ def backward_arguments(call, needs, d_normed=False, d_stream=True):
     return "reference", needs, *call, *Saved(z, mean, rstd, y), *upstream
 
 
+@pytest.mark.sweep("needs", "options")
 @pytest.mark.parametrize("needs", [Needs(*[True] * 10), Needs(x=True), Needs(True, skip=True)])
 @pytest.mark.parametrize("options", OP_CASES.values(), ids=OP_CASES)
 def test_backward_op_passes_opcheck(options, needs):
@@ -99,6 +102,7 @@ def test_backward_op_passes_opcheck(options, needs):
     torch.library.opcheck(BACKWARD, backward_arguments(call, needs))
 
 
+@pytest.mark.sweep("d_stream", "needs", "options")
 @pytest.mark.parametrize("d_stream", [True, False])
 @pytest.mark.parametrize(
     "needs", [Needs(*[True] * 10)._replace(skip=False), Needs(x=True), Needs(norm_bias=True)]
