@@ -8,6 +8,7 @@ for name in ("peft", "matplotlib", "tqdm"):
     pytest.importorskip(name, reason=f"the demo needs {name}")
 
 from adapterkern.cli.demo import contest, corpus, model, training  # noqa: E402
+from adapterkern.cli.demo.recipes import RECIPES, Recipe  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -56,8 +57,11 @@ def run_contest(tiny_model: str, texts: corpus.Corpus, **changes) -> contest.Con
 
 
 @pytest.fixture
-def trained(tiny_model, texts):
-    """Both tasks trained for three steps with adapters: classifier, held-out data and logits."""
+def trained(tiny_model, texts, monkeypatch):
+    """Both tasks trained for three steps with adapters behind both sublayers, whatever the search
+    chose: classifier, held-out data and logits."""
+    recipe = Recipe("houlsby", 4e-3, settings={"placement": "houlsby", "reduction_factor": 16})
+    monkeypatch.setitem(RECIPES, "adapters", recipe)
     run = run_contest(tiny_model, texts)
     recorded = {task: run.outcomes["adapters", task.name, 0].logits for task in corpus.TASKS}
     return run.adapters, run.data.held_out, recorded

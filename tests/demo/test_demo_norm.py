@@ -1,9 +1,11 @@
 """The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
 
 import torch
+from conftest import run_contest
 
 from adapterkern import norm
 from adapterkern.cli.demo import corpus, norms, training
+from adapterkern.cli.demo.recipes import RECIPES, Recipe
 from adapterkern.integrations.transformers import explain
 
 TASK = corpus.TASKS[0]
@@ -41,6 +43,15 @@ def test_a_model_without_a_norm_behind_its_adapters_has_no_such_check(trained, m
     monkeypatch.setattr(norms, "fuse_norms", lambda encoder: explain(encoder))
     assert norms.check_norms(classifier, TASK, data[TASK], 8) is None
     assert norms.time_forwards(classifier, TASK, data[TASK], 4, repeats=1) == []
+
+
+def test_adapters_beside_a_block_have_no_such_check(tiny_model, texts, monkeypatch):
+    recipe = Recipe("parallel", 2e-3, settings={"placement": "parallel", "reduction_factor": 8})
+    monkeypatch.setitem(RECIPES, "adapters", recipe)
+    run = run_contest(tiny_model, texts)
+    held_out = run.data.held_out[TASK]
+    assert norms.check_norms(run.adapters, TASK, held_out, 8) is None
+    assert norms.time_forwards(run.adapters, TASK, held_out, 4, repeats=1) == []
 
 
 def test_forward_times_make_no_speed_claim_on_a_cpu(trained):
