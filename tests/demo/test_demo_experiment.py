@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import options
+from contests import options
 
 from adapterkern.cli.demo import contest, corpus, experiment, training
 from adapterkern.cli.demo.recipes import METHODS, RECIPES
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def two_seeds(tiny_model, texts):
     """A contest from two seeds, and the order in which its steps were taken."""
-    from conftest import run_contest
+    from contests import run_contest
 
     order = []
     step = training.Training.step

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_contest
+from contests import run_contest
 
 from adapterkern.cli.demo import checks, corpus, mixed, training
 from adapterkern.cli.demo.recipes import RECIPES, Recipe

