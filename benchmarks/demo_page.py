@@ -14,6 +14,7 @@ from adapterkern.cli.demo.wording import (
     plus_minus,
     seeds_in_words,
     share,
+    versions_in_words,
 )
 
 PAGE = "docs/demo.md"
@@ -32,8 +33,8 @@ def section(root: Path) -> str | None:
         return None
     report = Report.from_json((root / RUN).read_text(encoding="utf-8"))
     parts = [
-        f"{report.model['name']} on {device_in_words(report)}, torch {report.versions['torch']}, "
-        f"adapterkern {report.versions['adapterkern']}, {seeds_in_words(report.seeds)}, "
+        f"{report.model['name']} on {device_in_words(report)}, {versions_in_words(report)}, "
+        f"{seeds_in_words(report.seeds)}, "
         f"{report.command['steps']} steps of {report.command['batch_size']} texts for each task, "
         f"method and seed; [all numbers](../{RUN}).",
         f"![accuracies, trained parameters and losses of the three methods](../{PICTURE})",
@@ -86,8 +87,9 @@ def _search_meaning(search: dict) -> str:
     return (
         f"The [search](../{SEARCH}) trained on {texts['train']:,} of the training texts and judged "
         f"on the other {texts['validation']:,}: every candidate for {rounds['first_steps']} steps, "
-        f"the best {rounds['finalists']} of each method for {rounds['steps']} steps and "
-        f"{rounds['seeds']} seeds. Accuracies are means over both tasks:"
+        f"the best {rounds['kept']} of each method for {rounds['steps']} steps, the best "
+        f"{rounds['finalists']} of these from {rounds['seeds']} seeds. Accuracies are means over "
+        "both tasks and these seeds:"
     )
 
 

@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 BRANCH = "main"
+PICTURES = (".png", ".svg")  # a page shows the file itself, not the repository's view of it
 NOTEBOOKS = ("examples/first_hour.ipynb",)
 
 _LINK_UPWARDS = re.compile(r"(?<=\]\()(?P<path>\.\./[^)#\s]*)")
@@ -39,6 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         inside = target.relative_to(ROOT).as_posix()
         if inside in NOTEBOOKS:
             return posixpath.relpath(inside, folder or ".")
-        return f"{config.repo_url}/{'tree' if target.is_dir() else 'blob'}/{BRANCH}/{inside}"
+        kind = "tree" if target.is_dir() else "raw" if target.suffix in PICTURES else "blob"
+        return f"{config.repo_url}/{kind}/{BRANCH}/{inside}"
 
     return _LINK_UPWARDS.sub(on_the_site, markdown)

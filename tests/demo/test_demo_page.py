@@ -20,7 +20,7 @@ def search_of(chosen: dict[str, float]) -> dict:
     """A search whose choice has these rates."""
     return {
         "texts": {"train": 1575, "validation": 394},
-        "rounds": {"first_steps": 30, "steps": 100, "finalists": 2, "seeds": 3},
+        "rounds": {"first_steps": 30, "kept": 4, "steps": 100, "finalists": 2, "seeds": 3},
         "grid": {method: [{}] * 12 for method in chosen},
         "finalists": {
             method: {
@@ -56,7 +56,7 @@ def test_section_has_the_table_with_every_seed(root):
         "full fine-tuning (-4.7; -7.8 to -1.6).\n- kind: "
     ) in text
     assert f"](../{demo_page.PICTURE})" in text
-    assert "MiniLM-L6 on cpu (x86_64, 2 threads), torch 2.13.0+cpu" in text
+    assert "MiniLM-L6 on cpu (x86_64, 2 threads), adapterkern 0.1.0, torch 2.13.0+cpu" in text
     assert demo_page.SEARCH not in text
 
 

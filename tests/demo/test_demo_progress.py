@@ -16,12 +16,6 @@ from adapterkern.cli.demo.progress import Progress
 pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
 
-@pytest.fixture(autouse=True)
-def unplanned():
-    yield
-    progress.plan(0)
-
-
 def lines_of(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
@@ -57,14 +51,6 @@ def test_steps_without_a_total_are_counted_and_none_are_not_mentioned(capsys):
     assert lines_of(capsys) == ["saving"]
 
 
-def test_planned_phases_are_numbered(capsys):
-    progress.plan(2)
-    for label in ("reading", "training"):
-        with Progress(label):
-            pass
-    assert lines_of(capsys) == ["[1/2] reading", "[2/2] training"]
-
-
 def test_current_names_the_phase_that_runs_or_was_interrupted():
     assert progress.current() is None
     with Progress("training", 9) as phase:
@@ -85,7 +71,6 @@ def test_current_names_the_phase_that_runs_or_was_interrupted():
 BARS = """
 import time
 from adapterkern.cli.demo import progress
-progress.plan(2)
 with progress.Progress("reading", unit="text") as phase:
     for _ in range(3):
         phase.advance()
@@ -139,10 +124,8 @@ def screen_of(code: str, until: bytes, columns: int = 80) -> str:
 def test_a_terminal_has_bars_that_an_interruption_leaves_whole():
     lines = screen_of(MAIN, until=b"21/50").replace("\r\n", "\n").split("\n")
     shown = [line.split("\r")[-1].rstrip() for line in lines]  # what stays on the screen
-    assert re.fullmatch(r"\[1/2\] reading: 3 texts \[00:0\d\]", shown[0])
-    assert re.fullmatch(
-        r"\[2/2\] training:  42%\|.*\| 21/50 \[00:0\d<00:0\d, loss 1\.234\]", shown[1]
-    )
+    assert re.fullmatch(r"reading: 3 texts \[00:0\d\]", shown[0])
+    assert re.fullmatch(r"training:  42%\|.*\| 21/50 \[00:0\d<00:0\d, loss 1\.234\]", shown[1])
     assert shown[2:] == ["interrupted in training, step 21 of 50", ""]
     assert all(len(part) <= 80 for line in lines for part in line.split("\r"))
     moves = lines[1].split("\r")

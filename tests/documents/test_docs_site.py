@@ -122,6 +122,12 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert loaded == []
 
 
+def test_pictures_out_of_the_pages_are_the_files_themselves(site):
+    shown = re.findall(r'<img[^>]*src="(https:[^"]*)"', page_of(site, "demo"))
+    assert all("/raw/main/benchmarks/results/" in picture for picture in shown)
+    assert shown or "No run of five seeds" in page_of(site, "demo")
+
+
 def test_links_out_of_the_pages_lead_to_the_repository(site):
     found = re.findall(r'href="([^"]*many_tasks\.py)"', page_of(site, "many-adapters"))
     assert set(found) == {

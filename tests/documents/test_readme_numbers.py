@@ -4,7 +4,7 @@ import re
 
 import pytest
 from command_lines import PROJECT
-from snippets import README
+from snippets import README, ROOT
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -29,6 +29,20 @@ def test_readme_shows_the_measured_times(shown, case):
     assert float(fused) == pytest.approx(ours, rel=0.01)
     assert float(plain) == pytest.approx(ours * ratio, rel=0.01)
     assert float(faster) == pytest.approx(ratio, abs=0.05)
+
+
+def test_readme_shows_what_adapters_add_to_a_block():
+    (result,) = set(re.findall(r"benchmarks/results/[\w./-]+/report\.md", TEXT))
+    rows = re.findall(
+        r"^\| block-1024 \| ([\w-]+) \| (\w+) \|.+\+([\d.]+) %", (ROOT / result).read_text(), re.M
+    )
+    added = {(variant, mode): share for variant, mode, share in rows}
+    words = " ".join(TEXT.split())
+    for variant, sentence in (
+        ("adapterkern", "two adapters add {} % to the forward and {} % to a training step"),
+        ("adapterhub", "AdapterHub's add {} % and {} %"),
+    ):
+        assert sentence.format(added[variant, "forward"], added[variant, "step"]) in words
 
 
 @pytest.mark.parametrize("package", ["torch", "triton", "transformers", "peft", "adapters"])

@@ -12,7 +12,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from adapterkern.cli.demo.findings import MethodResult, Report
-from adapterkern.cli.demo.wording import device_in_words, seeds_in_words, share
+from adapterkern.cli.demo.wording import (
+    device_in_words,
+    seeds_in_words,
+    share,
+    versions_in_words,
+)
 
 # Okabe and Ito's palette, distinguishable with every common colour vision; the line styles,
 # hatches and markers tell the methods apart without any colour.
@@ -65,11 +70,11 @@ def caption(report: Report) -> str:
         if report.interval_of == "seeds"
         else f"bootstrap over the {corpus['held_out']:,} held-out texts"
     )
-    versions = [f"{name} {report.versions.get(name)}" for name in ("adapterkern", "torch")]
     text = (
         f"{corpus['train']:,} docstrings of Python's standard library to train on, "
         f"{corpus['held_out']:,} held out; {command['steps']} steps of {command['batch_size']} "
-        f"texts; {seeds_in_words(report.seeds)}; error bars: 95 %, {bars}; {', '.join(versions)}"
+        f"texts; {seeds_in_words(report.seeds)}; error bars: 95 %, {bars}; "
+        f"{versions_in_words(report)}"
     )
     return textwrap.fill(text, CAPTION_COLUMNS, break_on_hyphens=False)
 

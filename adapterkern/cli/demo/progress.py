@@ -12,13 +12,6 @@ TERMINAL_EVERY = 0.5  # seconds; the clock moves within a long step too
 PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 
 _running: "Progress | None" = None
-_planned, _begun = 0, 0
-
-
-def plan(phases: int) -> None:
-    """Number the phases that follow: "[1/`phases`]" and so on; 0 numbers none."""
-    global _planned, _begun
-    _planned, _begun = phases, 0
 
 
 def current() -> "Progress | None":
@@ -46,19 +39,18 @@ class Progress:
         return f"{self.label}, {self.unit} {self.done} of {self.total}"
 
     def __enter__(self) -> "Progress":
-        global _running, _begun
-        _running, _begun = self, _begun + 1
-        self.title = f"[{_begun}/{_planned}] {self.label}" if _planned else self.label
+        global _running
+        _running = self
         self.start = time.monotonic()
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             look = LOOK if self.total is not None else LOOK_WITHOUT_TOTAL
             self.bar = tqdm(
-                total=self.total, desc=self.title, unit=self.unit, bar_format=look,
+                total=self.total, desc=self.label, unit=self.unit, bar_format=look,
                 dynamic_ncols=True,
             )  # fmt: skip
         else:
-            self._print(self.title)
+            self._print(self.label)
         self.ended = threading.Event()
         self.clock = threading.Thread(target=self._tick, daemon=True)
         self.clock.start()
@@ -96,7 +88,7 @@ class Progress:
         count = f"{self.done}/{self.total}" if self.total is not None else str(self.done)
         parts = [f"{self.unit} {count}"] if self.done or self.total is not None else []
         parts += [self.note] if self.note else []
-        return f"{self.title}: {', '.join([*parts, f'{time.monotonic() - self.start:.0f} s'])}"
+        return f"{self.label}: {', '.join([*parts, f'{time.monotonic() - self.start:.0f} s'])}"
 
     def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -53,6 +53,11 @@ def device_in_words(report: Report) -> str:
     return f"cpu ({machine['processor']}, {threads} thread{'s' if threads != 1 else ''})"
 
 
+def versions_in_words(report: Report) -> str:
+    """ "adapterkern 0.1.0, torch 2.13.0"."""
+    return ", ".join(f"{name} {report.versions.get(name)}" for name in ("adapterkern", "torch"))
+
+
 def intervals_meaning(report: Report) -> str:
     """What the intervals beside the accuracies are of, as a sentence."""
     if report.interval_of == "seeds":
@@ -157,8 +162,7 @@ def _what_was_done(report: Report) -> Iterator[str]:
         f"{command['steps']} steps of {command['batch_size']} texts for each task and method, "
         f"{seeds_in_words(report.seeds)}; learning rate {rates}",
     )
-    versions = [f"{name} {report.versions.get(name)}" for name in ("adapterkern", "torch")]
-    yield from _wrapped("device", f"{device_in_words(report)}, {', '.join(versions)}")
+    yield from _wrapped("device", f"{device_in_words(report)}, {versions_in_words(report)}")
 
 
 def _name(method: MethodResult) -> str:
