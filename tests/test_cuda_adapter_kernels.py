@@ -87,6 +87,7 @@ def test_rows_are_added_from_shared_memory(arch):
         assert cuda_sass.most_in_flight(loop.instructions) == 8, name
 
 
+@pytest.mark.thorough
 def test_cluster_reads_what_is_added_before_its_products():
     """Bias and scaling are in shared memory, z and the rows come by cp.async; the residual and
     skip of a lane are under way together while the products run."""

@@ -195,6 +195,7 @@ def test_limits_are_those_of_one_adapter(recorder):
     assert reasons == ["bottleneck_size 257 exceeds 256, the widest that stays on chip"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("arch", cuda_sass.ARCHS)
 def test_rows_have_their_loads_of_a_weight_under_way_together(arch):
     found = {n: code for n, code in cuda_sass.sass(arch).items() if "grouped_rows" in n}

@@ -104,7 +104,8 @@ def test_fsdp_refuses_adapters_narrower_than_their_bank(results):
     assert "contiguous" in results["bank_fsdp_narrow"]
 
 
-@pytest.mark.parametrize("method", ["DDP", pytest.param("FSDP2", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["DDP", "FSDP2"])
 def test_distributed_example_learns_its_task(method):
     command = [
         sys.executable,

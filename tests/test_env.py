@@ -123,6 +123,7 @@ def test_a_misspelled_variable_breaks_no_graph(misspelled, caplog):
     assert caplog.messages == [MEANT]
 
 
+@pytest.mark.sweep("told")
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -97,6 +97,7 @@ print("done")
     assert ran.stdout == "done\n", ran.stderr
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "missing", [OF_NEEDS, OF_GRADIENTS, MADE], ids=["needs", "gradients", "made"]
 )

@@ -155,6 +155,7 @@ def test_subclasses_count_only_where_they_change_what_operations_do():
         assert not _torch.is_subclass(tensor)
 
 
+@pytest.mark.thorough
 def test_the_package_is_right_by_public_ways_alone():
     """Autograd, functorch's transforms, forward mode and functional calls, in a process where every
     private name is replaced. Selective checkpointing looks at the op itself."""

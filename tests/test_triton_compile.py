@@ -9,7 +9,7 @@ import pytest
 import triton
 import triton.language as tl
 import triton_compile
-from compile_pool import outcomes_of_each
+from compile_pool import few_or_all, outcomes_of_each
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,50 +21,32 @@ CAPABILITIES = tuple(triton_compile.DEVICES)
 ROW_BLOCKS = ("bottleneck_fwd_kernel", "bottleneck_bwd_dx_kernel")
 
 
-@pytest.fixture(scope="module")
+def widest(capability: int, dtype: str) -> list[triton_compile.Job]:
+    return list(triton_compile.largest(triton_compile.jobs((capability,), (dtype,))).values())
+
+
+FEW = [job for kind in ((80, "tf32"), (90, "bf16"), (120, "bf16")) for job in widest(*kind)]
+
+
+def every_job() -> list[triton_compile.Job]:
+    jobs = triton_compile.jobs() + triton_compile.option_jobs() + triton_compile.largest_jobs()
+    return jobs + triton_compile.wgmma_jobs()
+
+
+@pytest.fixture(scope="module", params=few_or_all(FEW, every_job()))
 def compiled(request, tmp_path_factory):
-    """Job to outcome. "some": the widest of each kernel, in half precision for three generations,
-    and in float32 for one; "all": every configuration, and every option."""
-    if request.param == "some":
-        jobs = [job for device, dtype in SOME for job in widest(device, dtype)]
-    else:
-        jobs = triton_compile.jobs() + triton_compile.option_jobs() + triton_compile.largest_jobs()
-        jobs += triton_compile.wgmma_jobs()
+    """Job to outcome: of the widest of each kernel for three generations, or of every configuration
+    and every option."""
     same = triton_compile.SAME_CODE
-    sources = {job: on(same.get(job.capability, job.capability), job) for job in jobs}
+    sources = {job: on(same.get(job.capability, job.capability), job) for job in request.param}
     distinct = list(dict.fromkeys(sources.values()))
     folder = tmp_path_factory.mktemp("triton_cache")
     found = outcomes_of_each(triton_compile.compile_or_explain, distinct, folder, chunk=8)
     return {job: found[source] for job, source in sources.items()}
 
 
-SOME = ((80, "bf16"), (90, "bf16"), (90, "tf32"), (90, "fp32"), (120, "bf16"))
-all_configurations = pytest.param("all", marks=pytest.mark.thorough)
-for_each_capability = pytest.mark.parametrize(
-    ("compiled", "capability"),
-    [
-        *(pytest.param("some", c, id=f"some-sm_{c}") for c in (80, 90, 120)),
-        *(
-            pytest.param("all", c, id=f"all-sm_{c}", marks=pytest.mark.thorough)
-            for c in CAPABILITIES
-        ),
-    ],
-    indirect=["compiled"],
-)
-
-
-def widest(capability: int, dtype: str) -> list[triton_compile.Job]:
-    return list(triton_compile.largest(triton_compile.jobs((capability,), (dtype,))).values())
-
-
 def on(capability: int, job: triton_compile.Job) -> triton_compile.Job:
     return dataclasses.replace(job, capability=capability)
-
-
-def outcomes_of(compiled, capability: int):
-    found = {job: outcome for job, outcome in compiled.items() if job.capability == capability}
-    assert len(found) >= 7
-    return found
 
 
 def test_grid_reaches_every_kernel_and_both_forms():
@@ -81,34 +63,24 @@ def test_grid_reaches_every_kernel_and_both_forms():
     }
 
 
-@for_each_capability
-def test_every_configuration_compiles(compiled, capability):
-    failed = {
-        job: o["error"] for job, o in outcomes_of(compiled, capability).items() if "error" in o
-    }
-    assert not failed
+def test_every_configuration_compiles(compiled):
+    assert len(compiled) >= 7 * 3
+    assert not {job: outcome["error"] for job, outcome in compiled.items() if "error" in outcome}
 
 
-@for_each_capability
-def test_shared_memory_fits_the_device(compiled, capability):
-    limit = triton_compile.DEVICES[capability].shared_memory
-    over = {
-        job: o["shared"]
-        for job, o in outcomes_of(compiled, capability).items()
-        if o["shared"] > limit
-    }
-    assert not over
+def test_shared_memory_fits_the_device(compiled):
+    limits = {job: triton_compile.DEVICES[job.capability].shared_memory for job in compiled}
+    assert not {job: o["shared"] for job, o in compiled.items() if o["shared"] > limits[job]}
 
 
-@for_each_capability
-def test_registers_do_not_spill(compiled, capability):
+def test_registers_do_not_spill(compiled):
     """Some bytes beside the loops cost nothing; what a loop keeps in memory, it moves each time.
 
     A row block of 256 units is the exception: between its loops z, da and dz do not fit. It was
     measured to be the fastest plan all the same; only mixtures with float32 move some in a loop.
     """
     spilled = {}
-    for job, o in outcomes_of(compiled, capability).items():
+    for job, o in compiled.items():
         # Odd sizes take registers for addresses: one or two of them wait in memory.
         bytes_beside, moves = 4 * MOST_STACK_BYTES, 6 if ("aligned", False) in job.options else 0
         if job.kernel in ROW_BLOCKS and job.config.block_r == 256:
@@ -118,28 +90,35 @@ def test_registers_do_not_spill(compiled, capability):
     assert not spilled
 
 
-@for_each_capability
-def test_an_sm_holds_as_many_blocks_as_the_plan_counts_on(compiled, capability):
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_plans_count_on_one_block_an_sm_or_on_two(capability):
+    plans = {job.config.blocks_per_sm for job in triton_compile.jobs((capability,))}
+    assert plans == ({1, 2} if shared_memory_of_an_sm(capability) > 150_000 else {1})
+
+
+def test_an_sm_holds_as_many_blocks_as_the_plan_counts_on(compiled):
     """Registers come to a warp in units of 256, and a block takes 1 KB of shared memory for itself;
     where all tensors have one type, as the plan assumes."""
-    limit = triton_compile.DEVICES[capability].shared_memory + 1024
-    uniform = triton_compile.jobs((capability,))
-    assert {job.config.blocks_per_sm for job in uniform} == ({1, 2} if limit > 150_000 else {1})
-    for job in compiled.keys() & uniform:
+    uniform = compiled.keys() & set(triton_compile.jobs())
+    assert uniform
+    for job in uniform:
         outcome, blocks = compiled[job], job.config.blocks_per_sm
         warps = blocks * job.config.num_warps
         registers = warps * -(-outcome["registers"] * 32 // 256) * 256
         assert registers <= 64 * 1024, job
-        assert blocks * (outcome["shared"] + 1024) <= limit, job
+        assert blocks * (outcome["shared"] + 1024) <= shared_memory_of_an_sm(job.capability), job
         assert warps <= 48, job
 
 
-@for_each_capability
-def test_products_run_on_tensor_cores(compiled, capability):
+def shared_memory_of_an_sm(capability: int) -> int:
+    return triton_compile.DEVICES[capability].shared_memory + 1024
+
+
+def test_products_run_on_tensor_cores(compiled):
     """The IEEE float32 ones, partial sums, and variants without any product are exempt."""
     without = [
         job
-        for job, outcome in outcomes_of(compiled, capability).items()
+        for job, outcome in compiled.items()
         if outcome["tensor_instructions"] == 0
         and job.dtype != "fp32"
         and job.kernel != "bottleneck_bwd_dw_sum_kernel"
@@ -148,11 +127,9 @@ def test_products_run_on_tensor_cores(compiled, capability):
     assert not without
 
 
-@pytest.mark.parametrize("compiled", [all_configurations], indirect=True)
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_capabilities_that_share_a_compilation_get_the_same_code(
-    compiled, dtype, tmp_path, monkeypatch
-):
+def test_capabilities_that_share_a_compilation_get_the_same_code(dtype, tmp_path, monkeypatch):
     """Every kernel's PTX agrees but for its header, and so do stack and shared memory. Registers
     may differ: ptxas schedules the loads of the sums for each card."""
     # A kernel that another checkout left in the user's cache names other files.
@@ -164,18 +141,19 @@ def test_capabilities_that_share_a_compilation_get_the_same_code(
     for capability, source in triton_compile.SAME_CODE.items():
         for job in {job.kernel: job for job in triton_compile.jobs((source,), (dtype,))}.values():
             kernel = triton_compile.compiled_kernel(on(capability, job))
-            assert code(kernel) == code(triton_compile.compiled_kernel(job))
-            found = triton_compile.resources(kernel)
-            if job.kernel != "bottleneck_bwd_dw_sum_kernel":
-                assert found["registers"] == compiled[job]["registers"]
-            assert found | {"registers": 0} == compiled[job] | {"registers": 0}
+            expected_kernel = triton_compile.compiled_kernel(job)
+            assert code(kernel) == code(expected_kernel)
+            found, expected = map(triton_compile.resources, (kernel, expected_kernel))
+            if job.kernel == "bottleneck_bwd_dw_sum_kernel":
+                found["registers"] = expected["registers"]
+            assert found == expected
 
 
-@pytest.mark.parametrize("compiled", ["some", all_configurations], indirect=True)
 def test_no_register_of_a_running_wgmma_is_written(compiled):
     """In every configuration for Hopper and every mix of types."""
-    found = {job: o["hazards"] for job, o in outcomes_of(compiled, 90).items() if o["hazards"]}
-    assert not found
+    hopper = {job: o["hazards"] for job, o in compiled.items() if job.capability == 90}
+    assert hopper
+    assert not any(hopper.values()), hopper
 
 
 @triton.jit

@@ -60,6 +60,7 @@ def test_after_warmup_the_first_calls_compile_nothing(gpu):
     assert len(gpu.launches) > launched
 
 
+@pytest.mark.thorough
 def test_without_warmup_the_first_calls_compile(gpu):
     adapter = ak.BottleneckAdapter(64, 16, dtype=torch.bfloat16)
     first_calls(adapter, torch.randn(6, 64).bfloat16().requires_grad_())

@@ -1,10 +1,11 @@
-"""Every test starts and ends with nothing patched and nothing warned about."""
+"""Every test starts and ends with nothing patched, compiled or warned about."""
 
 import sys
 
 import pytest
+import torch
 
-from adapterkern import _env
+from adapterkern import _env, _torch
 
 if _env.TRITON_INTERPRET:  # as test_adapterhub_kernels.py starts the oracle
     from adapterkern.testing import enable_triton_interpreter
@@ -15,6 +16,8 @@ if _env.TRITON_INTERPRET:  # as test_adapterhub_kernels.py starts the oracle
 @pytest.fixture(autouse=True)
 def clean_slate():
     def clean():
+        if _torch.has_compiled():  # of which `patch` warns
+            torch.compiler.reset()
         fast_path = sys.modules.get("adapterkern.integrations.adapterhub.fast_path")
         if fast_path is not None:
             from adapterkern.integrations import adapterhub

@@ -24,10 +24,14 @@ CASES = (
 )
 
 
-def test_oracle_agrees_where_kernels_run():
+@pytest.mark.parametrize(
+    ("tier", "least"),
+    [("not thorough", 10), pytest.param("thorough", 30, marks=pytest.mark.thorough)],
+)
+def test_oracle_agrees_where_kernels_run(tier, least):
     """TRITON_INTERPRET=1 must be set before Triton is imported."""
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", CASES, "tests/adapterhub"],
+        [sys.executable, "-m", "pytest", "-q", "-m", tier, "-k", CASES, "tests/adapterhub"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -36,4 +40,4 @@ def test_oracle_agrees_where_kernels_run():
     )
     summary = ran.stdout.splitlines()[-1] if ran.stdout else ran.stderr
     assert ran.returncode == 0, "\n".join(re.findall("^(?:E|FAILED).*", ran.stdout, re.MULTILINE))
-    assert int(re.search(r"(\d+) passed", summary)[1]) >= 40
+    assert int(re.search(r"(\d+) passed", summary)[1]) >= least

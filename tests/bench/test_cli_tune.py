@@ -141,6 +141,7 @@ def test_the_compilers_are_those_of_the_gpu_and_of_the_command_line(tuner):
     assert targets == [(5, 90, H200)]
 
 
+@pytest.mark.thorough
 def test_a_run_compiles_in_its_other_processes_alone(tuner, tmp_path, monkeypatch, capsys):
     """The whole command on a stand-in that compiles: two searches of two candidates each."""
     fake = pytest.importorskip("fake_gpu", reason="triton is not installed")

@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", CASES)
 def test_a_search_finds_in_the_cache_what_another_process_compiled(cache, name):
     kind, case = CASES[name]
@@ -77,6 +78,7 @@ def test_a_search_finds_in_the_cache_what_another_process_compiled(cache, name):
     assert any("fwd" in kernel for kernel in launched)
 
 
+@pytest.mark.thorough
 def test_a_launch_tells_the_shared_memory_of_what_it_would_run(cache):
     entry = entry_of(16384)
     launches = compile_entry(entry, uniform(HALF), 90, H200)
@@ -139,6 +141,7 @@ def test_a_part_that_an_entry_does_not_serve_is_not_compiled_for_it(cache):
     assert "bottleneck_fwd_kernel" not in {launch.kernel for launch in launches}
 
 
+@pytest.mark.thorough
 def test_tiles_that_fit_in_bfloat16_but_not_beside_a_float32_dy_are_refused(cache):
     entry = entry_of(16384, num_stages=2, block_t=64, block_h=256, block_r=128)
     assert problem_of(Work(entry, uniform(HALF)), 90, H200) is None
@@ -148,6 +151,7 @@ def test_tiles_that_fit_in_bfloat16_but_not_beside_a_float32_dy_are_refused(cach
     assert f"Hardware limit: {H200.shared_memory}" in asked
 
 
+@pytest.mark.thorough
 def test_a_kernel_that_spills_is_refused_where_it_must_not(cache):
     entry = entry_of(16384, block_t=128, block_h=128, num_warps=4)
     assert "spills" in problem_of(Work(entry, uniform(HALF), may_spill=False), 90, H200)
@@ -166,6 +170,7 @@ class Hang:
         return time.sleep, (600,)
 
 
+@pytest.mark.thorough
 def test_a_compiler_that_crashes_or_hangs_costs_its_own_work_alone(cache):
     good = Work(entry_of(16384), uniform(HALF))
     with Compilers(1, 90, H200, seconds=45.0) as compilers:
@@ -182,6 +187,7 @@ def test_a_compiler_that_crashes_or_hangs_costs_its_own_work_alone(cache):
         )
 
 
+@pytest.mark.thorough
 def test_urgent_work_comes_first_and_leaving_ends_the_rest_at_once(cache):
     mix = uniform(HALF)
     start = time.monotonic()

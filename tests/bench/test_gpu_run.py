@@ -24,6 +24,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_a_dry_run_survives_a_hang_a_dead_worker_and_a_lost_device(tmp_path):
     """One run with all three: each costs its task, and the case is tried again alone."""
     out = tmp_path / "out"
@@ -82,6 +83,7 @@ def marked(mark):
     return found
 
 
+@pytest.mark.thorough
 def test_a_killed_parent_leaves_its_results_and_no_process(tmp_path):
     out, mark = tmp_path / "out", uuid.uuid4().hex
     parent = subprocess.Popen(

@@ -64,6 +64,7 @@ def test_a_model_on_the_cpu_runs_in_every_variant(cpu, name, mode):
     assert all("widths of a few units" in row["note"] for row in rows)
 
 
+@pytest.mark.thorough
 def test_the_host_suite_gives_microseconds(cpu, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # there pytest-benchmark times nothing
     found = [entry["content"] for _, entry in tasks.run(cpu, {"do": "host", "calibration": {}})]

@@ -113,6 +113,7 @@ def test_gradient_checkpointing_recomputes_the_fused_pass(name, reentrant):
         assert_same(found.grad, expected.grad, least=1e-7)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "distilbert"])
 def test_a_block_compiles_into_one_graph(name):
     _, fused = pair(name)

@@ -131,6 +131,7 @@ def races(what, folder, loads):
     return printed["seen"]
 
 
+@pytest.mark.thorough
 def test_killed_saves_always_leave_a_whole_adapter(tmp_path):
     seen = races("kills", tmp_path, loads=30)
     assert set(seen) == {"model 0", "model 1"}
@@ -142,6 +143,7 @@ def test_reader_never_meets_a_mixture_of_two_writers(tmp_path):
     assert set(seen) <= {"model 0", "model 1", "refused"}
 
 
+@pytest.mark.thorough
 def test_reader_is_not_refused_while_the_settings_stay(tmp_path):
     seen = races("same-settings", tmp_path, loads=30)
     assert set(seen) == {"model 0", "model 1"}
