@@ -29,6 +29,8 @@ def pytest_configure(config):
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: fixtures end what they started
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, with what they start
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
