@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-def few_or_all(few: Sequence, every: Sequence) -> list:
+def few_or_all(few: object, every: object) -> list:
     """Parameters of a fixture: the default run compiles a few cases, the thorough one all."""
     return [
         pytest.param(few, id="few"),

@@ -111,7 +111,6 @@ def signalled(command: list[str], number: int, **variables: str) -> int:
             os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.sweep("number", "program")

@@ -15,6 +15,7 @@ TASKS = 8
 PARAMETERS = 4 * 12  # weights and biases of one adapter at each of twelve places
 
 
+@pytest.mark.thorough
 def test_the_example_learns_in_mixed_batches_what_it_serves_in_mixed_batches():
     ran = subprocess.run(
         [sys.executable, "examples/many_tasks.py", "--steps=16", "--texts=3", "--held-out=100"],

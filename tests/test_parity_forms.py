@@ -174,6 +174,7 @@ def cases() -> list[Case]:
     return grid(get("triton").dtypes, get("triton").activations)
 
 
+@pytest.mark.thorough
 def test_default_grid_reaches_every_launch_on_every_device(cases):
     assert get("triton").dtypes == get("cuda").dtypes
     assert not missing(cases)

@@ -25,7 +25,8 @@ def widest(capability: int, dtype: str) -> list[triton_compile.Job]:
     return list(triton_compile.largest(triton_compile.jobs((capability,), (dtype,))).values())
 
 
-FEW = [job for kind in ((80, "tf32"), (90, "bf16"), (120, "bf16")) for job in widest(*kind)]
+def few_jobs() -> list[triton_compile.Job]:
+    return [job for kind in ((80, "tf32"), (90, "bf16"), (120, "bf16")) for job in widest(*kind)]
 
 
 def every_job() -> list[triton_compile.Job]:
@@ -33,12 +34,12 @@ def every_job() -> list[triton_compile.Job]:
     return jobs + triton_compile.wgmma_jobs()
 
 
-@pytest.fixture(scope="module", params=few_or_all(FEW, every_job()))
+@pytest.fixture(scope="module", params=few_or_all(few_jobs, every_job))
 def compiled(request, tmp_path_factory):
     """Job to outcome: of the widest of each kernel for three generations, or of every configuration
     and every option."""
     same = triton_compile.SAME_CODE
-    sources = {job: on(same.get(job.capability, job.capability), job) for job in request.param}
+    sources = {job: on(same.get(job.capability, job.capability), job) for job in request.param()}
     distinct = list(dict.fromkeys(sources.values()))
     folder = tmp_path_factory.mktemp("triton_cache")
     found = outcomes_of_each(triton_compile.compile_or_explain, distinct, folder, chunk=8)

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate", reason="AdapterTrainer needs accelerate")
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.thorough
 def test_the_example_trains_saves_loads_and_prints_the_same_losses():
     ran = subprocess.run(
         [sys.executable, "examples/adapterhub.py"],

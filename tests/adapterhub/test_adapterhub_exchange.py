@@ -111,6 +111,7 @@ def start(folder: Path, word: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="folders change places on Linux alone")
 def test_a_killed_process_leaves_a_whole_folder_and_no_litter_for_long(tmp_path):
     target = tmp_path / "a"

@@ -56,7 +56,7 @@ CASES = {
 }
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_a_search_finds_in_the_cache_what_another_process_compiled(cache, name):
     kind, case = CASES[name]
@@ -89,6 +89,7 @@ def test_a_launch_tells_the_shared_memory_of_what_it_would_run(cache):
         assert launches == []
 
 
+@pytest.mark.thorough
 def test_compile_only_compiles_for_the_named_gpu_and_gives_the_driver_back(cache):
     from triton.runtime import driver
 
@@ -130,6 +131,7 @@ def test_every_mix_of_a_problem_is_listed_and_no_other():
     assert (wide.weights, wide.added, wide.scaling) == (SINGLE, SINGLE, None)
 
 
+@pytest.mark.thorough
 def test_a_part_that_an_entry_does_not_serve_is_not_compiled_for_it(cache):
     """On a small GPU the backward of a float32 dy takes the wide plan, its forward does not."""
     small = Device(num_sms=84, shared_memory=99 * 1024)

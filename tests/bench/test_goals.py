@@ -304,6 +304,7 @@ def test_the_summary_of_a_whole_report_compares_with_full_training_and_the_stock
     assert "| bert-base-32x128-seq_bn | adapterhub-patched |" not in text  # in its own table
 
 
+@pytest.mark.thorough
 def test_pictures_of_a_whole_report_have_lines_and_one_family_each(run, tmp_path):
     result = run()
     written, problems = pictures.draw(result, tmp_path / "r")

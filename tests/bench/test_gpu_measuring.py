@@ -102,6 +102,7 @@ def test_a_worker_that_is_lost_is_started_anew(measure, output, act, status):
     assert note.startswith(says[status])
 
 
+@pytest.mark.thorough
 def test_a_case_that_hangs_is_tried_once_for_each_backend_alone(measure, output):
     request = {"do": "adapter", "act": "hang with", "bad": ["cuda"], "baselines": ["plain", "lora"]}
     assert not measure(Task("case", 0.5, request), Task("next", 1))
@@ -121,6 +122,7 @@ def test_what_the_time_does_not_hold_is_not_begun(measure, output):
     assert output.events[0]["note"] == measuring.OUT_OF_TIME
 
 
+@pytest.mark.thorough
 def test_what_the_step_cuts_is_no_hang_and_is_not_tried_again(measure, output):
     began = time.monotonic()
     request = {"do": "adapter", "act": "hang", "baselines": []}

@@ -61,6 +61,7 @@ def test_lines_come_with_their_stream_and_the_end_with_its_code(lines):
     assert end.last_line in ("two", "three")
 
 
+@pytest.mark.thorough
 def test_children_run_side_by_side_and_end_apart(lines):
     codes = ["pass", "import os; os.abort()", "import time; time.sleep(600)"]
     children = [lines.child(code, name) for code, name in zip(codes, "abc", strict=True)]

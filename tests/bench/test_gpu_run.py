@@ -288,6 +288,7 @@ HEADER = (
 )
 
 
+@pytest.mark.thorough
 def test_a_step_may_take_what_those_before_it_saved(staged):
     quick, long = command("quick", 20, "pass"), command("long", 1, "import time; time.sleep(4)")
     stage, passed, found = staged(quick, long)

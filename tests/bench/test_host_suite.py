@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("file", "needs", "passed"),
     [("test_host_overhead.py", "triton", 16), ("test_adapterhub_host_time.py", "adapters", 160)],

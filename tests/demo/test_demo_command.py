@@ -125,6 +125,7 @@ def test_demo_leaves_its_results_and_nothing_else(demo_run):
         assert json.loads((folder / "task.json").read_text())["task"] == task
 
 
+@pytest.mark.thorough
 def test_demo_exits_with_1_when_a_check_fails(tiny_model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "load_corpus", lambda: texts)
     monkeypatch.setattr(checks, "GRADIENT_TOLERANCE", 0.0)

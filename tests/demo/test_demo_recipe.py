@@ -76,6 +76,7 @@ def test_search_goes_on_where_it_was_stopped(canned):
     assert canned.path.read_text().splitlines(keepends=True) == lines
 
 
+@pytest.mark.thorough
 def test_search_trains_no_held_out_text(texts, monkeypatch, tmp_path):
     seen = set()
     encode = training.encode

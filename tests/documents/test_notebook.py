@@ -22,6 +22,7 @@ def printed():
     return "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
 
 
+@pytest.mark.thorough
 def test_notebook_learns_both_tasks(printed):
     shares = re.findall(r"(\w+): (\d+)% right, (\d+)% by always naming one label", printed)
     assert [task for task, _, _ in shares] == ["topic", "kind"]

@@ -4,6 +4,8 @@ import cuda_emulator
 import pytest
 from cuda_grouped import ROWS, TILES, GroupedCase, GroupedEmulator, backend, build, missed
 
+pytestmark = pytest.mark.thorough
+
 # fault: file, text, replacement
 FAULTS = {
     "the rows of another place": (
@@ -53,12 +55,10 @@ def is_red(kernels: GroupedEmulator) -> bool:
     return False
 
 
-@pytest.mark.thorough
 def test_grouped_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed(tmp_path))
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_many_adapters_turns_their_cases_red(tmp_path, fault):
     assert is_red(narrowed(tmp_path, fault))

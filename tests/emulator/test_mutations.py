@@ -9,6 +9,8 @@ from cuda_forms import CLUSTER_MEMORY
 from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.parity import Case, check_case
 
+pytestmark = pytest.mark.thorough
+
 HALF = torch.bfloat16
 
 # fault: file, text, replacement
@@ -306,24 +308,20 @@ def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
     return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
 
 
-@pytest.mark.thorough
 def test_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CASES)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
 def test_fault_in_the_weight_gradients_turns_their_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), WEIGHT_CASES)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("fault", CLUSTER_FAULTS)
 def test_fault_in_the_cluster_form_turns_its_cases_red(tmp_path, fault):
     assert is_red(narrowed_build(tmp_path, fault), CLUSTER_CASES)

@@ -7,6 +7,8 @@ from cuda_norms import CLUSTERS, NormCase, missed, plan
 
 from adapterkern.backends.cuda import norm as cuda_norm
 
+pytestmark = pytest.mark.thorough
+
 # fault: file, text, replacement
 FAULTS = {
     "moments of the warps merged before they are there": (
@@ -81,12 +83,10 @@ def is_red(kernels: cuda_emulator.Emulator) -> bool:
     return False
 
 
-@pytest.mark.thorough
 def test_norm_cases_are_green_without_a_fault(tmp_path):
     assert not is_red(build(tmp_path))
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_norm_turns_its_cases_red(tmp_path, fault):
     assert is_red(build(tmp_path, fault))

@@ -9,6 +9,8 @@ from pathlib import Path
 import cuda_emulator
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 
 def run_sanitized(
     folder: Path, changes: dict, source: str = "library.cpp"
@@ -33,15 +35,12 @@ def run_sanitized(
     return subprocess.run(command, env=environ, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "source", [pytest.param("library.cpp", marks=pytest.mark.thorough), "grouped.cpp"]
-)
+@pytest.mark.parametrize("source", ["library.cpp", "grouped.cpp"])
 def test_kernels_stay_within_their_tensors(tmp_path, source):
     done = run_sanitized(tmp_path, {}, source)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("file", "mask", "off_by_one"),
     [

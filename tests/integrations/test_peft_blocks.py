@@ -199,6 +199,7 @@ def test_unclear_blocks_are_refused_by_name(block, problem):
     assert not any(isinstance(module, BottleneckLinear) for module in net.modules())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("config", "model", "problem"),
     [

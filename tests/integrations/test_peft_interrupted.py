@@ -137,6 +137,7 @@ def test_killed_saves_always_leave_a_whole_adapter(tmp_path):
     assert set(seen) == {"model 0", "model 1"}
 
 
+@pytest.mark.thorough
 def test_reader_never_meets_a_mixture_of_two_writers(tmp_path):
     """Both write as fast as they can, so that many a load is refused, which says why."""
     seen = races("readers", tmp_path, loads=30)

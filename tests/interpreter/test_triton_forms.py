@@ -103,7 +103,7 @@ def test_triton_gradients_of_special_values_are_autograds(activation, dtype):
     assert_gradient_is_autograds(triton, activation, dtype)
 
 
-@one_of_each_kind
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", FORMS)
 def test_triton_computes_only_the_gradients_asked_for(run_as, form):
     """Those asked for equal the full set's, the others are absent: every subset of the six on the

@@ -92,6 +92,7 @@ def test_a_row_that_is_not_finite_spoils_gradients_of_its_own_adapter_alone(wher
     assert not found.down_weights[1, :9].isfinite().all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("height", [16, 32, 64])
 def test_every_height_of_a_row_block_covers_a_tile(monkeypatch, height):
     """150 tokens of a slot fill two tiles and begin a third: of four, two or one row block each."""
