@@ -1,6 +1,7 @@
 """Counts what one call makes the host do: the same in every run, as no time is."""
 
 import contextlib
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,11 +47,13 @@ def work_of(call: Callable[[], object]) -> Work:
         if caller.f_code.co_filename.startswith(PACKAGE):
             own_calls[name] += 1
 
+    gc.disable()  # a collection amid the call would run the finalizers of other tests' objects
     sys.setprofile(count)
     try:
         call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return Work(frames, modules, own_calls)
 
 
