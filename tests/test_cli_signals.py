@@ -123,7 +123,7 @@ def test_a_signal_ends_a_command_with_its_processes(tmp_path, program, number):
     assert code == 128 + number
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_signal_ends_pytest_with_what_tests_started(tmp_path, number):

@@ -89,7 +89,7 @@ def exported(model, example, dynamo):
     return file.getvalue()
 
 
-@pytest.mark.sweep("dynamo", "name")
+@pytest.mark.sweep("dynamo")
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_model_has_standard_operators_and_our_results(name, dynamo, stack):

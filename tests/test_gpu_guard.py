@@ -71,6 +71,7 @@ def test_a_lost_device_ends_the_run_and_names_the_test(tmp_path, fails):
     assert "test_that_comes_after" not in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_lost_device_ends_a_worker_of_xdist_at_once(tmp_path):
     done = run_tests(tmp_path, TESTS.replace("FAILS", "False"), PYTEST_XDIST_WORKER="gw0")
     assert done.returncode == 86
@@ -79,6 +80,7 @@ def test_a_lost_device_ends_a_worker_of_xdist_at_once(tmp_path):
     assert " in 0." not in done.stdout  # no summary: pytest did not come to its end
 
 
+@pytest.mark.thorough
 def test_a_device_that_answers_ends_nothing(tmp_path):
     tests = TESTS.replace("FAILS", "False").replace("broken = True", "pass")
     done = run_tests(tmp_path, tests)

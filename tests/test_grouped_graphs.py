@@ -123,6 +123,7 @@ def test_compiled_function_and_update_equal_eager():
     torch.testing.assert_close(compiled(x, routing), function(x, routing), **CLOSE)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_exported_bank_in_plain_operations_serves_other_ids(strict):
     bank = bank_of(options={"scaling": "learned"})

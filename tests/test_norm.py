@@ -355,6 +355,7 @@ def test_where_no_kernel_takes_the_norm_one_takes_all_else(spy, monkeypatch):
     assert len(spy.forwards) == 1
 
 
+@pytest.mark.thorough
 def test_numbers_that_change_from_call_to_call_compile(recompiled):
     """With dynamic=True the defaults of the function are such numbers too."""
     given = arguments()

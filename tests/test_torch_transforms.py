@@ -89,6 +89,7 @@ def test_transform_of_the_adapter_is_that_of_eager(spy, given, transform):
     assert not spy.forwards
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_compiled_transform_of_the_adapter_is_that_of_eager(recompiled, given, transform):
     """There, an autograd.Function under functorch would give wrong gradients in silence."""

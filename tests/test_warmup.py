@@ -67,7 +67,7 @@ def test_without_warmup_the_first_calls_compile(gpu):
     assert gpu.binaries == 6  # down with and without z, up, dz, dx, dw
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "x",
     [
@@ -96,6 +96,7 @@ def test_warmup_compiles_the_backward_of_what_requires_a_gradient(gpu):
     assert backward == {"bottleneck_bwd_split_dz_kernel", "bottleneck_bwd_split_dx_kernel"}
 
 
+@pytest.mark.thorough
 def test_one_tensor_in_two_places_stays_one(gpu):
     adapter = ak.BottleneckAdapter(64, 16)
     x = torch.zeros(6, 64)
@@ -134,6 +135,7 @@ def test_what_a_model_writes_into_its_input_is_written_into_a_copy():
     assert torch.equal(x, torch.ones(2, 3))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_warmup_records_whatever_mode_it_is_called_in(gpu, mode):
     adapter = ak.BottleneckAdapter(64, 16)
@@ -142,6 +144,7 @@ def test_warmup_records_whatever_mode_it_is_called_in(gpu, mode):
     assert "bottleneck_bwd_dw_kernel" in {launch.kernel for launch in gpu.launches}
 
 
+@pytest.mark.thorough
 def test_under_autocast_the_later_step_has_its_gradients(gpu):
     layer = nn.Sequential(nn.Linear(64, 64), ak.BottleneckAdapter(64, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):

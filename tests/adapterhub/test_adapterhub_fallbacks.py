@@ -346,7 +346,7 @@ def test_compile_makes_no_graph_more_than_stock_and_puts_the_operation_into_it(n
         adapterhub.patch(model)  # nothing is compiled any more
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
 def test_eager_use_of_models_compiles_no_compiled_one_anew(patched):
     model, other = bert(), bert(name="gpt2")

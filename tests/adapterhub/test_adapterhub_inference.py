@@ -146,6 +146,7 @@ class Block(nn.Module):
         return self.layer.bottleneck_layer_forward(h, inp, self.norm)
 
 
+@pytest.mark.sweep
 @torch.no_grad()
 @pytest.mark.parametrize("layer_level", [False, True])
 @pytest.mark.parametrize("strict", [False, True])

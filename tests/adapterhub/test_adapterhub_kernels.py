@@ -24,14 +24,11 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("tier", "least"),
-    [("not thorough", 10), pytest.param("thorough", 30, marks=pytest.mark.thorough)],
-)
-def test_oracle_agrees_where_kernels_run(tier, least):
+@pytest.mark.thorough
+def test_oracle_agrees_where_kernels_run():
     """TRITON_INTERPRET=1 must be set before Triton is imported."""
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", tier, "-k", CASES, "tests/adapterhub"],
+        [sys.executable, "-m", "pytest", "-q", "-m", "", "-k", CASES, "tests/adapterhub"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -40,4 +37,4 @@ def test_oracle_agrees_where_kernels_run(tier, least):
     )
     summary = ran.stdout.splitlines()[-1] if ran.stdout else ran.stderr
     assert ran.returncode == 0, "\n".join(re.findall("^(?:E|FAILED).*", ran.stdout, re.MULTILINE))
-    assert int(re.search(r"(\d+) passed", summary)[1]) >= least
+    assert int(re.search(r"(\d+) passed", summary)[1]) >= 40

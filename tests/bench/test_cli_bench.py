@@ -170,6 +170,7 @@ def test_all_among_the_baselines_is_all_of_them():
     assert named("plain", "lora") == ["plain", "lora"]
 
 
+@pytest.mark.sweep
 @no_gpu
 @pytest.mark.parametrize("saved", [True, False])
 def test_an_interrupted_run_prints_what_was_measured(tmp_path, monkeypatch, capsys, saved):
@@ -194,6 +195,7 @@ def test_an_interrupted_run_prints_what_was_measured(tmp_path, monkeypatch, caps
         assert [row.case for row in results.load(path).rows] == [cases[0]] * 2 + [cases[1]] * 2
 
 
+@pytest.mark.sweep
 @no_gpu
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_lost_gpu_ends_the_run_with_what_was_measured(tmp_path, monkeypatch, capsys, saved):

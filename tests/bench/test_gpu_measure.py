@@ -79,6 +79,7 @@ def limit(gpu):
     return replace(inner, build=build)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 @pytest.mark.parametrize("hot", [False, True])
 def test_every_kind_of_timing_reaches_the_row(gpu, limit, mode, hot):
@@ -101,6 +102,7 @@ def test_every_kind_of_timing_reaches_the_row(gpu, limit, mode, hot):
         assert row.timings["graph"].p50 == row.timings["cold"].p50 == pytest.approx(wanted)
 
 
+@pytest.mark.thorough
 def test_without_a_copy_among_the_providers_the_engine_adds_it(gpu, limit, monkeypatch):
     monkeypatch.setitem(measure.PROVIDERS, "limit", limit)
     rows = measure_case(CASE, [clocked(gpu, "ours")], gpu.timer(), Calibration(), FAST)
@@ -239,6 +241,7 @@ def test_a_late_host_is_said_in_the_row(gpu, limit):
     assert row.note == f"cold: {text}; graph: {text}"
 
 
+@pytest.mark.thorough
 def test_a_count_that_fails_costs_no_time(gpu, limit, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no room")

@@ -90,6 +90,7 @@ def test_a_child_that_ended_is_not_waited_for_because_of_what_it_left(lines):
     assert is_gone(int(lines.found[0][2]))
 
 
+@pytest.mark.thorough
 def test_a_child_without_output_is_waited_for(lines):
     code = "import os, time; os.close(1); os.close(2); time.sleep(2)"
     (end,) = processes.run([lines.child(code)], seconds_from_now(60))

@@ -241,6 +241,7 @@ def test_a_step_that_fails_its_check_fails_though_the_process_ended_well(tmp_pat
     assert output.events[0]["event"] == "check end"
 
 
+@pytest.mark.thorough
 def test_a_hang_in_a_parity_check_names_its_case(tmp_path):
     output = Output(tmp_path / "out", lambda _text: None)
     words = {"{python}": (sys.executable,)}
@@ -296,6 +297,7 @@ def test_a_step_may_take_what_those_before_it_saved(staged):
     assert stage.finished
 
 
+@pytest.mark.thorough
 def test_a_step_ends_when_the_limits_up_to_it_are_over(staged):
     long = command("long", 2, "import time; time.sleep(60)")
     began = time.monotonic()
@@ -310,6 +312,7 @@ def test_what_no_time_is_left_for_is_said_and_the_run_not_finished(staged):
     assert (passed, stage.finished, found) == (False, False, {"late": "not run"})
 
 
+@pytest.mark.thorough
 def test_a_machine_that_told_its_facts_is_measured_though_its_end_was_late(staged):
     code = f"{HEADER}; import sys; sys.stdout.flush(); import time; time.sleep(60)"
     _, _, found = staged(command("machine", 3, code), command("next", 5, "pass"))

@@ -79,6 +79,7 @@ def test_a_grid_leaves_out_the_mixes_that_cannot_be():
     ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mix", ["even", "zipf"])
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 def test_providers_that_are_right_are_timed(mode, mix):
@@ -102,18 +103,21 @@ def test_without_an_adapter_y_is_x_and_there_is_nothing_to_loop_over():
     assert rows[0].error == 0
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["plain", "lora", "separate", "no-adapter"])
 def test_what_runs_one_adapter_gets_no_row_of_many(name):
     (row,) = rows_of(name)
     assert (row.status, row.note) == ("unavailable", "it is not for many adapters in a batch")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["single", "loop", "routing"])
 def test_what_runs_many_gets_no_row_of_one(name):
     (row,) = rows_of(name, case=replace(CASE, adapters=0))
     assert (row.status, row.note) == ("unavailable", "it is not for a case of one adapter")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", ["slot", "tokens"])
 def test_a_provider_that_mixes_adapters_up_gets_no_time(fault):
     def build(case, inputs):
@@ -236,6 +240,7 @@ def test_a_table_says_how_tokens_choose_and_gives_no_ratio_of_the_routing(gpu_re
 SIZES = ["--hidden-size", "48", "--bottleneck-size", "8", "--seconds", "0.001"]
 
 
+@pytest.mark.thorough
 def test_bench_times_many_adapters_and_compares_with_a_file(capsys, tmp_path):
     path = tmp_path / "many.json"
     options = ["--adapters", "2", "--rows", "4", "--mode", "forward"]

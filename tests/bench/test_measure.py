@@ -44,6 +44,7 @@ def failing(name, error):
     return Provider(name, "for a test", build)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_providers_that_are_right_are_timed(mode, activation):
@@ -140,6 +141,7 @@ def test_running_out_of_memory_is_recorded_and_the_run_goes_on():
     assert rows[0].timings == {}
 
 
+@pytest.mark.thorough
 def test_inputs_that_do_not_fit_cost_one_case(monkeypatch):
     def draw(self, device, seed=0):
         raise torch.OutOfMemoryError("no room for x")
@@ -267,6 +269,7 @@ def test_a_limit_is_judged_by_the_bytes_that_it_moves(mode, passes):
     assert row.floor_fraction == pytest.approx(moved / 4e12 / 50e-6)
 
 
+@pytest.mark.thorough
 def test_compile_is_judged_and_timed_like_the_others():
     case = BenchCase(16, 4, 8, "fp32", "relu", "forward")
     (row,) = rows_of("compile", case=case)

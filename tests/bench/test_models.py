@@ -206,6 +206,7 @@ def preset_rows(spec, mode):
     return model_level.measure_model(spec, mode, "eager", WallTimer(), torch.float32, 0.0)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "mode"), [(spec.name, mode) for spec in PRESETS for mode in spec.modes]
 )

@@ -37,6 +37,7 @@ def test_a_case_says_its_norm_and_draws_what_it_needs():
         replace(CASE, norm="batch")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 def test_providers_that_are_right_are_timed(norm, mode):

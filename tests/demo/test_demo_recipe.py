@@ -98,6 +98,7 @@ def test_search_trains_no_held_out_text(texts, monkeypatch, tmp_path):
     assert seen == {doc.text for doc in texts.train}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_search_trains_in_bfloat16_as_in_float32(method, tiny_model, texts):
     task = corpus.TASKS[0]

@@ -3,7 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.thorough
 def test_the_example_shows_equal_results_of_both_models():
     ran = subprocess.run(
         [sys.executable, "examples/fused_norms.py"],

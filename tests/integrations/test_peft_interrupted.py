@@ -174,6 +174,7 @@ def test_configuration_saved_beside_weights_is_theirs(tiny, batch, output, tmp_p
     torch.testing.assert_close(output(loaded, batch("bert")), output(tiny("bert"), batch("bert")))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("alive", [True, False])
 def test_stage_of_a_dead_writer_alone_is_swept(tiny, tmp_path, alive):
     stage = tmp_path / ".saving-x"

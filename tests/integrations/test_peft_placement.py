@@ -293,6 +293,7 @@ def test_parallel_gradients_survive_checkpointing(beside, use_reentrant):
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.thorough
 def test_compiled_parallel_model_equals_the_eager_one(beside):
     model = beside("bert")
     inputs = inputs_of("bert")
