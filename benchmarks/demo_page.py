@@ -14,6 +14,7 @@ from adapterkern.cli.demo.wording import (
     plus_minus,
     seeds_in_words,
     share,
+    sizes_in_words,
     versions_in_words,
 )
 
@@ -41,6 +42,8 @@ def section(root: Path) -> str | None:
         _markdown(_method_rows(report)),
         f"{intervals_meaning(report)} In brackets: each seed's accuracy.",
         "\n".join([comparison_meaning(report), "", *_verdicts(report)]),
+        f"On disk: {sizes_in_words(report)}.",
+        "\n".join(["The checks of this run:", "", *_checks(report)]),
     ]
     if (root / SEARCH).exists():
         search = json.loads((root / SEARCH).read_text(encoding="utf-8"))
@@ -59,7 +62,8 @@ def draw(root: Path) -> None:
 
 def _method_rows(report: Report) -> list[list[str]]:
     tasks = report.methods[0].tasks
-    header = ["accuracy in %", "trained", "share", *(task.task for task in tasks), "step"]
+    names = [f"{task.task} %" for task in tasks]
+    header = ["held-out accuracy of", "trained", "share", *names, "step"]
     majority = [percent(report.majority[task.task]) for task in tasks]
     return [
         header,
@@ -80,6 +84,13 @@ def _method_row(method: MethodResult) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     return [f"- {task}: {sentence}" for task, sentence in comparisons(report).items()]
+
+
+def _checks(report: Report) -> list[str]:
+    return [
+        f"- {'held' if check.passed else 'FAILED'}: {check.name} ({check.detail})"
+        for check in report.checks
+    ]
 
 
 def _search_meaning(search: dict) -> str:

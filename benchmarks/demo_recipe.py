@@ -68,7 +68,7 @@ def shapes() -> dict[str, list[Recipe]]:
 
 
 RATES = {
-    "adapters": (2e-3, 5e-3, 1e-2, 2e-2),
+    "adapters": (1e-3, 2e-3, 5e-3, 1e-2),
     "lora": (1e-3, 2e-3, 5e-3, 1e-2),
     "full": (5e-5, 1e-4, 2e-4, 5e-4),
 }

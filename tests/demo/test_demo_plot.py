@@ -68,7 +68,7 @@ def test_losses_are_drawn_smoothed_and_nothing_behind_them():
         losses = method.tasks[0].losses
         assert line.get_ydata().tolist() == plot.moving_mean(losses)
         assert _roughness(line.get_ydata()) < 0.2 * _roughness(losses)
-    assert axes.get_xlabel() == "step (mean over 21 steps)"
+    assert axes.get_xlabel() == "step (mean over 21 steps, fewer at the ends)"
 
 
 def test_losses_of_a_few_steps_are_drawn_as_they_are_with_markers():

@@ -74,10 +74,10 @@ def test_table_has_each_accuracy_with_its_interval_above_the_baselines():
     report = canned_report()
     report.methods[1].tasks[0].interval = [0.58, 0.72]  # its wider side is below
     lines = wording.as_text(report).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("accuracy in %"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("held-out accuracy of"))
     header, _, adapters, lora, full, majority, untrained = lines[start : start + 7]
-    assert header.endswith("trained  share  topic   95 %  kind  95 %    step")
-    assert adapters.endswith("226,368  0.99%   69.1   ±4.1  65.2  ±4.2  181 ms")
+    assert header.endswith("trained  share  topic %   95 %  kind %  95 %    step")
+    assert adapters.endswith("226,368  0.99%     69.1   ±4.1    65.2  ±4.2  181 ms")
     assert " ".join(lora.split()[3:]) == "221,184 0.97% 69.7 ±11.7 66.9 ±4.1 205 ms"
     assert " ".join(full.split()[2:]) == "22,565,376 100% 73.8 ±3.9 66.5 ±4.1 243 ms"
     assert majority.split()[-2:] == ["10.5", "30.5"]
@@ -169,7 +169,7 @@ def test_times_on_a_cpu_say_why_they_claim_nothing():
     said = sentences(wording.as_text(report))
     assert (
         "step adapterkern 181 ms; separate PyTorch layers 177 ms (16 x 48 tokens, float32, median "
-        "of 7) mixed 8 adapters in one batch 88 ms; in 9 runs, one for each and one without, "
+        "of 7) mixed 8 adapters, trained and random, in one batch 88 ms; in 9 runs, one for each and one without, "
         "500 us "
         "(18 x 48 tokens, float32, median of 7) This CPU has no kernel to be faster with"
     ) in said

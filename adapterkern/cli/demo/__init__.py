@@ -29,7 +29,7 @@ Stopped by Ctrl-C or SIGTERM, it says what it was doing and leaves nothing half-
 examples:
   adapterkern demo --quick                    a look at everything, in under a minute
   adapterkern demo --out results              the full run, under 6 minutes on 2 idle CPU cores
-  adapterkern demo --seeds 5                  the spread over seeds 0 to 4, in some 15 minutes
+  adapterkern demo --seeds 5                  the spread over seeds 0 to 4, in some 20 minutes
   adapterkern demo --device cuda --seed 1
   adapterkern demo --model distilbert-base-uncased
 

@@ -118,8 +118,10 @@ def _draw_losses(axes: Axes, methods: list[MethodResult], index: int, task: str)
         )  # fmt: skip
     near = reach(methods[0].tasks[index].losses)
     axes.set_title(f"{task}: {methods[0].tasks[index].num_classes} classes", fontsize=11)
-    axes.set_xlabel(f"step (mean over {2 * near + 1} steps)" if near else "step")
+    axes.set_xlabel(f"step (mean over {2 * near + 1} steps, fewer at the ends)" if near else "step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if index == 0:
+        axes.legend(frameon=False)
     _tidy(axes)
 
 
@@ -181,7 +183,7 @@ def _draw_sizes(axes: Axes, methods: list[MethodResult]) -> None:
     axes.set_ylim(len(methods) - 0.5, -0.6)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_yticks(range(len(methods)), [method.label for method in methods])
-    axes.set_title("parameters trained for each task", fontsize=11)
+    axes.set_title("parameters trained for each task (log scale)", fontsize=11)
     _tidy(axes)
 
 

@@ -15,7 +15,10 @@ from adapterkern.cli.demo.findings import (
 from adapterkern.cli.demo.snippet import COLUMNS, snippet
 
 SHORT = {"lora": "LoRA", "full": "full fine-tuning"}  # within a sentence
-STEP = "step: the median training step, the methods taken in turn."
+STEP = (
+    "step: the median training step, the methods taken in turn; the time further down is of the "
+    "longest texts."
+)
 QUICK = "A quick run shows the path, not what the methods reach: leave out --quick for that."
 INDENT = 10  # of what stands beside a heading
 
@@ -62,8 +65,9 @@ def intervals_meaning(report: Report) -> str:
     """What the intervals beside the accuracies are of, as a sentence."""
     if report.interval_of == "seeds":
         return (
-            f"± is a 95 % interval from the spread over {len(report.seeds)} seeds; the accuracies "
-            "are means over the seeds."
+            f"± is a 95 % interval from the spread over {len(report.seeds)} seeds, all judged on the "
+            "same texts: other texts could move an accuracy further. The accuracies are means over "
+            "the seeds."
         )
     return (
         f"± is a 95 % interval, by a bootstrap over the {report.corpus['held_out']:,} held-out "
@@ -88,6 +92,15 @@ def verdict(difference: Difference) -> str:
     if low > 0:
         return "beat"
     return "lose to" if high < 0 else "are indistinguishable from"
+
+
+def sizes_in_words(report: Report) -> str:
+    """What an adapter and a whole model take on the disk."""
+    adapter, model = report.saved["adapter_bytes"], report.saved["model_bytes"]
+    return (
+        f"an adapter with its head {size(adapter)}, a fully fine-tuned model {size(model)}: "
+        f"{model / adapter:,.0f} times as much"
+    )
 
 
 def comparison_meaning(report: Report) -> str:
@@ -171,8 +184,8 @@ def _name(method: MethodResult) -> str:
 
 def _method_rows(report: Report) -> list[list[str]]:
     tasks = report.methods[0].tasks
-    headings = [heading for task in tasks for heading in (task.task, "95 %")]
-    rows = [["accuracy in %, held-out", "trained", "share", *headings, "step"]]
+    headings = [heading for task in tasks for heading in (f"{task.task} %", "95 %")]
+    rows = [["held-out accuracy of", "trained", "share", *headings, "step"]]
     for method in report.methods:
         accuracies = [cell for t in method.tasks for cell in (percent(t.after), plus_minus(t))]
         row = [method.label, f"{method.trained:,}", share(method), *accuracies]
@@ -215,12 +228,7 @@ def _check(check: Check) -> list[str]:
 
 
 def _sizes(report: Report) -> Iterator[str]:
-    adapter, model = report.saved["adapter_bytes"], report.saved["model_bytes"]
-    yield from _wrapped(
-        "on disk",
-        f"an adapter with its head {size(adapter)}, a fully fine-tuned model {size(model)}: "
-        f"{model / adapter:,.0f} times as much",
-    )
+    yield from _wrapped("on disk", sizes_in_words(report))
     peaks = [(_name(m), m.peak_bytes) for m in report.methods if m.peak_bytes is not None]
     if peaks:
         listed = ", ".join(f"{name} {size(peak)}" for name, peak in peaks)
@@ -268,7 +276,7 @@ def _step_lines(step: StepTime) -> list[str]:
 def _mixed_lines(mixed: MixedTime) -> list[str]:
     return _wrapped(
         "mixed",
-        f"{mixed.runs - 1} adapters in one batch {milliseconds(mixed.mixed_ms)}; in {mixed.runs} "
+        f"{mixed.runs - 1} adapters, trained and random, in one batch {milliseconds(mixed.mixed_ms)}; in {mixed.runs} "
         f"runs, one for each and one without, {milliseconds(mixed.switched_ms)}"
         f"{_claim(mixed, mixed.switched_ms / mixed.mixed_ms)} ({_measured(mixed)})",
     )
