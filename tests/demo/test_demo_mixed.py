@@ -26,7 +26,9 @@ def test_mixed_check_holds_for_trained_and_random_adapters_and_for_none(trained)
     assert list(errors) == [*TRAINED, *RANDOM, "None"]
     assert max(errors.values()) < 1e-6  # 0 where products have the same bits for any number of rows
     assert verdict.numbers["backend"] == "reference"
-    assert verdict.detail.startswith("8 adapters, trained and random, and none, 2 texts each; largest relative RMS")
+    assert verdict.detail.startswith(
+        "8 adapters, trained and random, and none, 2 texts each; largest rel"
+    )
 
 
 def test_checks_hold_for_adapters_beside_the_ffn(tiny_model, texts, monkeypatch):

@@ -169,7 +169,8 @@ def test_times_on_a_cpu_say_why_they_claim_nothing():
     said = sentences(wording.as_text(report))
     assert (
         "step adapterkern 181 ms; separate PyTorch layers 177 ms (16 x 48 tokens, float32, median "
-        "of 7) mixed 8 adapters, trained and random, in one batch 88 ms; in 9 runs, one for each and one without, "
+        "of 7) mixed 8 adapters, trained and random, in one batch 88 ms; in 9 runs, one for "
+        "each and one without, "
         "500 us "
         "(18 x 48 tokens, float32, median of 7) This CPU has no kernel to be faster with"
     ) in said

@@ -139,8 +139,8 @@ def check_mixed(batch: MixedBatch) -> Check:
     return Check(
         "a mixed batch gives each text what its adapter alone gives",
         all(error <= GRADIENT_TOLERANCE for error in errors.values()),  # false for NaN too
-        f"{len(batch.rows) - 1} adapters, trained and random, and none, {TEXTS} texts each; largest relative RMS error "
-        f"{errors[worst]:.1e} (tolerance {GRADIENT_TOLERANCE:.0e})",
+        f"{len(batch.rows) - 1} adapters, trained and random, and none, {TEXTS} texts each; "
+        f"largest relative RMS error {errors[worst]:.1e} (tolerance {GRADIENT_TOLERANCE:.0e})",
         {"errors": errors, "tolerance": GRADIENT_TOLERANCE, "backend": backend},
     )
 

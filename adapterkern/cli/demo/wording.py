@@ -65,9 +65,9 @@ def intervals_meaning(report: Report) -> str:
     """What the intervals beside the accuracies are of, as a sentence."""
     if report.interval_of == "seeds":
         return (
-            f"± is a 95 % interval from the spread over {len(report.seeds)} seeds, all judged on the "
-            "same texts: other texts could move an accuracy further. The accuracies are means over "
-            "the seeds."
+            f"± is a 95 % interval from the spread over {len(report.seeds)} seeds, all judged on "
+            "the same texts: other texts could move an accuracy further. The accuracies are means "
+            "over the seeds."
         )
     return (
         f"± is a 95 % interval, by a bootstrap over the {report.corpus['held_out']:,} held-out "
@@ -276,9 +276,9 @@ def _step_lines(step: StepTime) -> list[str]:
 def _mixed_lines(mixed: MixedTime) -> list[str]:
     return _wrapped(
         "mixed",
-        f"{mixed.runs - 1} adapters, trained and random, in one batch {milliseconds(mixed.mixed_ms)}; in {mixed.runs} "
-        f"runs, one for each and one without, {milliseconds(mixed.switched_ms)}"
-        f"{_claim(mixed, mixed.switched_ms / mixed.mixed_ms)} ({_measured(mixed)})",
+        f"{mixed.runs - 1} adapters, trained and random, in one batch "
+        f"{milliseconds(mixed.mixed_ms)}; in {mixed.runs} runs, one for each and one without, "
+        f"{milliseconds(mixed.switched_ms)}{_claim(mixed, mixed.switched_ms / mixed.mixed_ms)} ({_measured(mixed)})",
     )
 
 
