@@ -278,7 +278,8 @@ def _mixed_lines(mixed: MixedTime) -> list[str]:
         "mixed",
         f"{mixed.runs - 1} adapters, trained and random, in one batch "
         f"{milliseconds(mixed.mixed_ms)}; in {mixed.runs} runs, one for each and one without, "
-        f"{milliseconds(mixed.switched_ms)}{_claim(mixed, mixed.switched_ms / mixed.mixed_ms)} ({_measured(mixed)})",
+        f"{milliseconds(mixed.switched_ms)}{_claim(mixed, mixed.switched_ms / mixed.mixed_ms)} "
+        f"({_measured(mixed)})",
     )
 
 
