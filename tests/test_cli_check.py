@@ -89,6 +89,7 @@ def test_check_prints_a_line_as_each_case_ends(capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.thorough
 def test_check_streams_its_lines():
     """A pipe has the first lines while the second case still runs."""
     slow = (

@@ -111,9 +111,9 @@ def signalled(command: list[str], number: int, **variables: str) -> int:
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.sweep("number", "program")
 @pytest.mark.parametrize("program", [CHECK, TUNE], ids=["check", "tune"])
 def test_a_signal_ends_a_command_with_its_processes(tmp_path, program, number):
     pytest.importorskip("triton")

@@ -1,6 +1,8 @@
 """The structs that cross into the CUDA extension are the same on both sides."""
 
+import importlib
 import math
+import pkgutil
 import re
 import struct
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from adapterkern.activations import ACTIVATIONS
+from adapterkern.backends import cuda
 from adapterkern.backends.cuda import extension, launch_config, params
 from adapterkern.backends.cuda.launch_config import Device, Problem, read_facts
 from adapterkern.spec import NORMS
@@ -111,6 +114,13 @@ def test_extension_tells_the_facts_of_the_sources():
     facts = read_facts(module.facts())
     assert facts == cuda_facts.of_the_sources()
     assert facts.row_block(Problem(1, 1, 20, True), Device(1)).width == 32
+
+
+def test_no_module_keeps_facts_of_its_own():
+    """Tests replace `launch_config.facts`, without which they need the extension."""
+    for found in pkgutil.walk_packages(cuda.__path__, f"{cuda.__name__}."):
+        module = importlib.import_module(found.name)
+        assert module is launch_config or vars(module).get("facts") is not FACTS, found.name
 
 
 def test_a_plan_without_the_extension_says_what_is_missing(monkeypatch):

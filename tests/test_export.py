@@ -70,7 +70,7 @@ def test_an_exported_graph_keeps_the_kernel_that_was_named(spy):
     assert len(spy.forwards) == 1
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("autocast", [True, False])
 def test_an_exported_program_runs_and_trains_where_the_package_is_not(tmp_path, autocast):
     adapter = ak.BottleneckAdapter(8, 4, init="bert", scaling="learned")

@@ -57,7 +57,7 @@ def run_tests(folder: Path, tests: str, **environment: str) -> subprocess.Comple
     )
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_lost_device_ends_the_run_and_names_the_test(tmp_path, fails):
     done = run_tests(tmp_path, TESTS.replace("FAILS", str(fails)))

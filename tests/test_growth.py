@@ -76,6 +76,7 @@ MADE = (r"^        scale,  # ", "        gate,\n        scale,  # ")
 TENSOR = (FIELD, OF_NEEDS, OF_GRADIENTS, OF_MAKER, MADE)
 
 
+@pytest.mark.thorough
 def test_a_new_tensor_is_refused_by_every_backend_until_it_is_taught(copy_of_the_package):
     script = """
 gates = [torch.ones(8, requires_grad=grad) for grad in (False, True, True)]
@@ -110,6 +111,7 @@ def test_a_new_tensor_that_is_forgotten_somewhere_stops_the_first_call(
     assert "AssertionError" in ran.stderr or "TypeError" in ran.stderr
 
 
+@pytest.mark.thorough
 def test_a_new_option_is_refused_unless_it_has_its_default(copy_of_the_package):
     script = """
 call = make_call(x, down, up)

@@ -156,6 +156,7 @@ def test_lost_device_gives_the_first_line_of_what_the_device_says(monkeypatch):
     assert lost_device(torch.device("cuda", 1)) == "cuda:1 is lost: CUDA error: misaligned address"
 
 
+@pytest.mark.thorough
 def test_the_interpreter_a_user_asks_for_has_exact_bfloat16():
     """With nothing but the variable set: gradients too, against the reference."""
     pytest.importorskip("triton")

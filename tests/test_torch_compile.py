@@ -268,6 +268,7 @@ def test_compiled_autograd_of_an_eager_forward_sees_the_op_and_not_the_kernel(sp
         torch.testing.assert_close(gradient, want, **CLOSE)
 
 
+@pytest.mark.thorough
 def test_the_first_call_of_a_process_may_be_a_compiled_one():
     """Backends are imported at first use, which torch.compile cannot trace."""
     code = (

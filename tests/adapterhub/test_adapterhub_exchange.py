@@ -137,6 +137,7 @@ def test_a_killed_process_leaves_a_whole_folder_and_no_litter_for_long(tmp_path)
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="folders change places on Linux alone")
 def test_two_writers_and_a_reader_never_meet_a_mixture(tmp_path):
     target = tmp_path / "a"

@@ -402,6 +402,7 @@ def test_unpatching_leaves_no_method_behind():
     assert dict(vars(BottleneckLayer)) == own
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("recompiled")
 def test_a_compiled_model_holds_the_op_of_many_adapters():
     setup = ac.BatchSplit("a", "b", batch_sizes=2)

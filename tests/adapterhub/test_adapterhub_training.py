@@ -73,7 +73,7 @@ def trained(name: str, preset: str, folder: str, patch: bool) -> tuple[list[floa
     return losses, weights
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "preset"), [("bert", "seq_bn"), ("gpt2", "double_seq_bn"), ("gpt2", "scaled_par_bn")]
 )

@@ -192,7 +192,7 @@ def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
         assert not missed(case)
 
 
-@pytest.mark.sweep("form", "dtype")
+@pytest.mark.sweep("dtype")
 @each_form_and_dtype
 def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch, form, dtype):
     case = Case(dtype=dtype, scaling="channel", skip=True, **FORMS[form].sizes)
@@ -272,6 +272,7 @@ def test_cuda_gradients_of_special_values_are_autograds(run_as, activation, dtyp
     assert_gradient_is_autograds(get("cuda"), activation, dtype)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", FORMS)
 def test_cuda_computes_only_the_gradients_asked_for(run_as, form):
     """In every subset the gradients asked for equal the full set's, and the others are absent."""

@@ -54,7 +54,7 @@ def gradients(call: AdapterCall, saved: Saved, dy: torch.Tensor) -> Gradients:
     return get("cuda").backward(call, saved, Outputs(dy), needs)
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", [Device(12), MANY_STAGES], ids=["few stages", "many stages"])
 @pytest.mark.parametrize("hidden", [264, 75])
 def test_weight_gradients_are_the_same_bits_however_x_and_dy_lie(kernels, device, hidden):

@@ -205,6 +205,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, batch, use_reentr
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.thorough
 def test_compiled_model_equals_the_eager_one(tiny, batch):
     """aot_eager traces forward and backward in one graph without the cost of generating code."""
     ids = batch("llama")["input_ids"]

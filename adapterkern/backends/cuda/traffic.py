@@ -5,7 +5,7 @@ are too small to count. Beside the bytes through HBM and L2 this counts the cycl
 which bound these kernels before HBM does: mma.sync reads its operands there, fragment by fragment.
 """
 
-from adapterkern.backends.cuda import norm
+from adapterkern.backends.cuda import launch_config, norm
 from adapterkern.backends.cuda.launch_config import (
     PANEL,
     SYSTEM_MEMORY,
@@ -17,7 +17,6 @@ from adapterkern.backends.cuda.launch_config import (
     Slices,
     TokenPlan,
     cdiv,
-    facts,
     token_stages,
 )
 from adapterkern.backends.traffic import Traffic, misses
@@ -103,7 +102,7 @@ def input_gradient(problem: Problem, plan: TokenPlan, device: Device) -> list[Tr
 def weight_gradients(problem: Problem, plan: Slices, device: Device) -> list[Traffic]:
     """The products over the tokens, and the sum of their partial sums."""
     tokens, hidden, bottleneck, *_ = problem
-    fact = facts().gradient(problem)
+    fact = launch_config.facts().gradient(problem)
     unit_blocks, feature_blocks = cdiv(bottleneck, fact.units), cdiv(hidden, fact.features)
     rows, units = tokens * hidden * ELEMENT, tokens * bottleneck * ELEMENT
     partials = 2 * plan.number * hidden * bottleneck * FLOAT
@@ -142,7 +141,7 @@ def _tokens(
     """y, or dz and dx; `read` and `kept` are the bytes of bottleneck tensors beside the rows."""
     if plan.num_clusters > 0:
         return [_cluster(problem, plan, read, kept)]
-    fact = facts().row_block(problem, device)
+    fact = launch_config.facts().row_block(problem, device)
     if plan.slices.number == 0:
         return [_row_block(problem, plan, fact, device, read, kept)]
     return _split(problem, plan, fact, device, read, kept)
@@ -207,7 +206,7 @@ def _split(
 
 def _cluster(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffic:
     tokens, hidden, bottleneck, *_ = problem
-    fact = facts().cluster(problem, plan.cluster_tokens)
+    fact = launch_config.facts().cluster(problem, plan.cluster_tokens)
     assert fact is not None
     rows, weights = tokens * hidden * ELEMENT, 2 * hidden * bottleneck * ELEMENT
     tiles = cdiv(cdiv(tokens, fact.tokens), plan.num_clusters)  # of the busiest cluster, in turn
@@ -236,8 +235,8 @@ def blocks_per_sm(shared: int, fact: RowBlockFacts, device: Device) -> int:
 def in_flight(added: int, shared: int, fact: RowBlockFacts) -> tuple[int, int]:
     """Bytes under way in the pipelines into and out of the bottleneck: all stages but one."""
     stage = fact.out_bytes + added * fact.added_bytes
-    stages_in = min(facts().most_stages, shared // fact.in_bytes)
-    stages_out = min(facts().most_stages, (shared - fact.beside_bytes) // stage)
+    stages_in = min(launch_config.facts().most_stages, shared // fact.in_bytes)
+    stages_out = min(launch_config.facts().most_stages, (shared - fact.beside_bytes) // stage)
     return max(1, stages_in - 1) * fact.in_bytes, max(1, stages_out - 1) * stage
 
 
