@@ -206,6 +206,7 @@ def test_check_stops_a_backend_at_a_lost_device(raises_in_relu, monkeypatch, cap
     assert end["missed"] == 1
 
 
+@pytest.mark.thorough
 def test_check_runs_each_backend_in_a_process_of_its_own(monkeypatch, capsys):
     """The second runs although the first dies, with the case that it died in as the miss."""
     started = []

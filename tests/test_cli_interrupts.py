@@ -178,6 +178,7 @@ def test_check_tells_at_any_moment_what_was_done_and_leaves_no_process(
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_check_json_that_a_signal_stops_is_json_to_its_last_line(runs_of_check):
     runs = runs_of_check

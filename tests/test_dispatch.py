@@ -187,6 +187,7 @@ def test_decisions_are_forgotten_before_they_fill_the_memory(monkeypatch):
         assert len(dispatch._decisions) <= 5
 
 
+@pytest.mark.thorough
 def test_environment_names_the_backend():
     code = (
         "import torch, adapterkern as ak\n"

@@ -91,6 +91,7 @@ def test_graphs_of_a_bank_hold_one_op_each_way():
     assert not [target for graph in graphs for target in graph if target.startswith("aten.mm")]
 
 
+@pytest.mark.thorough
 def test_compiled_bank_follows_a_scaling_and_an_adapter_that_is_added():
     bank, x = bank_of(), torch.randn(4, 16)
     compiled = torch.compile(bank, backend="aot_eager", fullgraph=True)
@@ -123,7 +124,7 @@ def test_compiled_function_and_update_equal_eager():
     torch.testing.assert_close(compiled(x, routing), function(x, routing), **CLOSE)
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_exported_bank_in_plain_operations_serves_other_ids(strict):
     bank = bank_of(options={"scaling": "learned"})

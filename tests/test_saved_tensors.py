@@ -166,7 +166,7 @@ def test_a_compiled_call_keeps_no_more_and_agrees(recompiled, spy, trained):
     )
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", [("x",), ("up_bias",), ("scaling", "down_bias")], ids="+".join)
 def test_compiled_autograd_and_dynamic_shapes_know_outlines(recompiled, spy, trained):
     for tokens in (TOKENS, TOKENS + 2):

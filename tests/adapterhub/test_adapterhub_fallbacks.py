@@ -310,7 +310,7 @@ def holds_the_operation(graph) -> bool:
     return any("adapterkern" in str(m.graph) for m in graph.modules() if hasattr(m, "graph"))
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "setup"),
     [

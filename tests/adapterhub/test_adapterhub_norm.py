@@ -380,6 +380,7 @@ def test_a_whole_model_gets_the_gradients_of_stock(counted, checkpointing):
         assert error <= 1e-4 * scale, name
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("recompiled")
 def test_a_compiled_model_is_one_graph_with_the_norms_in_the_operation():
     graphs = []

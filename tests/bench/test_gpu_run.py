@@ -119,6 +119,7 @@ def test_a_killed_parent_leaves_its_results_and_no_process(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_stopped_parent_still_writes_its_summary(tmp_path):
     out = tmp_path / "out"
     parent = subprocess.Popen(

@@ -103,9 +103,7 @@ def _cases() -> dict[str, tuple[str, str, Case]]:
 CASES = _cases()
 
 
-@pytest.mark.sweep(
-    lambda p: (p["form"], p["case"].dtype), lambda p: p["case"].activation, "schedule"
-)
+@pytest.mark.sweep("form", lambda p: p["case"].dtype, lambda p: p["case"].activation, "schedule")
 @pytest.mark.parametrize(("form", "schedule", "case"), CASES.values(), ids=CASES.keys())
 def test_cuda_matches_float64_in_every_form(run_as, form, schedule, case):
     run_as(form, schedule)
@@ -175,7 +173,7 @@ def test_cuda_large_tiles_match_float64_at_their_edges(kernels, form, bottleneck
         assert not missed(case)
 
 
-@pytest.mark.sweep("tokens", "bottleneck")
+@pytest.mark.sweep("tokens")
 @pytest.mark.parametrize("tokens", [16, 64])
 @pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128])
 def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(

@@ -276,6 +276,7 @@ def test_replicas_of_data_parallel_run_their_own_parameters(name):
     assert not any("replicate" in key for module in fused.modules() for key in vars(module))
 
 
+@pytest.mark.thorough
 def test_blocks_compiled_one_by_one_begin_in_any_thread(recompiled):
     """In a thread of its own, where no adapter was deferred before."""
     model, fused = pair("llama")

@@ -35,7 +35,7 @@ def folder(tiny, tmp_path):
     return tmp_path / "saved"
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", ["import adapterkern.integrations.peft", ""])
 def test_saved_adapter_loads_in_a_fresh_process_after_the_import_alone(tiny, tmp_path, first):
     """PEFT looks for no methods of others: neither entry points nor the file's own words."""

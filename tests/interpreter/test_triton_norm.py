@@ -195,13 +195,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.sweep("options")
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["rows", "row_block"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_triton_norm_matches_float64_with_every_option(run_norm_as, form, options):
     assert not missed(*drawn(run_norm_as(form), **options))
 
 
+@pytest.mark.thorough
 def test_triton_norm_matches_float64_in_tf32(run_norm_as):
     before = torch.get_float32_matmul_precision()
     sizes = run_norm_as("row_block")
@@ -212,7 +213,7 @@ def test_triton_norm_matches_float64_in_tf32(run_norm_as):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.sweep("num_sms", "hidden")
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("tokens", "hidden", "bottleneck"),
     [(1, 70, 20), (37, 64, 16), (37, 1, 1), (2, 257, 5), (66, 130, 33)],
