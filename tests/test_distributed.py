@@ -52,6 +52,7 @@ def results(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+@pytest.mark.thorough
 def test_ddp_gives_the_gradients_and_weights_of_one_process(results):
     assert results["ddp"]["size"] > 0.01
     assert results["ddp"]["gradients"] < 1e-6

@@ -53,6 +53,7 @@ def test_compiled_bank_with_a_dynamic_batch_compiles_once_for_any_content():
     assert counter.frame_count == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_training_gives_the_gradients_of_eager_and_zeros_to_the_unused(backend):
     bank = bank_of({"narrow": 5, "full": 8}, slots=3, options={"scaling": "learned"})

@@ -98,7 +98,7 @@ print("done")
     assert ran.stdout == "done\n", ran.stderr
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "missing", [OF_NEEDS, OF_GRADIENTS, MADE], ids=["needs", "gradients", "made"]
 )

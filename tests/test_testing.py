@@ -79,6 +79,7 @@ def interpreter_report(tmp_path_factory):
     return json.loads(probe.stdout)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "conversion",
     [

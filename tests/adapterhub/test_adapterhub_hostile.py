@@ -103,7 +103,7 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path, safetensors):
     assert torch.equal(found, weights()[DOWN])
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["meta", "config"])
 def test_no_value_of_any_entry_raises_anything_but_a_refusal_by_name(tmp_path, place):
     path = Path(folder_with(tmp_path / "a"))

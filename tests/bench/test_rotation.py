@@ -83,6 +83,7 @@ def test_fewer_sets_are_taken_where_memory_runs_out(monkeypatch):
     assert len(rotation.sets(case, inputs, H100)) == 2
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", ["forward", "backward", "step"])
 @pytest.mark.parametrize("name", ["reference", "plain", "addmm", "lora", "compile"])
 def test_each_call_computes_with_the_weights_of_its_own_set(name, mode):

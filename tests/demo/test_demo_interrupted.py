@@ -138,6 +138,7 @@ def test_a_story_removes_the_empty_folders_that_it_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_story_tells_what_is_finished_and_written(tmp_path):
     story = Story(tmp_path)
     story.start -= 38

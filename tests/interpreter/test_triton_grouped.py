@@ -202,6 +202,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sweep("form", "options")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("form", FORMS)
 def test_grouped_forward_matches_float64_with_every_option(run_as, form, options):
@@ -313,6 +314,7 @@ def test_routing_kernel_sorts_edges_as_the_reference(ids, slots, max_tokens):
     assert_routed(torch.tensor(ids, dtype=torch.int32), slots, max_tokens)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("tokens", "slots"), [(9000, 2), (200, 1030), (260, 200)])
 def test_routing_kernel_sorts_large_batches_as_the_reference(monkeypatch, tokens, slots):
     """More tokens than one step takes, and more slots than programs: here they run in turn, so each

@@ -29,6 +29,7 @@ def mixed_ids(tokens: int, slots: int, seed: int = 0) -> list[int]:
     return torch.randint(-1, slots - 1, (tokens,), generator=generator).tolist()
 
 
+@pytest.mark.sweep("dtype")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("with_scalings", [False, True], ids=["unscaled", "scaled"])
 def test_every_gradient_of_different_ranks_is_right(dtype, with_scalings):
@@ -122,6 +123,7 @@ def test_subsets_give_the_bits_of_all_together():
                 assert torch.equal(out, getattr(whole, name)), (needs, name)
 
 
+@pytest.mark.thorough
 def test_subsets_of_a_wide_bottleneck_give_the_bits_of_all_together():
     call, dy = draw(Sizes(mixed_ids(20, 2), 18, 140, 2, [140, 3], torch.bfloat16))
     whole = triton_gradients(call, dy, ALL)
@@ -135,6 +137,7 @@ def test_subsets_of_a_wide_bottleneck_give_the_bits_of_all_together():
         assert torch.equal(getattr(found, name), getattr(whole, name))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("with_scalings", [False, True], ids=["whole", "in-parts"])
 def test_one_adapter_with_all_tokens_is_summed_over_several_chunks(with_scalings):
     options = {} if with_scalings else {"scalings": None}

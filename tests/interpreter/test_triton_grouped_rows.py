@@ -76,6 +76,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(value):
     assert not y[BAD].isfinite().any()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("where", ["x", "dy"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_row_that_is_not_finite_spoils_gradients_of_its_own_adapter_alone(where, value):
@@ -92,7 +93,7 @@ def test_a_row_that_is_not_finite_spoils_gradients_of_its_own_adapter_alone(wher
     assert not found.down_weights[1, :9].isfinite().all()
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("height", [16, 32, 64])
 def test_every_height_of_a_row_block_covers_a_tile(monkeypatch, height):
     """150 tokens of a slot fill two tiles and begin a third: of four, two or one row block each."""

@@ -239,7 +239,7 @@ def test_triton_norm_of_no_tokens_is_empty(needs):
         assert not found[name].any()
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["rows", "row_block"])
 def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     """A mean of a thousand standard deviations: the mean of the squares, less the square of the
@@ -253,7 +253,7 @@ def test_triton_norm_of_rows_far_from_zero_cancels_nothing(run_norm_as, form):
     assert metric(saved.rstd, 1 / (y.var(-1, correction=0) + call.eps).sqrt()) < 3e-5
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["rows", "row_block"])
 def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
     """Of float32 parameters the outcome shows it, which the rounding of the results would hide."""
@@ -269,7 +269,7 @@ def test_triton_norm_rounds_before_the_weight_where_asked_to(run_norm_as, form):
             assert max(errors) < 1e-6 if rounds == cast else min(errors) > 1e-4
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["rows", "two_programs"])
 def test_triton_norm_repeats_bit_for_bit(run_norm_as, form):
     call, upstream = drawn(run_norm_as(form))
@@ -296,7 +296,7 @@ def subsets():
     return [*alone, *others, *pairs]
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("form", ["rows", "row_block"])
 def test_triton_norm_computes_only_the_gradients_asked_for(run_norm_as, form):
     """Those asked for equal the full set's, the others are absent; the call has no value that they

@@ -19,7 +19,7 @@ FORMS = {
 }
 
 
-@pytest.mark.sweep
+@pytest.mark.thorough
 @pytest.mark.parametrize("prenorm", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_formulae_count_what_the_kernels_of_a_norm_move(form, prenorm, monkeypatch):

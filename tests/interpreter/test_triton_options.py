@@ -47,12 +47,13 @@ def test_triton_matches_float64_with_every_option(run_as, form, case):
     assert not missed(case)
 
 
-@pytest.mark.sweep(*fields_of("case", Case))
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", SIZES.values(), ids=SIZES.keys())
 def test_triton_matches_float64_at_ragged_sizes_in_the_form_it_chooses(case):
     assert not missed(case)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", ["row_block", "split", "token_slices"])
 def test_triton_offsets_survive_rows_beyond_2_to_the_31_elements(run_as, form):
     """x, residual and dy are views whose last row begins behind element 2^31 of their memory."""
@@ -169,6 +170,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__.strip("_"))
 def test_parity_catches_a_broken_kernel_and_points_at_it(monkeypatch, mutate):
     case = Case(scaling=0.7)
