@@ -28,6 +28,8 @@ from adapterkern.backends.triton.launch_config import (
 from adapterkern.grouped.call import GroupedNeeds, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
 
+pytestmark = pytest.mark.thorough
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 DEVICES = {
     80: Device(108, 163 * 1024, 8),

@@ -19,6 +19,8 @@ from adapterkern.backends.triton.compile_only import MOST_STACK_BYTES, compile_o
 from adapterkern.backends.triton.launch_config import Device
 from adapterkern.grouped.call import make_grouped_call
 
+pytestmark = pytest.mark.thorough
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 DEVICES = {
     80: Device(108, 163 * 1024, 8),

@@ -24,6 +24,8 @@ from adapterkern.backends.triton.norm_launches import NormLaunches
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import with_norm
 
+pytestmark = pytest.mark.thorough
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 MB = 1024 * 1024
 DEVICES = {  # the last with an L2 of 72 MB

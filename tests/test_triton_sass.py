@@ -19,6 +19,8 @@ from adapterkern.backends.triton.launch_config import Device
 from adapterkern.backends.triton.mixes import uniform
 from adapterkern.results import Needs, Outputs
 
+pytestmark = pytest.mark.thorough
+
 DEVICES = {80: Device(108, 163 * 1024), 90: Device(132, 227 * 1024)}
 SHAPES = (
     *((16384, 1024, 64), (16384, 4096, 64), (2048, 1024, 64), (2048, 4096, 64)),
@@ -63,7 +65,7 @@ def product_loops(instructions: list[Instruction]) -> list[Loop]:
     return [loop for loop in found if loop.count("HGMMA", "HMMA")]
 
 
-@pytest.fixture(params=[90, pytest.param(80, marks=pytest.mark.thorough)], ids="sm_{}".format)
+@pytest.fixture(params=[90, 80], ids="sm_{}".format)
 def code(request):
     return kernels(request.param)
 
@@ -141,7 +143,6 @@ def narrow_loads(launch: Launch, least: int = 16) -> list[str]:
     ]
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("bottleneck", [24, 40, 104])
 def test_weights_load_in_whole_vectors_where_8_divides_r(bottleneck):
     """Triton itself looks for 16 alone."""
@@ -149,7 +150,6 @@ def test_weights_load_in_whole_vectors_where_8_divides_r(bottleneck):
         assert not narrow_loads(launch), launch.kernel
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("bottleneck", [5, 10, 100])
 def test_rows_of_units_load_in_whole_vectors_whatever_r_is(bottleneck):
     """dz and a in the weight gradients: 16 bytes a thread, or its share of a tile of 16 units, 4.

@@ -173,7 +173,7 @@ def test_cuda_large_tiles_match_float64_at_their_edges(kernels, form, bottleneck
         assert not missed(case)
 
 
-@pytest.mark.sweep("tokens")
+@pytest.mark.thorough
 @pytest.mark.parametrize("tokens", [16, 64])
 @pytest.mark.parametrize("bottleneck", [1, 16, 17, 32, 33, 64, 65, 128])
 def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
