@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_gpu(commands.add_parser("gpu", help="run a stage, whatever hangs or dies"))
     pack = commands.add_parser("pack", help="prepare what a GPU machine without a network lacks")
     pack.add_argument("--python", metavar="PATH", help="to build for (default: a Python 3.12)")
+    pack.add_argument(
+        "--triton", metavar="PATH",
+        help="a Python with the GPU machine's torch and triton: compile Triton's kernels too",
+    )  # fmt: skip
     pack.add_argument("--archs", default="sm_90a", help="default: sm_90a")
     pack.set_defaults(run=_pack)
     merge = commands.add_parser("merge", help="combine runs of one commit on one kind of GPU")
@@ -151,7 +155,10 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     try:
         python = [arguments.python] if arguments.python else pack.default_python()
-        made = pack.create(python, arguments.archs, lambda text: print(text, flush=True))
+        triton = [arguments.triton] if arguments.triton else None
+        made = pack.create(
+            python, arguments.archs, lambda text: print(text, flush=True), triton=triton
+        )
     except pack.PackError as error:
         return _refuse(str(error))
     command = ["python3", "-m", "benchmarks", "gpu", "--stage", "verify", "--out"]

@@ -88,7 +88,7 @@ def _adapter(bench: Bench, request: dict[str, Any]) -> Records:
     tf32 = bool(request.get("tf32"))
     measured = from_dict(request["calibration"])
     settings = Settings(seconds=bench.seconds, hot=bool(request.get("hot")))
-    with _tf32() if tf32 else contextlib.nullcontext():
+    with allowing_tf32() if tf32 else contextlib.nullcontext():
         if tf32 and isinstance(bench.timer, CudaTimer):
             measured = _with_tf32_rate(measured, bench.timer)
             values = {**request["calibration"], TF32_RATE: measured.matrix_rate_fp32}
@@ -108,7 +108,7 @@ def _adapter(bench: Bench, request: dict[str, Any]) -> Records:
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
+def allowing_tf32() -> Iterator[None]:
     """Let float32 products use TF32, torch's and the kernels', which follow the same setting."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -198,7 +198,8 @@ def _host(bench: Bench, _request: dict[str, Any]) -> Records:
         command += ["-k", "function"] if bench.tiny else []
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         if not output.exists() or not output.read_text():
-            raise RuntimeError(f"the host-overhead suite failed: {done.stdout.strip()[-300:]}")
+            says = (done.stdout + done.stderr).strip()[-300:]
+            raise RuntimeError(f"the host-overhead suite failed: {says}")
         data = json.loads(output.read_text())
     for entry in data["benchmarks"]:
         stats = entry["stats"]

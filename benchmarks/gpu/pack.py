@@ -1,4 +1,5 @@
-"""The files for a GPU machine without a network: the extension, wheels, and the tree's commit.
+"""The files for a GPU machine without a network: the extension, wheels, Triton's kernels, and the
+tree's commit.
 
 `create` fills an ignored folder here; `Pack` reads it there, with the standard library alone.
 """
@@ -9,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".gpu"
-MOST_BYTES = 40 * 2**20
+MOST_BYTES = 48 * 2**20
 # The sources on which a run's results depend.
 SOURCES = ("adapterkern", "benchmarks", "csrc", "tests", "setup.py", "pyproject.toml")
 _GENERATED = ("__pycache__", "_buildinfo.py", "results")
@@ -32,6 +35,12 @@ _BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
 
 
 MACHINE_PYTHON = "3.12"  # the GPU machines'
+KERNELS = (
+    "kernels.tar.xz"  # Triton's cache, but for what it needs no more once a kernel is compiled
+)
+CACHE = ROOT / "build" / "triton-cache"  # of a run that has kernels of a pack
+_LOADED = (".cubin", ".json")
+_NOTE = "__grp__"
 
 
 class PackError(RuntimeError):
@@ -73,13 +82,16 @@ def _output(command: list[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed folder."""
+    """A packed folder. suffix: the extension's, which names the Python that loads it; triton: the
+    key of the Triton that finds the kernels (`machine.triton_key`), None if there are none.
+    """
 
     folder: Path
     commit: str
     dirty: bool
     digest: str
-    suffix: str  # the extension's, which names the Python that loads it
+    suffix: str
+    triton: str | None = None
 
     @classmethod
     def read(cls, folder: Path = FOLDER) -> "Pack | None":
@@ -93,7 +105,7 @@ class Pack:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            keys = ("commit", "dirty", "digest", "suffix")
+            keys = ("commit", "dirty", "digest", "suffix", "triton")
             return cls(folder, *(found[key] for key in keys))
         except (OSError, ValueError, KeyError) as error:
             raise PackError(
@@ -117,7 +129,10 @@ class Pack:
             )
 
     def unpack(self, site: Path, root: Path, suffix: str, say: Callable[[str], Any]) -> None:
-        """Put wheels into `site`, and the extension into the package if it fits this Python."""
+        """Put wheels into `site`, kernels into CACHE, and the extension into the package if it fits
+        this Python."""
+        if self.triton is not None:
+            restore(self.folder / KERNELS, CACHE)
         for wheel in sorted((self.folder / "wheels").glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
@@ -129,22 +144,34 @@ class Pack:
 
 
 def create(
-    python: Sequence[str], archs: str, say: Callable[[str], Any], folder: Path = FOLDER
+    python: Sequence[str],
+    archs: str,
+    say: Callable[[str], Any],
+    folder: Path = FOLDER,
+    triton: Sequence[str] | None = None,
 ) -> Pack:
     """Build the extension for another Python, fetch the wheels, and write the commit.
 
     Args:
         python: the interpreter to build for, as a command; it needs no torch.
         archs: as ADAPTERKERN_CUDA_ARCHS takes them.
+        triton: an interpreter with the GPU machine's torch and Triton, which compiles Triton's
+            kernels; None leaves that to the run.
 
     Raises:
-        PackError: no commit, no such Python, a build or a download that fails, or too many bytes.
+        PackError: no commit, no such Python, a build, a compilation or a download that fails, or
+            too many bytes.
     """
     found = commit_of()
     if found is None:
         raise PackError(f"{ROOT} has no git commit, and a run refuses to measure without one.")
     commit, dirty = found
     about = _facts(python)
+    if triton is not None and _facts(triton) != about:
+        raise PackError(
+            f"{' '.join(triton)} is no Python {about['version']}, which the extension is for; "
+            "its Triton names kernels otherwise.\n  hint: name another with --triton"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("extension", "wheels"):
         (folder / name).mkdir(parents=True)
@@ -152,10 +179,15 @@ def create(
     _build(python, archs, folder / "extension")
     say(f"fetching {len(WHEELS)} wheels")
     _fetch(about["version"], folder / "wheels")
+    key = None
+    if triton is not None:
+        say("compiling Triton's kernels, for some minutes")
+        key = _compile(triton, folder / KERNELS)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MOST_BYTES:
         raise PackError(f"{folder} has {size / 2**20:.1f} MiB, at most {MOST_BYTES // 2**20} fit.")
     content = {"commit": commit, "dirty": dirty, "digest": digest(), "suffix": about["suffix"]}
+    content["triton"] = key
     (folder / "pack.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     say(f"{folder}: {size / 2**20:.1f} MiB, commit {commit[:12]}{' with changes' * dirty}")
     return Pack(folder, **content)
@@ -207,6 +239,49 @@ def _build(python: Sequence[str], archs: str, target: Path) -> None:
     _call([*command, "--build-temp", str(place / "objects")], settings)
     for file in (place / "lib" / "adapterkern").iterdir():
         shutil.copy2(file, target / file.name)
+
+
+def _compile(python: Sequence[str], target: Path) -> str:
+    """Compile Triton's kernels into an archive; return the key of the Triton that finds them.
+
+    Raises:
+        PackError: some call cannot be compiled.
+    """
+    shards = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [*python, "-m", "benchmarks.gpu.kernels"]
+        running = [
+            subprocess.Popen(
+                [*command, str(shard), str(shards)], cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for shard in range(shards)
+        ]  # fmt: skip
+        ends = [(*each.communicate(), each.returncode) for each in running]
+        failed = "".join(errors for _, errors, code in ends if code).strip().splitlines()
+        if failed:
+            raise PackError("\n".join([f"{' '.join(command)} failed:", *failed[-12:]]))
+        archive(Path(cache), target)
+    return ends[0][0].strip()
+
+
+def archive(cache: Path, target: Path) -> None:
+    """Write what Triton loads of its cache into one file."""
+    with tarfile.open(target, "w:xz", preset=3) as file:
+        for path in sorted(cache.rglob("*")):
+            if path.suffix in _LOADED:
+                file.add(path, path.relative_to(cache))
+
+
+def restore(archived: Path, cache: Path) -> None:
+    """Unpack such a file. Triton notes with each kernel where its files lie."""
+    with tarfile.open(archived) as file:
+        file.extractall(cache, filter="data")
+    for note in cache.glob(f"*/{_NOTE}*"):
+        known = json.loads(note.read_text(encoding="utf-8"))["child_paths"]
+        here = {name: str(note.parent / name) for name in known if (note.parent / name).exists()}
+        note.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
 
 
 def _fetch(version: str, target: Path) -> None:

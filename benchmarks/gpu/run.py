@@ -66,7 +66,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> int:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         if found is not None:
             found.unpack(site, ROOT, suffix, say)
-        stage = _Stage(options, output, deadline, site, _words(options, commit, dirty))
+        stage = _Stage(options, output, deadline, site, _words(options, commit, dirty), found)
         sampler = stage.sampler()
         try:
             passed = stage.run_steps()
@@ -143,11 +143,15 @@ class _Stage:
         deadline: float,
         site: Path,
         words: dict[str, tuple[str, ...]],
+        packed: pack.Pack | None = None,
     ) -> None:
         self.options, self.output, self.deadline = options, output, deadline
         self._words = words
         path = os.pathsep.join(filter(None, (str(ROOT), str(site), os.environ.get("PYTHONPATH"))))
         self._environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        self._kernels_of = packed.triton if packed is not None else None
+        if self._kernels_of is not None:
+            self._environment["TRITON_CACHE_DIR"] = str(pack.CACHE)
         worker = [sys.executable, "-m", "benchmarks.gpu.worker"]
         worker += ["--dry"] if options.dry else []
         self._measuring = Measuring(output, worker, self._environment, ROOT)
@@ -273,6 +277,11 @@ class _Stage:
                 self.output.say(line)
         elif "header" in message:
             self.output.record("header", **message["header"])
+            key = message["header"]["triton_key"]
+            if self._kernels_of not in (None, key):
+                self.output.say(
+                    f"Triton finds none of the packed kernels, which are of {self._kernels_of}"
+                )
         elif message.get("event") in ("backend", "begin", "case", "end"):
             self._failed_checks += message.get("passed") is False
             event = message.pop("event")

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +38,7 @@ def packed(tree, tmp_path):
     (folder / "extension" / f"_cuda{SUFFIX}").write_text("binary")
     (folder / "extension" / "_buildinfo.py").write_text("REASON = None")
     content = {"commit": "c" * 40, "dirty": False, "digest": pack.digest(tree), "suffix": SUFFIX}
+    content["triton"] = None
     (folder / "pack.json").write_text(json.dumps(content))
     return Pack.read(folder)
 
@@ -78,6 +81,18 @@ def test_an_extension_for_another_python_stays_out_and_is_said(tree, packed, tmp
     packed.unpack(tmp_path / "site", tree, ".cpython-399-x.so", said.append)
     assert said == [f"the packed extension is for {SUFFIX}, this Python loads .cpython-399-x.so"]
     assert not (tree / "adapterkern" / "_buildinfo.py").exists()
+
+
+def test_kernels_are_in_the_cache_of_the_run(tree, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "CACHE", tmp_path / "cache")
+    (tmp_path / "HASH").mkdir()
+    (tmp_path / "HASH" / "kernel.cubin").write_text("code")
+    with tarfile.open(packed.folder / pack.KERNELS, "w:xz") as archive:
+        archive.add(tmp_path / "HASH", "HASH")
+    packed.unpack(tmp_path / "site", tree, SUFFIX, print)
+    assert not (tmp_path / "cache").exists()  # of a pack without kernels
+    replace(packed, triton="key").unpack(tmp_path / "site", tree, SUFFIX, print)
+    assert (tmp_path / "cache" / "HASH" / "kernel.cubin").read_text() == "code"
 
 
 def test_no_pack_is_none_and_half_of_one_is_refused(tmp_path):
@@ -127,9 +142,52 @@ def test_create_refuses_what_would_be_no_use(quick, monkeypatch, tmp_path):
         pack.create([sys.executable], "sm_90a", print, tmp_path / "c")
 
 
+@pytest.fixture
+def compiler(tmp_path):
+    """A Python whose `-m benchmarks.gpu.kernels SHARD SHARDS` writes into Triton's cache, and fails
+    as a shard that is named `bad` in the environment."""
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -m ] || exec '
+        f'{sys.executable} "$@"\n'
+        'cd "$TRITON_CACHE_DIR" && mkdir "$3of$4" && touch "$3of$4/k.cubin" "$3of$4/k.ttir"\n'
+        'if [ "$3" = "$bad" ]; then echo "case: OutOfResources: shared" >&2; exit 1; fi\n'
+        "echo some-key\n"
+    )
+    program.chmod(0o755)
+    return [str(program)]
+
+
+def test_kernels_are_compiled_by_all_cores_and_packed_as_they_are_loaded(
+    quick, compiler, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(pack.os, "cpu_count", lambda: 3)
+    folder = tmp_path / "new"
+    made = pack.create([sys.executable], "sm_90a", print, folder, compiler)
+    assert made == Pack.read(folder)
+    assert made.triton == "some-key"
+    with tarfile.open(folder / pack.KERNELS) as archive:
+        assert archive.getnames() == [f"{shard}of3/k.cubin" for shard in range(3)]
+
+
+def test_a_call_that_does_not_compile_makes_no_pack(quick, compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(pack.os, "cpu_count", lambda: 3)
+    monkeypatch.setenv("bad", "1")
+    with pytest.raises(PackError, match="kernels failed:\ncase: OutOfResources: shared"):
+        pack.create([sys.executable], "sm_90a", print, tmp_path / "new", compiler)
+    assert Pack.read(tmp_path / "new") is None
+
+
+def test_a_triton_of_another_python_is_refused(quick, monkeypatch, tmp_path):
+    facts = {"one": {"version": "3.12", "suffix": SUFFIX}, "two": {"version": "3.11"}}
+    monkeypatch.setattr(pack, "_facts", lambda python: facts[python[0]])
+    with pytest.raises(PackError, match=r"two is no Python 3\.12, which the extension is for"):
+        pack.create(["one"], "sm_90a", print, tmp_path / "new", ["two"])
+
+
 def test_the_command_prints_what_to_run_there(monkeypatch, capsys, tmp_path):
     made = Pack(tmp_path / ".gpu", "c" * 40, False, "d", SUFFIX)
-    monkeypatch.setattr(pack, "create", lambda python, archs, say: made)
+    monkeypatch.setattr(pack, "create", lambda python, archs, say, triton: made)
     assert main(["pack", "--python", sys.executable]) == 0
     out = capsys.readouterr().out
     assert 'python3 -m benchmarks gpu --stage verify --out "$OUT"' in out
