@@ -1,5 +1,6 @@
-"""Every Triton configuration that can be launched, compiled for sm_80 to sm_120 without a GPU,
-within bounds. Where two of these get the same code, one is compiled.
+"""Every Triton configuration that can be launched, compiled for sm_80 to sm_90 without a GPU, and
+the widest of each kernel for sm_100 and sm_120, within bounds. Where two of these get the same
+code, one is compiled.
 """
 
 import dataclasses
@@ -30,7 +31,11 @@ def few_jobs() -> list[triton_compile.Job]:
 
 
 def every_job() -> list[triton_compile.Job]:
-    jobs = triton_compile.jobs() + triton_compile.option_jobs() + triton_compile.largest_jobs()
+    """Blackwell takes the plans of the cards before it with as much memory, so the widest of each
+    kernel show enough there."""
+    before = [capability for capability in CAPABILITIES if capability < 100]
+    jobs = triton_compile.jobs(before) + widest(100, "bf16") + widest(120, "bf16")
+    jobs += triton_compile.option_jobs() + triton_compile.largest_jobs()
     return jobs + triton_compile.wgmma_jobs()
 
 

@@ -165,7 +165,7 @@ def create(
     found = commit_of()
     if found is None:
         raise PackError(f"{ROOT} has no git commit, and a run refuses to measure without one.")
-    commit, dirty = found
+    (commit, dirty), sources = found, digest()
     about = _facts(python)
     if triton is not None and _facts(triton) != about:
         raise PackError(
@@ -186,7 +186,9 @@ def create(
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MOST_BYTES:
         raise PackError(f"{folder} has {size / 2**20:.1f} MiB, at most {MOST_BYTES // 2**20} fit.")
-    content = {"commit": commit, "dirty": dirty, "digest": digest(), "suffix": about["suffix"]}
+    if digest() != sources:
+        raise PackError("The sources changed meanwhile, and the pack would be of neither state.")
+    content = {"commit": commit, "dirty": dirty, "digest": sources, "suffix": about["suffix"]}
     content["triton"] = key
     (folder / "pack.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     say(f"{folder}: {size / 2**20:.1f} MiB, commit {commit[:12]}{' with changes' * dirty}")

@@ -178,6 +178,13 @@ def test_a_call_that_does_not_compile_makes_no_pack(quick, compiler, monkeypatch
     assert Pack.read(tmp_path / "new") is None
 
 
+def test_sources_that_change_meanwhile_make_no_pack(quick, tree, monkeypatch, tmp_path):
+    monkeypatch.setattr(pack, "digest", lambda root=tree: str(len(quick)))  # of what was called
+    with pytest.raises(PackError, match="changed meanwhile"):
+        pack.create([sys.executable], "sm_90a", print, tmp_path / "new")
+    assert Pack.read(tmp_path / "new") is None
+
+
 def test_a_triton_of_another_python_is_refused(quick, monkeypatch, tmp_path):
     facts = {"one": {"version": "3.12", "suffix": SUFFIX}, "two": {"version": "3.11"}}
     monkeypatch.setattr(pack, "_facts", lambda python: facts[python[0]])

@@ -1,5 +1,8 @@
 """The demo's checks, on a trained model and on one that was tampered with."""
 
+import os
+
+import pytest
 import torch
 from torch import nn
 
@@ -31,6 +34,26 @@ def test_reload_check_holds_and_notices_another_head(trained, tiny_model, tmp_pa
     verdict = checks.check_reload(folders, tiny_model, data, recorded)
     assert not verdict.passed
     assert verdict.detail.endswith("for kind")
+
+
+def test_an_interrupted_save_leaves_the_earlier_adapter(trained, tiny_model, tmp_path, monkeypatch):
+    classifier, task = trained[0], corpus.TASKS[0]
+    place, replace = model.save_task(classifier, task, tiny_model, tmp_path), os.replace
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+
+    def interrupted(source, target):
+        if target == place:
+            monkeypatch.setattr(os, "replace", replace)  # one Ctrl-C
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with torch.no_grad():
+        classifier.heads[task.name].bias[0] += 1
+    with pytest.raises(KeyboardInterrupt):
+        model.save_task(classifier, task, tiny_model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [task.name]
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 def test_gradient_check_holds_and_notices_wrong_arithmetic(trained, monkeypatch):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import cuda_facts
 import torch
-from conftest import emulated
 from cuda_emulator import Emulator
 from cuda_grouped import GroupedCase, GroupedEmulator, backend
 from cuda_grouped import missed as wrong_groups
 from cuda_norms import CLUSTERS, NormCase
 from cuda_norms import missed as wrong_norms
+from emulated import emulated
 
 from adapterkern.backends.cuda import launch_config
 from adapterkern.backends.cuda.launch_config import Device

@@ -8,8 +8,8 @@ import cuda_emulator
 import numpy as np
 import pytest
 import torch
-from conftest import emulated
 from cuda_forms import FORMS
+from emulated import emulated
 from special_values import assert_gradient_is_autograds
 from thorough import fields_of
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import cuda_emulator
 import pytest
 import torch
-from conftest import emulated
 from cuda_grouped import (
     BF16,
     FLOAT,
@@ -20,6 +19,7 @@ from cuda_grouped import (
     permuted,
     random_case,
 )
+from emulated import emulated
 
 import adapterkern as ak
 from adapterkern.backends.cuda.grouped import grouped_plan

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import emulated
+from emulated import emulated
 
 import adapterkern as ak
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import cuda_emulator
 import pytest
 import torch
-from conftest import emulated
 from cuda_norms import CLUSTERS, NormCase, all_needs, missed, plan, results_of
+from emulated import emulated
 from thorough import fields_of
 
 from adapterkern import bottleneck_adapter_norm

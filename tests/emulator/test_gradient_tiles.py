@@ -5,7 +5,7 @@ import itertools
 import cuda_emulator
 import pytest
 import torch
-from conftest import emulated
+from emulated import emulated
 
 from adapterkern.backends import get
 from adapterkern.backends.cuda.launch_config import Device

@@ -3,8 +3,8 @@
 import cuda_emulator
 import pytest
 import torch
-from conftest import emulated
 from cuda_forms import CLUSTER_MEMORY
+from emulated import emulated
 
 from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
 from adapterkern.parity import Case, check_case

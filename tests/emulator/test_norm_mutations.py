@@ -2,8 +2,8 @@
 
 import cuda_emulator
 import pytest
-from conftest import emulated
 from cuda_norms import CLUSTERS, NormCase, missed, plan
+from emulated import emulated
 
 from adapterkern.backends.cuda import norm as cuda_norm
 

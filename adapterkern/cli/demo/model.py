@@ -213,10 +213,15 @@ def save_task(model: TextClassifier, task: Task, source: str, folder: Path) -> P
             "pooling": "mean over the real tokens",
         }
         (fresh / "task.json").write_text(json.dumps(description, indent=2) + "\n")
-        place = folder / task.name
-        if place.exists():
-            os.replace(place, Path(scratch) / "previous")
-        os.replace(fresh, place)
+        place, previous = folder / task.name, Path(scratch) / "previous"
+        try:
+            if place.exists():
+                os.replace(place, previous)
+            os.replace(fresh, place)
+        except BaseException:  # Ctrl-C between the two: the earlier one takes its place again
+            if previous.exists() and not place.exists():
+                os.replace(previous, place)
+            raise
     return place
 
 
