@@ -106,7 +106,7 @@ def routing_outcomes(sizes: tuple[int, int]) -> list[tuple]:
         return [(n.kernel, n.grid, n.shared, *resources(n.cubin), n.cubin) for n in launches]
 
 
-ROUTINGS = ((64, 16), (16384, 16), (256, 1024), (32768, 1024))
+ROUTINGS = ((64, 16), (16384, 16), (16384, 200), (256, 300), (256, 1022), (32768, 1022))
 FEW = (MAIN, EVEN, DECODE, ROUTINGS[0])
 
 

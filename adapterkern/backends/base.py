@@ -47,7 +47,7 @@ class Backend(ABC):
     dtypes: ClassVar[frozenset[torch.dtype]]
     activations: ClassVar[frozenset[str]]
     features: ClassVar[frozenset[str]]
-    routes: ClassVar[bool] = False  # whether `route` sorts tokens on its devices
+    most_routed_slots: ClassVar[int] = 0  # up to how many `route` sorts tokens on its devices
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:

@@ -210,7 +210,7 @@ class AdapterRouting:
         return known[sequence]
 
     def _sort(self, ids: Tensor) -> None:
-        router = _router(self.device)
+        router = _router(self.device, self.slots)
         if router is None:
             sort_tokens(ids, self.slots, *self.buffers())
             return
@@ -219,12 +219,12 @@ class AdapterRouting:
             torch.autograd.graph.increment_version(buffer)
 
 
-def _router(device: torch.device) -> Any:
-    """The backend that sorts in one kernel on this device, if one does."""
+def _router(device: torch.device, slots: int) -> Any:
+    """The backend that sorts so many slots in one kernel on this device, if one does."""
     for name in NAMES:
         backend = get(name)
-        fits = backend.routes and (backend.devices is None or device.type in backend.devices)
-        if fits and backend.unavailable_reason() is None:
+        fits = backend.devices is None or device.type in backend.devices
+        if fits and slots <= backend.most_routed_slots and backend.unavailable_reason() is None:
             return backend
     return None
 

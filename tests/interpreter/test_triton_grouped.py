@@ -315,7 +315,7 @@ def test_routing_kernel_sorts_edges_as_the_reference(ids, slots, max_tokens):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("tokens", "slots"), [(9000, 2), (200, 1030), (260, 200)])
+@pytest.mark.parametrize(("tokens", "slots"), [(9000, 2), (200, 1022), (260, 200)])
 def test_routing_kernel_sorts_large_batches_as_the_reference(monkeypatch, tokens, slots):
     """More tokens than one step takes, and more slots than programs: here they run in turn, so each
     gets more groups."""
@@ -335,6 +335,16 @@ def test_an_update_takes_the_kernel_and_reads_strided_ids(monkeypatch):
     routing = AdapterRouting(6, 2).update(ids)
     assert len(launched) == 2  # and the empty one that it begins with
     assert routing.token_slots.tolist() == [1, 0, -1, 1, -1, -1]
+    assert routing.order[64:66].tolist() == [0, 3]
+
+
+def test_routings_of_more_slots_than_the_kernel_has_bins_for_do_without_it(monkeypatch):
+    launched = []
+    monkeypatch.setattr(grouped_launches, "route", lambda *_given: launched.append(1))
+    AdapterRouting(4, triton.most_routed_slots)
+    assert len(launched) == 1
+    routing = AdapterRouting(4, triton.most_routed_slots + 1).update([1022, -1, 7, 1022])
+    assert len(launched) == 1
     assert routing.order[64:66].tolist() == [0, 3]
 
 

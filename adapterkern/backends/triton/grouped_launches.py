@@ -46,7 +46,7 @@ MOST_SPLITS_BY_ROW = 16  # whose sums each program of the second half adds up
 # Comparisons of a token with a group in one step of a routing: 16 a lane.
 ROUTED_AT_A_TIME = 4096
 # The bins that all groups of a program are compared with: Triton 3.6 has no registers for more.
-MOST_BINS_OF_GROUPS = 2048
+MOST_BINS_OF_GROUPS = 512
 
 
 def grouped_problem(call: GroupedCall, device: Device) -> Problem:
