@@ -35,12 +35,10 @@ _BUILD_TOOLS = ("setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
 
 
 MACHINE_PYTHON = "3.12"  # the GPU machines'
-KERNELS = (
-    "kernels.tar.xz"  # Triton's cache, but for what it needs no more once a kernel is compiled
-)
-CACHE = ROOT / "build" / "triton-cache"  # of a run that has kernels of a pack
+KERNELS = "kernels.tar.xz"  # of Triton's cache what it reads to load a kernel
 _LOADED = (".cubin", ".json")
 _NOTE = "__grp__"
+CACHE = ROOT / "build" / "triton-cache"  # of a run whose pack has kernels
 
 
 class PackError(RuntimeError):
