@@ -277,11 +277,9 @@ class _Stage:
                 self.output.say(line)
         elif "header" in message:
             self.output.record("header", **message["header"])
-            key = message["header"]["triton_key"]
-            if self._kernels_of not in (None, key):
-                self.output.say(
-                    f"Triton finds none of the packed kernels, which are of {self._kernels_of}"
-                )
+            if self._kernels_of not in (None, message["header"].get("triton_key")):
+                other = f"they are for the Triton of key {self._kernels_of}"
+                self.output.say(f"the packed kernels are of no use here: {other}")
         elif message.get("event") in ("backend", "begin", "case", "end"):
             self._failed_checks += message.get("passed") is False
             event = message.pop("event")

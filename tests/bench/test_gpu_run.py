@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.gpu import digest, pack, run, stages
+from benchmarks.gpu import digest, pack, processes, run, stages
 from benchmarks.gpu.output import FILES, FolderError, Output
 from benchmarks.gpu.pack import ROOT
 
@@ -199,6 +199,22 @@ def test_a_stale_pack_beside_git_is_left_out_and_said(tmp_path, monkeypatch):
         run.run(run.Options("verify", tmp_path / "other"), said.append)
     assert unpacked == [fresh]
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(("key", "told"), [("here", 0), ("another", 1), (None, 0)])
+def test_a_run_takes_the_kernels_of_its_pack_and_says_if_they_are_of_no_use(tmp_path, key, told):
+    said = []
+    output = Output(tmp_path / "out", said.append)
+    packed = pack.Pack(tmp_path, "c" * 40, False, "d", ".so", triton=key)
+    options = run.Options("verify", tmp_path)
+    stage = run._Stage(options, output, 0.0, tmp_path, {"{python}": (sys.executable,)}, packed)
+    code = "import os; print('cache', os.environ.get('TRITON_CACHE_DIR') == %r)"
+    child = stage._child("machine", ("{python}", "-c", code % str(pack.CACHE)), {})
+    processes.watch([child], time.monotonic() + 20)
+    assert f"cache {key is not None}" in (tmp_path / "out" / "log.txt").read_text()
+    stage._take(child, "out", '{"header": {"triton_key": "here"}}')
+    assert len(said) == told
+    assert all(key in line for line in said)
 
 
 def test_clocks_that_nobody_samples_are_a_problem_that_is_said(tmp_path):
