@@ -185,7 +185,10 @@ def create(
     if size > MOST_BYTES:
         raise PackError(f"{folder} has {size / 2**20:.1f} MiB, at most {MOST_BYTES // 2**20} fit.")
     if digest() != sources:
-        raise PackError("The sources changed meanwhile, and the pack would be of neither state.")
+        raise PackError(
+            "The sources changed meanwhile, and the pack would be of neither state.\n"
+            "  hint: run it again, and leave them alone"
+        )
     content = {"commit": commit, "dirty": dirty, "digest": sources, "suffix": about["suffix"]}
     content["triton"] = key
     (folder / "pack.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -259,9 +262,10 @@ def _compile(python: Sequence[str], target: Path) -> str:
             for shard in range(shards)
         ]  # fmt: skip
         ends = [(*each.communicate(), each.returncode) for each in running]
-        failed = "".join(errors for _, errors, code in ends if code).strip().splitlines()
-        if failed:
-            raise PackError("\n".join([f"{' '.join(command)} failed:", *failed[-12:]]))
+        if any(code for *_, code in ends):
+            says = [errors.strip() or f"exit code {code}" for _, errors, code in ends if code]
+            lines = "\n".join(says).splitlines()[-12:]
+            raise PackError("\n".join([f"{' '.join(command)} failed:", *lines]))
         archive(Path(cache), target)
     return ends[0][0].strip()
 

@@ -144,14 +144,14 @@ def test_create_refuses_what_would_be_no_use(quick, monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(tmp_path):
-    """A Python whose `-m benchmarks.gpu.kernels SHARD SHARDS` writes into Triton's cache, and fails
-    as a shard that is named `bad` in the environment."""
+    """A Python whose `-m benchmarks.gpu.kernels SHARD SHARDS` writes into Triton's cache, and as
+    the second shard does what `second` in the environment says."""
     program = tmp_path / "python"
     program.write_text(
         '#!/bin/sh\n[ "$1" = -m ] || exec '
         f'{sys.executable} "$@"\n'
         'cd "$TRITON_CACHE_DIR" && mkdir "$3of$4" && touch "$3of$4/k.cubin" "$3of$4/k.ttir"\n'
-        'if [ "$3" = "$bad" ]; then echo "case: OutOfResources: shared" >&2; exit 1; fi\n'
+        'if [ "$3" = 1 ]; then eval "$second"; fi\n'
         "echo some-key\n"
     )
     program.chmod(0o755)
@@ -170,10 +170,20 @@ def test_kernels_are_compiled_by_all_cores_and_packed_as_they_are_loaded(
         assert archive.getnames() == [f"{shard}of3/k.cubin" for shard in range(3)]
 
 
-def test_a_call_that_does_not_compile_makes_no_pack(quick, compiler, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ("echo 'case: OutOfResources: shared' >&2; exit 1", "case: OutOfResources: shared"),
+        ("kill -9 $$", "exit code -9"),
+    ],
+    ids=["told", "killed"],
+)
+def test_calls_that_do_not_compile_make_no_pack(
+    quick, compiler, monkeypatch, tmp_path, second, says
+):
     monkeypatch.setattr(pack.os, "cpu_count", lambda: 3)
-    monkeypatch.setenv("bad", "1")
-    with pytest.raises(PackError, match="kernels failed:\ncase: OutOfResources: shared"):
+    monkeypatch.setenv("second", second)
+    with pytest.raises(PackError, match=f"kernels failed:\n{says}"):
         pack.create([sys.executable], "sm_90a", print, tmp_path / "new", compiler)
     assert Pack.read(tmp_path / "new") is None
 
