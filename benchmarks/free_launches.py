@@ -6,7 +6,7 @@ from unittest import mock
 
 from adapterkern.backends.base import Backend
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 
 NAMES = ("cuda", "triton", "triton-row-block")  # few tokens take two kernels forward, rows one
 

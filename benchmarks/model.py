@@ -176,12 +176,19 @@ def cuda_calls(case: BenchCase, card: Card) -> tuple[str, list[Traffic]]:
     from adapterkern.backends.cuda import launch_config, traffic
 
     clusters = card.shared_memory if card.has_clusters else 0
-    device = launch_config.Device(card.num_sms, clusters, card.shared_memory)
-    problem = launch_config.Problem(case.tokens, case.hidden_size, case.bottleneck_size, True)
+    device = launch_config.Device(
+        card.num_sms, clusters, card.shared_memory, warpgroups=card.has_clusters
+    )
+    whole = case.hidden_size % 8 == 0 and case.bottleneck_size % 8 == 0
+    problem = launch_config.Problem(
+        case.tokens, case.hidden_size, case.bottleneck_size, True, beside=0 if whole else None
+    )
     plan = launch_config.token_plan(problem, device)
     form = "row block" if plan.slices.number == 0 else "split"
     if plan.num_clusters > 0:
         form = f"cluster {plan.slices.number} x {plan.cluster_tokens}"
+    if plan.resident_clusters > 0:
+        form = f"resident {plan.slices.number} x 64"
     if case.mode == "forward":
         return form, traffic.forward(problem, plan, device, save=False)
     weights = launch_config.token_slices(problem, device)

@@ -5,6 +5,8 @@
 //   slices of H, the second adds them and writes the output, over other slices of H.
 // - cluster, from compute capability 9.0 on: each block takes a slice of H, and the blocks exchange
 //   their sums on the chip; both weights and the rows are read once.
+// - resident, for compute capability 9.0: a block keeps 64 tokens on the chip, so the rows are read
+//   once, and copies, products and output take place at the same time.
 //
 // A policy tells what the rows, the weights, the bottleneck and the output are:
 //   Scalar, Params, Kept, OfUnits      types: of the products, and those named below
@@ -24,6 +26,7 @@
 
 #include "activations.cuh"
 #include "cluster.cuh"
+#include "resident.cuh"
 #include "row_block.cuh"
 
 namespace adapterkern {
@@ -213,6 +216,7 @@ cudaError_t launch_clusters(const Params& params, cudaStream_t stream) {
 template <template <typename> class PolicyOf, typename Params>
 cudaError_t launch_adapter(const Params& params, cudaStream_t stream) {
   if (!has_formula(params.activation)) return cudaErrorInvalidValue;
+  if (params.resident_clusters > 0) return launch_resident<PolicyOf>(params, stream);
   return switch_dtype(params.compute_dtype, [&](auto type) {
     return switch_block_r(params.bottleneck_size, [&](auto width) {
       using Scalar = typename decltype(type)::type;

@@ -87,8 +87,8 @@ py::tuple kernels() {
   return names;
 }
 
-// Returns (panel, most stages, row blocks, tiles of many adapters, clusters, gradients), the facts
-// in the order of facts.h.
+// Returns (panel, most stages, row blocks, tiles of many adapters, clusters, gradients, resident),
+// the facts in the order of facts.h.
 py::tuple facts() {
   const Facts all = launch_facts();
   const auto listed = [](const std::vector<RowBlockFacts>& shapes) {
@@ -108,8 +108,11 @@ py::tuple facts() {
   for (const GradientFacts& f : all.gradients) {
     gradients.append(py::make_tuple(f.half, f.units, f.features, f.stage_bytes));
   }
-  return py::make_tuple(all.panel, all.most_stages, listed(all.row_blocks), listed(all.grouped),
-                        clusters, gradients);
+  const ResidentFacts& r = all.resident;
+  return py::make_tuple(
+      all.panel, all.most_stages, listed(all.row_blocks), listed(all.grouped), clusters, gradients,
+      py::make_tuple(r.width, r.tokens, r.threads, r.tile_bytes, r.panel_bytes, r.beside_bytes,
+                     r.slots_in, r.slots_out, r.slots_out_beside));
 }
 
 void probe(uintptr_t out, int device, uintptr_t stream) {

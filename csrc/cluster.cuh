@@ -190,23 +190,6 @@ __device__ __forceinline__ void write_slice(const ClusterTiles<Shape, Policy::kT
   }
 }
 
-// Loads the bias and the factor of each feature of the slice as float32, once for all tokens.
-template <typename Shape, typename Policy>
-__device__ __forceinline__ void load_features(const ClusterTiles<Shape, Policy::kTransposed>& tiles,
-                                              const Policy& policy, int64_t first_feature) {
-  if constexpr (Policy::kHasFeatures) {
-#pragma unroll 1
-    for (int feature = threadIdx.x * kVector; feature < tiles.panels * kPanel;
-         feature += Shape::kThreads * kVector) {
-      float v[kVector];
-      load_vector(v, policy.bias(), 0, first_feature + feature);
-      store_whole(tiles.bias() + feature, v);
-      scaling_of(policy.params).load(v, first_feature + feature);
-      store_whole(tiles.factor() + feature, v);
-    }
-  }
-}
-
 // Walks over the tokens. A cluster barrier stands before and after the exchange, and after that of
 // a norm's moments, the only times when blocks access each other's shared memory: after it a block
 // may overwrite its sums, or exit. The barrier also waits for a thread's global memory accesses, so
@@ -275,7 +258,8 @@ __device__ __forceinline__ void run_cluster(unsigned char* shared, const Policy&
   }
   load_z(block);
   copy_async_commit();
-  load_features<Shape>(tiles, policy, first_feature);
+  load_features<kThreads>(tiles.bias(), tiles.factor(), tiles.panels * kPanel, policy,
+                          first_feature);
   [[maybe_unused]] const NormTiles<Shape, kTransposed> norm{tiles};
   if constexpr (Policy::kHasNorm) load_norm(norm, policy, first_feature);
   for (int slot = 0; block < token_blocks; block += clusters, slot ^= 1) {

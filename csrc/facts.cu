@@ -2,6 +2,7 @@
 
 #include "cluster_tiles.cuh"
 #include "gradient_tiles.cuh"
+#include "resident_tiles.cuh"
 #include "row_block.cuh"
 
 namespace adapterkern {
@@ -28,7 +29,17 @@ void add_gradient(Facts& facts) {
 }  // namespace
 
 Facts launch_facts() {
-  Facts facts{kPanel, kMostStages, {}, {}, {}, {}};
+  using Resident = ResidentShape;
+  Facts facts{kPanel, kMostStages, {}, {}, {}, {}, {}};
+  facts.resident = {Resident::kBlockR,
+                    Resident::kBlockT,
+                    Resident::kThreads,
+                    kTileBytes,
+                    Resident::beside_bytes(1) - Resident::beside_bytes(0),
+                    Resident::beside_bytes(0),
+                    Resident::kSlotsIn,
+                    Resident::slots_out(0),
+                    Resident::slots_out(1)};
   // Half precisions share their shapes, and so do TF32 and float32.
   for (const DType dtype : {kFloat32, kBFloat16}) {
     switch_dtype(dtype, [&](auto type) {

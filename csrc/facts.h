@@ -36,6 +36,15 @@ struct GradientFacts {
   int64_t half, units, features, stage_bytes;
 };
 
+// The one shape of the resident form.
+struct ResidentFacts {
+  int64_t width, tokens, threads;
+  int64_t tile_bytes;                 // of a slot of rows or of a weight
+  int64_t panel_bytes, beside_bytes;  // beside the slots: for each panel of features, and for all
+  int64_t slots_in, slots_out;        // of the weights
+  int64_t slots_out_beside;           // if rows other than the product's are added
+};
+
 struct Facts {
   int64_t panel;        // features; slices of H in a cluster are multiples of it
   int64_t most_stages;  // of a pipeline
@@ -43,6 +52,7 @@ struct Facts {
   std::vector<RowBlockFacts> grouped;  // the shapes of the tiles of many adapters
   std::vector<ClusterFacts> clusters;
   std::vector<GradientFacts> gradients;
+  ResidentFacts resident;
 };
 
 Facts launch_facts();

@@ -47,15 +47,16 @@ struct ForwardParams {
   int64_t features_per_split;
   int64_t output_splits;  // slices of H in the second kernel of the split form
   int64_t features_per_output_split;
-  int64_t num_clusters;     // clusters of num_splits blocks; 0 selects one of the other forms
-  int64_t cluster_tokens;   // tokens that a cluster works on at a time
-  int64_t large_tiles;      // whether a block may have the 227 KB for large tiles
-  int64_t shared_bytes;     // of a block, except in a cluster; what is too little becomes the least
-  int64_t activation;       // Activation
-  int64_t compute_dtype;    // DType of both products' operands
-  int64_t add_input;        // whether x is the residual
-  int64_t channel_scaling;  // whether scaling is [H]
-  int64_t norm;             // Norm of the output; with one the form is the cluster's
+  int64_t num_clusters;    // clusters of num_splits blocks; 0 selects one of the other forms
+  int64_t cluster_tokens;  // tokens that a cluster works on at a time
+  int64_t large_tiles;     // whether a block may have the 227 KB for large tiles
+  int64_t shared_bytes;    // of a block, except in a cluster; what is too little becomes the least
+  int64_t resident_clusters;  // of num_splits blocks, of the resident form; 0 selects another form
+  int64_t activation;         // Activation
+  int64_t compute_dtype;      // DType of both products' operands
+  int64_t add_input;          // whether x is the residual
+  int64_t channel_scaling;    // whether scaling is [H]
+  int64_t norm;               // Norm of the output; with one the form is the cluster's
   int64_t cast_before_weight;
   int64_t eps, weight_offset;  // the bits of a float32 each
   alignas(8) float scale;      // used if there is no scaling tensor
@@ -82,7 +83,7 @@ struct BackwardParams {
   View d_norm_weight, d_norm_bias;       // out or none: [H]
   // The form of the kernels of dz and dx, as in the forward.
   int64_t num_splits, features_per_split, output_splits, features_per_output_split;
-  int64_t num_clusters, cluster_tokens, large_tiles, shared_bytes;
+  int64_t num_clusters, cluster_tokens, large_tiles, shared_bytes, resident_clusters;
   int64_t token_splits;  // slices of the tokens, S'; 0: no sums are needed
   int64_t tokens_per_split;
   int64_t token_stages;  // tiles of the tokens that are in shared memory at once

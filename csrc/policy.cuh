@@ -53,6 +53,22 @@ __device__ __forceinline__ void fetch_units(Half* to, const Matrix& matrix, int6
   store_whole(to, v);
 }
 
+// Loads the bias and the factor of so many features as float32, once for all tokens.
+template <int kThreads, typename Policy>
+__device__ __forceinline__ void load_features(float* bias, float* factor, int features,
+                                              const Policy& policy, int64_t first_feature) {
+  if constexpr (Policy::kHasFeatures) {
+#pragma unroll 1
+    for (int feature = threadIdx.x * kVector; feature < features; feature += kThreads * kVector) {
+      float v[kVector];
+      load_vector(v, policy.bias(), 0, first_feature + feature);
+      store_whole(bias + feature, v);
+      scaling_of(policy.params).load(v, first_feature + feature);
+      store_whole(factor + feature, v);
+    }
+  }
+}
+
 template <typename ParamsT>
 struct PolicyBase {
   using Params = ParamsT;

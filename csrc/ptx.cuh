@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-// Declares dynamic shared memory as bytes, aligned to 16 as cp.async and ldmatrix need it.
-#define ADAPTERKERN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+// Declares dynamic shared memory as bytes, aligned as the swizzled tiles of wgmma need it.
+#define ADAPTERKERN_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // A function for rare cases, kept out of line: their code would fill the loops that call it.
 #define ADAPTERKERN_RARE __noinline__
@@ -38,6 +38,13 @@ constexpr bool kHasSmallTiles = true;
 constexpr bool kHasClusters = true;
 #else
 constexpr bool kHasClusters = false;
+#endif
+
+// Warpgroups multiply by wgmma on compute capability 9.0 alone; otherwise as with clusters.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
 #endif
 
 // A float32 element whose products run in TF32; the product rounds it to 10 bits.
@@ -197,6 +204,135 @@ __device__ __forceinline__ void store_remote_16(void* shared, const uint32_t (&v
   asm volatile(
       "st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(remote_address(shared, rank)),
       "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+
+// A barrier in shared memory (mbarrier). Each of its phases ends when as many threads as it was
+// made for have arrived, and all bytes that they expect; what was written before is visible to
+// those that wait for its end.
+struct alignas(8) Barrier {
+  uint64_t state;
+};
+
+// Makes a barrier for so many arrivals, by one thread, which then calls barriers_made; others use
+// it after a barrier of the block or cluster.
+__device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ __forceinline__ void barriers_made() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives, and makes this phase wait for so many bytes of store_async, which may have come already.
+__device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Returns whether the latest phase of this parity has ended. Phases count from 0; before the first
+// one has ended, the one of parity 1 counts as ended.
+__device__ __forceinline__ bool barrier_passed(Barrier* barrier, int parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n"
+      ".reg .pred passed;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 passed, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, passed;\n"
+      "}\n"
+      : "=r"(passed)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
+
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
+  while (!barrier_passed(barrier, parity)) {
+  }
+}
+
+// Lets wgmma, which reads shared memory through the asynchronous proxy, see what this thread and
+// its copies wrote there.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// Keeps the compiler from moving what reads or writes these registers across this place: it does
+// not know that wgmma changes them until the wait.
+__device__ __forceinline__ void hold(float (&d)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Orders the sums of a warpgroup, four warps, before its next wgmma.
+__device__ __forceinline__ void warpgroup_fence(float (&d)[32]) {
+  hold(d);
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+// Waits for every wgmma of this warpgroup; until then its sums must not be touched.
+__device__ __forceinline__ void warpgroup_wait(float (&d)[32]) {
+  asm volatile(
+      "wgmma.commit_group.sync.aligned;\n"
+      "wgmma.wait_group.sync.aligned 0;\n" ::
+          : "memory");
+  hold(d);
+}
+
+// wgmma m64n64k16, d += a b with float32 sums; `a` [64, 16] and `b` [16, 64] are described where
+// they lie in shared memory (operand_at), contiguous along k, or b along its columns if
+// kTransposed. Warp w of the group holds rows 16 w ... of d, and a lane of each 8 columns what
+// mma_16x8x16 gives it.
+#define ADAPTERKERN_WGMMA(type)                                                                    \
+  asm volatile(                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                  \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, "   \
+      "%34;\n"                                                                                     \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),        \
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),    \
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), \
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), \
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                         \
+      : "l"(a), "l"(b), "n"(kTransposed))
+
+template <bool kTransposed>
+__device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b,
+                                               __nv_bfloat16 /* element type */) {
+  ADAPTERKERN_WGMMA("bf16");
+}
+
+template <bool kTransposed>
+__device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b,
+                                               __half /* element type */) {
+  ADAPTERKERN_WGMMA("f16");
+}
+#undef ADAPTERKERN_WGMMA
+
+// st.async: stores words at an address of a block of the cluster, this one too; a barrier there
+// counts their bytes when they have landed. Addresses are those that remote_address returns.
+__device__ __forceinline__ void store_async(uint32_t to, const uint32_t (&v)[2], uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::
+          "r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t to, const uint32_t (&v)[4], uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];\n" ::"r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(barrier)
       : "memory");
 }
 

@@ -11,6 +11,7 @@ constexpr std::initializer_list<const char*> kKernels = {
     "bottleneck_split_first_kernel",
     "bottleneck_split_second_kernel",
     "bottleneck_cluster_kernel",
+    "bottleneck_resident_kernel",
     "bottleneck_bwd_dw_kernel",
     "bottleneck_bwd_dw_sum_kernel",
     "bottleneck_bwd_norm_kernel",

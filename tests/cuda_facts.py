@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapterkern.backends.cuda import extension
-from adapterkern.backends.cuda.launch_config import Facts, read_facts
+from adapterkern.backends.cuda.facts import Facts, read_facts
 
 sys.path.append(str(Path(__file__).parent / "emulator"))
 import cuda_emulator

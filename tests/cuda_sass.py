@@ -98,7 +98,10 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
 
 def is_empty(arch: str, mangled: str) -> bool:
     """Whether the devices of an architecture have no use for an adapter kernel, which then traps:
-    clusters and large tiles on 8.x, the small tiles of two sizes on 9.0. PTX is for any device."""
+    clusters and large tiles on 8.x, the small tiles of two sizes on 9.0. PTX is for any device, but
+    the resident form for 9.0 alone."""
+    if kernel_name(mangled) == "bottleneck_resident_kernel":
+        return arch != "sm_90a"
     unused = {"sm_8": r"ClusterShape|Li(64|128)ELb1E", "sm_9": r"Li(64|128)ELb0E"}.get(arch[:4])
     is_half = re.search("__half|__nv_bfloat16", mangled)
     is_half = is_half and not re.search("Gradient|grouped", mangled)  # whose tiles have one size

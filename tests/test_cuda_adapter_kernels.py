@@ -134,7 +134,7 @@ def test_registers_allow_the_blocks_that_the_plan_puts_on_an_sm(arch):
 @pytest.mark.parametrize(
     ("arch", "empty"),
     [
-        pytest.param("sm_80", {"large", "cluster"}, marks=pytest.mark.thorough),
+        pytest.param("sm_80", {"large", "cluster", "resident"}, marks=pytest.mark.thorough),
         ("sm_90a", {"small"}),
     ],
 )
@@ -142,8 +142,8 @@ def test_an_architecture_has_the_tiles_that_its_devices_have_room_for(arch, empt
     """The others would be machine code that is never run."""
     for name, code in cuda_sass.sass(arch).items():
         kernel, shape = cuda_sass.kernel_name(name), SHAPE.search(name)
-        if kernel == "bottleneck_cluster_kernel":
-            kind = "cluster"
+        if kernel in ("bottleneck_cluster_kernel", "bottleneck_resident_kernel"):
+            kind = kernel.split("_")[1]
         elif kernel == "bottleneck_grouped_tiles_kernel":
             kind = "of 64 tokens"  # tiles of many adapters, of one size for every device
         elif not shape or shape[2] not in ("64", "128") or name not in halves({name: code}):

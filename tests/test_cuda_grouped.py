@@ -14,8 +14,9 @@ import adapterkern as ak
 from adapterkern.backends import _loaded
 from adapterkern.backends.cuda import grouped
 from adapterkern.backends.cuda.backend import CudaBackend
+from adapterkern.backends.cuda.facts import Device, Problem
 from adapterkern.backends.cuda.grouped import GroupedPlan, grouped_plan, tile_facts
-from adapterkern.backends.cuda.launch_config import Device, Problem, Slices
+from adapterkern.backends.cuda.launch_config import Slices
 from adapterkern.backends.cuda.params import GROUPED_FORWARD, GroupedForwardParams, view
 from adapterkern.grouped.call import TILE, GroupedCall, make_grouped_call, num_tiles
 

@@ -14,7 +14,8 @@ from adapterkern.backends import _loaded, get
 from adapterkern.backends.cuda import backend as cuda_backend
 from adapterkern.backends.cuda import extension
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
+from adapterkern.backends.cuda.facts import Device, Problem
+from adapterkern.backends.cuda.launch_config import token_plan
 from adapterkern.backends.cuda.params import BackwardParams, ForwardParams, view
 from adapterkern.results import Needs, Outputs, Saved
 from adapterkern.spec import AdapterCall

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from adapterkern.backends.cuda import launch_config
+from adapterkern.backends.cuda.facts import PANEL, SMALL_MEMORY, Device, Problem
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_EXCHANGE,
     CLUSTER_FEATURES,
@@ -13,16 +14,12 @@ from adapterkern.backends.cuda.launch_config import (
     MANY_STAGES,
     MEMORY_UNIT,
     NO_SLICES,
-    PANEL,
     SHARED_STAGES,
     SLICE_FEATURES,
     SLICE_TOKENS,
-    SMALL_MEMORY,
     SPLIT_TRAFFIC,
     SYSTEM_MEMORY,
     TOKEN_STEP,
-    Device,
-    Problem,
     Slices,
     TokenPlan,
     cdiv,

@@ -10,7 +10,8 @@ import torch
 
 from adapterkern.backends.cuda import launch_config, norm, traffic
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, Device, Problem, cdiv
+from adapterkern.backends.cuda.facts import Device, Problem
+from adapterkern.backends.cuda.launch_config import CLUSTER_SIZES, cdiv
 from adapterkern.backends.cuda.params import BACKWARD, FORWARD, ForwardParams
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import make_call, tensor_values, with_norm

@@ -14,7 +14,7 @@ import torch
 from adapterkern.activations import ACTIVATIONS
 from adapterkern.backends import cuda
 from adapterkern.backends.cuda import extension, launch_config, params
-from adapterkern.backends.cuda.launch_config import Device, Problem, read_facts
+from adapterkern.backends.cuda.facts import Device, Problem, read_facts
 from adapterkern.spec import NORMS
 
 KINDS = [params.ForwardParams, params.BackwardParams, params.GroupedForwardParams]
@@ -101,7 +101,7 @@ def test_extension_refuses_bytes_of_another_struct():
     module, problem = extension.load()
     if module is None:
         pytest.skip(f"needs the extension: {problem}")
-    sizes = (module.forward, 68), (module.backward, 113), (module.grouped_forward, 58)
+    sizes = (module.forward, 69), (module.backward, 114), (module.grouped_forward, 58)
     for function, words in sizes:
         with pytest.raises(ValueError, match=rf"expected the {8 * words} bytes .* got 3"):
             function(b"abc", 0, 0)

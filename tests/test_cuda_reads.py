@@ -16,6 +16,8 @@ from adapterkern.backends.cuda import extension
 # work space and z have the type of the products.
 IN = "x:dts down_weight:dts"
 FORWARD_OUT = "up_weight:dts up_bias:dt residual:dts skip:dts scaling:dt y:dts z:ds"
+IN_WHOLE = "x:ds down_weight:ds"
+FORWARD_OUT_WHOLE = "up_weight:ds up_bias:dt residual:ds skip:ds scaling:dt y:ds z:ds"
 NORM_OUT = "norm_weight:dt norm_bias:dt normed:dts mean:d rstd:d"
 BACK_IN = "dy:dts up_weight:dts scaling:dt"
 BACK_OUT = "dy:dts z:dts down_weight:dts scaling:dt dx:dts dz:ds a:ds"
@@ -34,6 +36,9 @@ READS = {
     "fwd cluster": f"{IN} down_bias:dt {FORWARD_OUT}",
     # A norm's sum has the dtype of the products.
     "fwd cluster norm": f"{IN} down_bias:dt {FORWARD_OUT.replace('y:dts', 'y:ds')} {NORM_OUT}",
+    # Their rows, weights and outputs have the type of the products.
+    "fwd resident": f"{IN_WHOLE} down_bias:dt {FORWARD_OUT_WHOLE}",
+    "bwd resident": "dy:ds up_weight:ds scaling:dt z:dts down_weight:ds dx:ds dz:ds a:ds",
     "bwd row_block": f"{BACK_IN} {BACK_OUT}",
     "bwd split_first": f"{BACK_IN} partial:d",
     "bwd split_second": f"{BACK_OUT} partial:d",
@@ -67,6 +72,12 @@ def kind_of(mangled: str) -> str:
     return f"{direction} {name}" + " direct" * ("Gradient" in mangled and "ELb1EEEv" in mangled)
 
 
+def is_compiled(kind: str, arch: str) -> bool:
+    if "resident" in kind:
+        return arch == "sm_90a"
+    return arch != "sm_80" or "cluster" not in kind
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_read_the_views_that_their_sources_name(arch):
     seen = set()
@@ -74,7 +85,7 @@ def test_kernels_read_the_views_that_their_sources_name(arch):
         expected = set() if cuda_sass.is_empty(arch, name) else set(READS[kind_of(name)].split())
         assert found.by_view() == expected, name
         seen |= {kind_of(name)} if expected else set()
-    assert seen == {kind for kind in READS if arch != "sm_80" or "cluster" not in kind}
+    assert seen == {kind for kind in READS if is_compiled(kind, arch)}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -9,7 +9,8 @@ from cuda_sass import ARCHS, LOCAL_MEMORY
 from sass import Instruction, Loop
 
 from adapterkern.backends.cuda import launch_config
-from adapterkern.backends.cuda.launch_config import FEW_STAGES, MANY_STAGES, TOKEN_STEP, Problem
+from adapterkern.backends.cuda.facts import Problem
+from adapterkern.backends.cuda.launch_config import FEW_STAGES, MANY_STAGES, TOKEN_STEP
 
 THREADS, REGISTERS = 256, 65536  # of a block; of an SM
 WARPS = THREADS // 32

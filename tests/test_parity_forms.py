@@ -15,8 +15,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from adapterkern.backends import get
-from adapterkern.backends.cuda import backend as cuda_backend
+from adapterkern.backends.base import optional_rows
 from adapterkern.backends.cuda import launch_config as cuda
+from adapterkern.backends.cuda.backend import FORWARD_MOVED
+from adapterkern.backends.cuda.problems import problem_of
 from adapterkern.backends.triton import backend as triton_backend
 from adapterkern.backends.triton import launch_config as triton
 from adapterkern.parity import Case, grid
@@ -27,6 +29,7 @@ TRITON_DEVICES = [triton.Device(*pair) for pair in itertools.product(SMS, MEMORY
 CUDA_DEVICES = [
     *(cuda.Device(sms, memory=memory) for sms, memory in itertools.product(SMS, MEMORY)),
     *(cuda.Device(sms, memory, memory) for sms, memory in itertools.product(SMS, MEMORY)),
+    *(cuda.Device(sms, 227 * KB, 227 * KB, warpgroups=True) for sms in (114, 132)),
 ]
 CLASSES = {
     "fp32": Case(torch.float32),
@@ -61,7 +64,9 @@ def problems(case: Case) -> dict:
             )
             for device in TRITON_DEVICES
         }
-        return {"triton": of_triton, "cuda": cuda_backend._problem(call, 1)}
+        moved = {name: optional_rows(getattr(call, name)) for name in FORWARD_MOVED}
+        of_cuda = problem_of(call, 1, moved, "x" if call.add_input else "residual", "skip")
+        return {"triton": of_triton, "cuda": of_cuda}
 
 
 def triton_launches(templates, sizes, device) -> Iterator[tuple]:
@@ -95,13 +100,19 @@ def cuda_launches(template, sizes, device) -> Iterator[tuple]:
     if bottleneck > cuda.MAX_BOTTLENECK_SIZE:
         return
     problem = template._replace(**sizes)
+    whole = sizes["hidden_size"] % 8 == 0, bottleneck % 8 == 0
+    if not all(whole):
+        problem = problem._replace(beside=None)
+    if device.warpgroups:  # with tensors of any other kind these take the forms of the others
+        if plan := cuda.resident_plan(problem, device):
+            yield f"resident in clusters of {plan.slices.number}", plan.slices.number
+        return
     plan, width = cuda.token_plan(problem, device), cuda.facts().row_block(problem, device).width
     if plan.num_clusters:
         form = f"cluster of {plan.slices.number}, {plan.cluster_tokens} tokens"
     else:
         form = "split" if plan.slices.number else "row block"
         form += " of large tiles" if plan.large_tiles else ""
-    whole = sizes["hidden_size"] % 8 == 0, bottleneck % 8 == 0
     yield form, width
     yield form.split()[0], "whole vectors in H, R", whole
     tile = cuda.facts().gradient(problem)[1:3]

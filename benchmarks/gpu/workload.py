@@ -196,11 +196,13 @@ TRAINING = (
 # other cases of the sanitizers. tests/bench/test_gpu_stages.py checks which cases they match.
 _ROWS, _SPLIT = "bf16-*-T14208-H65-R49*", "bf16-*-T777-H65-R49*"
 _NARROW, _MIDDLE = "bf16-*-T37-H1030-R48*", "bf16-*-T1280-H512-R49*"
+_WHOLE_ROWS = "bf16-*-T777-H1024-R48*"
 FORMS = {
     "rows": _ROWS,
     "split": _SPLIT,
     "clusters of 16 tokens": _NARROW,
     "clusters of 64 tokens": _MIDDLE,
+    "resident": _WHOLE_ROWS,
 }
 MEMCHECKED = tuple(
     ("cuda", case)

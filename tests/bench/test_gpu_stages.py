@@ -187,8 +187,11 @@ def matching(pattern):
 
 
 def cuda_form(tokens, hidden, bottleneck, half):
-    problem = cuda.Problem(tokens, hidden, bottleneck, half)
-    plan = cuda.token_plan(problem, cuda.Device(132, 227 * 1024))
+    whole = half and hidden % 8 == 0 and bottleneck % 8 == 0
+    problem = cuda.Problem(tokens, hidden, bottleneck, half, beside=0 if whole else None)
+    plan = cuda.token_plan(problem, cuda.Device(132, 227 * 1024, warpgroups=True))
+    if plan.resident_clusters:
+        return "resident"
     if plan.slices.number == 0:
         return "rows"
     return f"clusters of {plan.cluster_tokens} tokens" if plan.num_clusters else "split"
@@ -203,14 +206,14 @@ def test_the_named_cases_run_every_cuda_form_once():
     for name, pattern in workload.FORMS.items():
         assert name == form_of(matching(pattern))
     sizes = itertools.product(
-        (1, 37, 300, 2048, 16384), (64, 1024, 4096), (8, 64, 192), (True, False)
+        (1, 37, 300, 2048, 16384), (64, 1024, 4096), (8, 49, 64, 192), (True, False)
     )
     assert set(workload.FORMS) == {cuda_form(*s) for s in sizes}
 
 
 def test_the_sanitizers_see_every_cuda_form_each_arithmetic_and_mixed_dtypes():
     cases = [matching(pattern) for _, pattern in workload.MEMCHECKED]
-    assert len(cases) == 12
+    assert len(cases) == 13
     assert {backend for backend, _ in workload.MEMCHECKED} == {"cuda"}
     assert {form_of(case) for case in cases} == set(workload.FORMS)
     assert {str(case)[:4] for case in cases} == {"bf16", "fp16", "fp32", "tf32"}

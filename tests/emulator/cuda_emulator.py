@@ -102,7 +102,8 @@ def facts_of(library: ctypes.CDLL) -> tuple:
     def rows(width: int) -> list[tuple]:
         return [tuple(itertools.islice(numbers, width)) for _ in range(next(numbers))]
 
-    return next(numbers), next(numbers), rows(11), rows(11), rows(7), rows(4)
+    lists = next(numbers), next(numbers), rows(11), rows(11), rows(7), rows(4)
+    return *lists, tuple(itertools.islice(numbers, 9))
 
 
 def _check(error: bytes | None) -> None:

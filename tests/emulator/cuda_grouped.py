@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.grouped import reference
 from adapterkern.grouped.call import ROUTING, GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting

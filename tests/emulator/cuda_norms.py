@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapterkern import reference
 from adapterkern.backends import get
-from adapterkern.backends.cuda.launch_config import Device, Slices, TokenPlan
+from adapterkern.backends.cuda.facts import Device
+from adapterkern.backends.cuda.launch_config import Slices, TokenPlan
 from adapterkern.parity import judge
 from adapterkern.results import Needs, Outputs
 from adapterkern.spec import AdapterCall, make_call, tensor_values, with_norm

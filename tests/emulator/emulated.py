@@ -9,7 +9,7 @@ import pytest
 from adapterkern import dispatch
 from adapterkern.backends import _loaded
 from adapterkern.backends.cuda.backend import CudaBackend
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 
 ONE_SM = Device(num_sms=1)
 

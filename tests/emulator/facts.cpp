@@ -16,5 +16,6 @@ extern "C" void launch_facts(int64_t* room) {
   room = write_list(room, facts.row_blocks);
   room = write_list(room, facts.grouped);
   room = write_list(room, facts.clusters);
-  write_list(room, facts.gradients);
+  room = write_list(room, facts.gradients);
+  std::memcpy(room, &facts.resident, sizeof(facts.resident));
 }

@@ -18,7 +18,7 @@ from cuda_norms import missed as wrong_norms
 from emulated import emulated
 
 from adapterkern.backends.cuda import launch_config
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.parity import Case, check_case
 
 # Rows of x and the weights end at odd addresses, but for some of whole vectors; tiles are partly

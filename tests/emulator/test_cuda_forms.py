@@ -16,8 +16,8 @@ from thorough import fields_of
 from adapterkern.backends import get
 from adapterkern.backends.cuda import backend as cuda_backend
 from adapterkern.backends.cuda.backend import CudaBackend
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.backends.cuda.launch_config import (
-    Device,
     Slices,
     TokenPlan,
     token_plan,
@@ -66,6 +66,7 @@ def run_as(kernels):
                 plan = token_plan(*arguments)
                 assert plan.slices.number == form.feature_slices
                 assert plan.cluster_tokens == form.cluster_tokens
+                assert (plan.resident_clusters > 0) == form.resident
                 assert plan.large_tiles == form.large_tiles
                 return plan
 
@@ -132,7 +133,9 @@ WHOLE_OPTIONS = options(WHOLE, HALVES, every_dtype=False) + [
 
 
 @pytest.mark.sweep("form", *fields_of("case", Case))
-@pytest.mark.parametrize("form", ["row_block", "split", "cluster", "cluster_few"])
+@pytest.mark.parametrize(
+    "form", ["row_block", "split", "cluster", "cluster_few", "resident", "resident_of_four"]
+)
 @pytest.mark.parametrize("case", WHOLE_OPTIONS, ids=str)
 def test_cuda_matches_float64_with_every_option_in_whole_vectors(kernels, monkeypatch, case, form):
     monkeypatch.setattr(kernels, "seed", WHOLE_OPTIONS.index(case) % len(SCHEDULES))
@@ -193,7 +196,7 @@ def test_cuda_cluster_matches_float64_at_the_edges_of_every_tile(
 @pytest.mark.sweep("dtype")
 @each_form_and_dtype
 def test_cuda_gives_the_same_bits_in_every_schedule(run_as, kernels, monkeypatch, form, dtype):
-    case = Case(dtype=dtype, scaling="channel", skip=True, **FORMS[form].sizes)
+    case = Case(dtype=dtype, scaling=FORMS[form].scaling, skip=True, **FORMS[form].sizes)
     run_as(form)
     assert differing_bits(case, "cuda") == []
     tensors = case.draw("cpu", seed=0)
@@ -275,7 +278,7 @@ def test_cuda_gradients_of_special_values_are_autograds(run_as, activation, dtyp
 def test_cuda_computes_only_the_gradients_asked_for(run_as, form):
     """In every subset the gradients asked for equal the full set's, and the others are absent."""
     run_as(form)
-    case = Case(dtype=torch.bfloat16, scaling="channel", **FORMS[form].sizes)
+    case = Case(dtype=torch.bfloat16, scaling=FORMS[form].scaling, **FORMS[form].sizes)
     tensors = case.draw("cpu", seed=0)
     call = case.make_call(tensors)
     _, saved = get("cuda").forward(call, save=True)

@@ -22,8 +22,8 @@ from cuda_grouped import (
 from emulated import emulated
 
 import adapterkern as ak
+from adapterkern.backends.cuda.facts import Device, Problem
 from adapterkern.backends.cuda.grouped import grouped_plan
-from adapterkern.backends.cuda.launch_config import Device, Problem
 
 FORMS = {"tiles": TILES, "rows": ROWS}
 RANDOM, PARTS = 320, 4

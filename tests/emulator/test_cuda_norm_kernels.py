@@ -15,7 +15,7 @@ from adapterkern import bottleneck_adapter_norm
 from adapterkern.backends import get
 from adapterkern.backends.base import NORM_FEATURES
 from adapterkern.backends.cuda import norm as cuda_norm
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.parity import Case, check_case, grid, refusals
 from adapterkern.results import Needs, Saved
 

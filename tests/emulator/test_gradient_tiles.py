@@ -8,7 +8,7 @@ import torch
 from emulated import emulated
 
 from adapterkern.backends import get
-from adapterkern.backends.cuda.launch_config import Device
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.parity import Case
 from adapterkern.results import Gradients, Needs, Outputs, Saved
 from adapterkern.spec import AdapterCall

@@ -6,7 +6,8 @@ import torch
 from cuda_forms import CLUSTER_MEMORY
 from emulated import emulated
 
-from adapterkern.backends.cuda.launch_config import Device, Problem, token_plan
+from adapterkern.backends.cuda.facts import Device, Problem
+from adapterkern.backends.cuda.launch_config import token_plan
 from adapterkern.parity import Case, check_case
 
 pytestmark = pytest.mark.thorough

@@ -37,7 +37,9 @@ def compile_for_gpu(folder: Path) -> Path:
     sys.modules[spec.name] = setup
     spec.loader.exec_module(setup)
     nvcc, library = setup.find_nvcc({}), folder / "wrappers.so"
-    command = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static", "-arch=native"]
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"-arch=sm_{major}{minor}{'a' if major == 9 else ''}"
+    command = [nvcc, "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static", arch]
     source = cuda_emulator.HERE / "wrappers.cu"
     subprocess.run([*command, f"-I{cuda_emulator.SOURCES}", "-o", library, source], check=True)
     return library
@@ -116,6 +118,29 @@ def test_blocks_of_a_cluster_read_and_write_one_another(wrappers):
     given = held.roll(1, 0)  # block r reads r + 1 and writes into r + 2
     assert torch.equal(out[:, :32], given)
     assert out[:, 32, :2].tolist() == [[float(rank), 4.0] for rank in range(4)]
+
+
+def needs_warpgroups(wrappers):
+    if wrappers.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["b^T", "b"])
+def test_warpgroups_multiply_swizzled_tiles(wrappers, name, transposed):
+    needs_warpgroups(wrappers)
+    a, b = drawn(64, 64).to(HALVES[name]), drawn(64, 64).flip(0).to(HALVES[name])
+    kernel = f"warpgroup {name}" + " b^T" * transposed  # as wgmma calls a b that is not transposed
+    out = wrappers.run(kernel, a, b, torch.full((64, 64), torch.nan))
+    product = a.double() @ (b.double() if transposed else b.double().T)
+    torch.testing.assert_close(out.double(), product, rtol=1e-5, atol=1e-4)
+
+
+def test_asynchronous_stores_reach_other_blocks(wrappers):
+    needs_warpgroups(wrappers)
+    held = drawn(4, 32, 4)
+    out = wrappers.run("store_async", held, held, torch.full((4, 32, 4), torch.nan))
+    assert torch.equal(out, held.roll(1, 0))
 
 
 def test_shuffle_exchanges_lanes(wrappers):

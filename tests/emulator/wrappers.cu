@@ -1,10 +1,12 @@
-// Each wrapper of ptx.cuh, and each product of products.cuh, alone in a kernel of one warp a block.
+// Each wrapper of ptx.cuh, and each product of products.cuh and resident.cuh, alone in a kernel of
+// one warp or warpgroup a block.
 // Compiles with the emulator's twin of ptx.cuh and with nvcc, so that both can be held to the same
 // numbers.
 #include <cstring>
 
 #include "launch.cuh"
 #include "products.cuh"
+#include "resident.cuh"
 
 namespace adapterkern {
 namespace {
@@ -155,6 +157,63 @@ __global__ void shuffle_kernel(const __grid_constant__ WrapperParams params) {
   static_cast<float*>(params.out)[threadIdx.x] = __shfl_xor_sync(0xFFFFFFFF, a[threadIdx.x], 5);
 }
 
+// out [64, 64] float32 = a [64, 64] b [64, 64] by one warpgroup, b given transposed or not.
+template <typename Half, bool kTransposed>
+__global__ void warpgroup_kernel(const __grid_constant__ WrapperParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  if constexpr (kHasWarpgroups) {
+    Half* tiles[2] = {reinterpret_cast<Half*>(shared),
+                      reinterpret_cast<Half*>(shared + kTileBytes)};
+    const void* given[2] = {params.a, params.b};
+    for (int i = 0; i < 2; ++i) {
+      const View view{const_cast<void*>(given[i]), kDTypeOf<Half>, kTileSide};
+      copy_swizzled<4 * kWarpSize>(tiles[i], Matrix{view, kTileSide, kTileSide}, 0, 0, threadIdx.x);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    fence_async_proxy();
+    __syncthreads();
+    float acc[32] = {};
+    multiply_tiles<kTransposed>(acc, tiles[0], tiles[1]);
+    const LanePairs pairs;
+    pairs.for_each([&](int i, int which, int column) {
+      float* out = static_cast<float*>(params.out) + (pairs.row + 8 * which) * kTileSide + column;
+      out[0] = acc[i];
+      out[1] = acc[i + 1];
+    });
+  }
+}
+
+// Every block of a cluster sends its 4 x 32 floats of a [size, 32, 4] to the next one, in words of
+// 8 and of 16 bytes, and stores what it received in out [size, 32, 4].
+__global__ void store_async_kernel(const __grid_constant__ WrapperParams params) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  if constexpr (kHasWarpgroups) {
+    const int rank = cluster_rank(), size = cluster_size(), lane = threadIdx.x;
+    auto* barrier = reinterpret_cast<Barrier*>(shared);
+    unsigned char* received = shared + 1024 + 16 * lane;
+    if (lane == 0) {
+      barrier_init(barrier, 1);
+      barriers_made();
+    }
+    cluster_barrier();
+    uint32_t words[4];
+    memcpy(words, static_cast<const float*>(params.a) + 4 * (rank * kWarpSize + lane), 16);
+    const int next = (rank + 1) % size;
+    const uint32_t to = remote_address(received, next), counts = remote_address(barrier, next);
+    if (lane % 2 == 0) {
+      store_async(to, words, counts);
+    } else {
+      store_async(to, {words[0], words[1]}, counts);
+      store_async(to + 8, {words[2], words[3]}, counts);
+    }
+    if (lane == 0) barrier_expect(barrier, 16 * kWarpSize);
+    barrier_wait(barrier, 0);
+    memcpy(static_cast<float*>(params.out) + 4 * (rank * kWarpSize + lane), received, 16);
+    cluster_barrier();
+  }
+}
+
 template <typename Scalar>
 auto multiply_of(bool transposed_a, bool transposed_b) {
   if (transposed_a) {
@@ -178,6 +237,11 @@ Kernel find(const char* name) {
   if (is("to_tf32")) return to_tf32_kernel;
   if (is("mma tf32")) return mma_tf32_kernel;
   if (is("cluster")) return cluster_kernel;
+  if (is("store_async")) return store_async_kernel;
+  if (is("warpgroup bfloat16")) return warpgroup_kernel<__nv_bfloat16, false>;
+  if (is("warpgroup bfloat16 b^T")) return warpgroup_kernel<__nv_bfloat16, true>;
+  if (is("warpgroup float16")) return warpgroup_kernel<__half, false>;
+  if (is("warpgroup float16 b^T")) return warpgroup_kernel<__half, true>;
   const bool transposed_a = std::strstr(name, "a^T") != nullptr;
   const bool transposed_b = std::strstr(name, "b^T") != nullptr;
   if (std::strstr(name, "bfloat16")) return multiply_of<__nv_bfloat16>(transposed_a, transposed_b);
@@ -191,7 +255,9 @@ Kernel find(const char* name) {
 
 extern "C" int run_wrapper(const char* name, const void* a, const void* b, void* out) {
   constexpr int kSharedBytes = 24 * 1024;
-  const unsigned blocks = std::strcmp(name, "cluster") == 0 ? 4 : 1;
-  return adapterkern::launch(adapterkern::find(name), dim3(blocks), 32, kSharedBytes,
+  const bool of_blocks = std::strcmp(name, "cluster") == 0 || std::strcmp(name, "store_async") == 0;
+  const unsigned blocks = of_blocks ? 4 : 1;
+  const int threads = std::strstr(name, "warpgroup") != nullptr ? 128 : 32;
+  return adapterkern::launch(adapterkern::find(name), dim3(blocks), threads, kSharedBytes,
                              adapterkern::WrapperParams{a, b, out}, nullptr, blocks);
 }

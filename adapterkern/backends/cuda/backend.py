@@ -27,12 +27,11 @@ from adapterkern.backends.base import (
     zero_gradients,
 )
 from adapterkern.backends.cuda import extension, grouped, launch_config, norm, rooms
+from adapterkern.backends.cuda.facts import Device
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     MAX_BOTTLENECK_SIZE,
     NO_SLICES,
-    Device,
-    Problem,
     TokenPlan,
     row_block_plan,
     token_plan,
@@ -52,6 +51,7 @@ from adapterkern.backends.cuda.params import (
     float_bits,
     view,
 )
+from adapterkern.backends.cuda.problems import problem_of
 from adapterkern.backends.repeat import STREAM, Recording, Repeats, options_of
 from adapterkern.grouped.call import OPERATION, GroupedCall, option_values
 from adapterkern.grouped.call import tensor_values as grouped_tensor_values
@@ -61,6 +61,11 @@ from adapterkern.spec import AdapterCall, AdapterSpec, tensor_values
 # Bytes of shared memory of a block on compute capability 8.0: more means large tiles, for which
 # code for 8.0 has no kernels.
 OLDER_MEMORY = 163 * 1024
+
+
+# The tensors of rows that a kernel copies to shared memory, beside its output.
+FORWARD_MOVED = "x", "residual", "skip", "down_weight", "up_weight"
+BACKWARD_MOVED = "dy", "z", "down_weight", "up_weight"
 
 
 class Launches(Recording):
@@ -172,8 +177,9 @@ class CudaBackend(Backend):
             "norm_weight": packed(call.norm_weight),
             "norm_bias": packed(call.norm_bias),
         }
-        added = call.x if call.add_input else call.residual, call.skip
-        plan = choose(_problem(call, num_tokens, *added), self._device(call.x.device))
+        moved = {name: inputs[name] for name in FORWARD_MOVED} | {"y": outputs.y}
+        added = "x" if call.add_input else "residual", "skip"
+        plan = choose(problem_of(call, num_tokens, moved, *added), self._device(call.x.device))
         room = results | {"partial": rooms.partial(plan, call, num_tokens)}
         for tensor in room.values():
             recording.own(tensor)
@@ -242,7 +248,8 @@ class CudaBackend(Backend):
             "d_norm_weight": out.norm_weight,
             "d_norm_bias": out.norm_bias,
         }
-        problem = _problem(call, num_tokens, dy if call.add_input else None)
+        moved = {name: inputs[name] for name in BACKWARD_MOVED} | {"dx": out.x}
+        problem = problem_of(call, num_tokens, moved, *["dy"] * call.add_input)
         tokens = token_slices(problem, device) if needs.parameters else NO_SLICES
         # The weight gradients read dz and a = act(z), which the kernels of dx store on their way.
         # For a alone the row-block form is right at any size: it then reads nothing but z.
@@ -336,14 +343,8 @@ def _form(plan: TokenPlan) -> dict[str, Any]:
         "cluster_tokens": plan.cluster_tokens,
         "large_tiles": plan.large_tiles,
         "shared_bytes": plan.shared_bytes,
+        "resident_clusters": plan.resident_clusters,
     }
-
-
-def _problem(call: AdapterCall, num_tokens: int, *added: Tensor | None) -> Problem:
-    """The problem of a call, with the tensors that the kernels add to their output."""
-    half = call.compute_dtype != torch.float32
-    tiles = sum(2 if half and t.dtype == torch.float32 else 1 for t in added if t is not None)
-    return Problem(num_tokens, call.hidden_size, call.bottleneck_size, half, tiles)
 
 
 @functools.cache
@@ -359,7 +360,8 @@ def _gpu(device: torch.device) -> Device:
     # A part of a GPU (MIG, MPS) may have no room for a cluster, or none for the larger sizes.
     threads = launch_config.facts().clusters[0].threads
     sizes = tuple(s for s in CLUSTER_SIZES if module.clusters(device.index, s, threads, memory) > 0)
-    return Device(num_sms, memory, memory, sizes)
+    warpgroups = extension.runs_warpgroups(properties.major, properties.minor)
+    return Device(num_sms, memory, memory, sizes, warpgroups)
 
 
 def _stream(device: torch.device) -> int:

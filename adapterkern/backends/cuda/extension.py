@@ -119,6 +119,11 @@ def runs_clusters(major: int, minor: int) -> bool:
     return major in (9, 10) and code is not None and int(code.partition("_")[2].rstrip("af")) >= 90
 
 
+def runs_warpgroups(major: int, minor: int) -> bool:
+    """Whether a device of this compute capability runs code for 9.0a, which alone has wgmma."""
+    return code_for(major, minor) == "sm_90a"
+
+
 @_torch.constant_under_compile  # it cannot trace an import
 def code_problem(major: int, minor: int) -> str | None:
     """Why the loaded extension has no code that runs on a device of this compute capability.

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from adapterkern.backends.base import empty_grouped_outputs, optional_rows, rows
 from adapterkern.backends.cuda import launch_config
+from adapterkern.backends.cuda.facts import PANEL, Device, Problem, RowBlockFacts
 from adapterkern.backends.cuda.launch_config import (
     NO_SLICES,
-    PANEL,
     SLICE_FEATURES,
-    Device,
-    Problem,
-    RowBlockFacts,
     Slices,
     block_memory,
     cdiv,

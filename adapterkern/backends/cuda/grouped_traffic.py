@@ -4,8 +4,9 @@ Of the weights, every adapter that some token takes comes from memory once; each
 rows each of its tokens, loads them anew, from L2. Empty tiles count as nothing.
 """
 
+from adapterkern.backends.cuda.facts import Device, Problem
 from adapterkern.backends.cuda.grouped import ROW_BLOCKS_PER_SM, GroupedPlan, tile_facts
-from adapterkern.backends.cuda.launch_config import Device, Problem, cdiv
+from adapterkern.backends.cuda.launch_config import cdiv
 from adapterkern.backends.cuda.traffic import (
     CYCLE_BYTES,
     ELEMENT,

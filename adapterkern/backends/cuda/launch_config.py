@@ -5,10 +5,17 @@ csrc/facts.h describes them.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from adapterkern.backends.cuda import extension
+from adapterkern.backends.cuda.facts import (
+    PANEL,
+    Device,
+    Facts,
+    Problem,
+    RowBlockFacts,
+    read_facts,
+)
 
 MAX_BOTTLENECK_SIZE = 256  # the widest tile whose sums fit the registers of one block
 SLICE_FEATURES = 128  # a shorter slice of H would cost more to start than it gains
@@ -19,11 +26,8 @@ TOKEN_STEP = 32  # tokens of one step in the weight gradients
 # enough for the slower memories of the GPUs with less shared memory.
 MANY_STAGES, FEW_STAGES = 6, 3
 
-SMALL_MEMORY = 99 * 1024  # bytes of shared memory that a block has on every GPU from 8.0 on
-LARGE_MEMORY = 227 * 1024  # on compute capability 9.0 and 10.x, with code for them
 SYSTEM_MEMORY = 1024  # what the system takes of an SM's shared memory for each block
 MEMORY_UNIT = 128  # bytes: an SM gives a block whole units of shared memory
-PANEL = 64  # features; slices of H are multiples of it
 CLUSTER_SIZES = (2, 4, 8)
 CLUSTER_TOKENS = (64, 16)  # that a cluster works on at a time
 CLUSTER_FEATURES = 128  # with fewer, the blocks of a cluster would wait more than they work
@@ -38,120 +42,18 @@ CLUSTER_EXCHANGE = 0.5
 # clusters run where row blocks would leave SMs idle, with few tokens or just beyond a full wave.
 CLUSTER_COST = 4 / 3
 
+# Tiles of the next rows that a block of the resident form has room for at least: while as much is
+# written as read, 16 KB under way on each SM keep up with the memory.
+ROWS_AHEAD = 3
+# It takes so much longer where a block has no room for all of the next rows: then the exchange of
+# their sums cannot take place while the output is written.
+RESIDENT_WAITS = 1.25
+
 # The most bytes that a split form may move through L2, in passes over x and y: two is the least.
 SPLIT_TRAFFIC = 3.0
 # Blocks share an SM if each still has as many stages: two blocks hide each other's waits, but a
 # pipeline of two stages has a single one under way.
 SHARED_STAGES = 3
-
-
-@dataclass(frozen=True)
-class Device:
-    """The properties of a GPU on which a configuration may depend."""
-
-    num_sms: int
-    cluster_memory: int = 0  # bytes of shared memory of a block in a cluster; 0: no clusters
-    memory: int = SMALL_MEMORY  # bytes of shared memory of a block
-    cluster_sizes: tuple[int, ...] | None = None  # those that it can place; None: all
-
-    @property
-    def block_memory(self) -> int:
-        """The shared memory that one block can have."""
-        return max(self.memory, self.cluster_memory)
-
-
-class Problem(NamedTuple):
-    """The properties of a call on which its launch depends."""
-
-    num_tokens: int
-    hidden_size: int
-    bottleneck_size: int
-    half: bool  # products in float16 or bfloat16
-    added: int = 1  # tiles of rows that are added to the output: float32 beside half counts twice
-
-
-class RowBlockFacts(NamedTuple):
-    """One shape of the row-block and split forms; csrc/facts.h describes the fields."""
-
-    half: bool
-    width: int
-    large: bool
-    tokens: int
-    threads: int
-    blocks_per_sm: int
-    least_bytes: int
-    in_bytes: int
-    out_bytes: int
-    added_bytes: int
-    beside_bytes: int
-
-    def bytes_for(self, stages: int, added: int) -> int:
-        """The shared memory of a block whose pipelines have so many stages."""
-        out = self.beside_bytes + stages * (self.out_bytes + added * self.added_bytes)
-        return max(self.least_bytes, stages * self.in_bytes, out)
-
-
-class ClusterFacts(NamedTuple):
-    """One shape of the cluster form."""
-
-    width: int
-    tokens: int
-    threads: int
-    panel_bytes: int
-    beside_bytes: int
-    norm_panel_bytes: int
-    norm_beside_bytes: int
-
-    def bytes_for(self, features: int, norm: bool = False) -> int:
-        """The shared memory of a block that has so many features, and their norm."""
-        panels = features // PANEL
-        of_norm = panels * self.norm_panel_bytes + self.norm_beside_bytes if norm else 0
-        return panels * self.panel_bytes + self.beside_bytes + of_norm
-
-
-class GradientFacts(NamedTuple):
-    """One shape of the weight gradients."""
-
-    half: bool
-    units: int
-    features: int
-    stage_bytes: int
-
-
-class Facts(NamedTuple):
-    """The shapes of the compiled kernels."""
-
-    most_stages: int
-    row_blocks: tuple[RowBlockFacts, ...]
-    grouped: tuple[RowBlockFacts, ...]  # the tiles of many adapters
-    clusters: tuple[ClusterFacts, ...]
-    gradients: tuple[GradientFacts, ...]
-
-    def row_block(self, problem: Problem, device: Device) -> RowBlockFacts:
-        """The narrowest shape that holds R, with the largest tiles that the device has room for."""
-        large = device.block_memory >= LARGE_MEMORY
-        fits = [
-            fact
-            for fact in self.row_blocks
-            if fact.half == problem.half
-            and problem.bottleneck_size <= fact.width
-            and fact.large <= large
-        ]
-        return min(fits, key=lambda fact: (fact.width, not fact.large))
-
-    def cluster(self, problem: Problem, tokens: int) -> ClusterFacts | None:
-        """The narrowest shape of so many tokens that holds R, if there is one."""
-        fits = [
-            fact
-            for fact in self.clusters
-            if problem.half and problem.bottleneck_size <= fact.width and fact.tokens == tokens
-        ]
-        return min(fits, default=None)
-
-    def gradient(self, problem: Problem) -> GradientFacts:
-        """The narrowest shape that holds R in one tile, or the widest, of which R takes more."""
-        ours = sorted(fact for fact in self.gradients if fact.half == problem.half)
-        return next((fact for fact in ours if problem.bottleneck_size <= fact.units), ours[-1])
 
 
 @functools.cache
@@ -161,19 +63,6 @@ def facts() -> Facts:
     if module is None:
         raise RuntimeError(problem)
     return read_facts(module.facts())
-
-
-def read_facts(told: tuple) -> Facts:
-    """The facts as `adapterkern._cuda.facts` tells them."""
-    panel, most_stages, row_blocks, grouped, clusters, gradients = told
-    assert panel == PANEL
-    return Facts(
-        most_stages,
-        tuple(RowBlockFacts(*row) for row in row_blocks),
-        tuple(RowBlockFacts(*row) for row in grouped),
-        tuple(ClusterFacts(*row) for row in clusters),
-        tuple(GradientFacts(*row) for row in gradients),
-    )
 
 
 class Slices(NamedTuple):
@@ -190,7 +79,8 @@ class TokenPlan(NamedTuple):
     """The form of the kernels for y in the forward, and for dz and dx in the backward.
 
     Without slices of H it is the row-block form; with slices alone the split form, of two kernels;
-    with slices and clusters the cluster form, in which each block of a cluster takes a slice.
+    with slices and clusters the cluster form, in which each block of a cluster takes a slice, and
+    so it does in the resident form, with resident clusters, of which one block is enough.
     """
 
     slices: Slices
@@ -200,6 +90,7 @@ class TokenPlan(NamedTuple):
     large_tiles: bool = False
     shared_bytes: int = 0  # of a block, except in the cluster form
     width: int = 0  # of the partial sums of the split form
+    resident_clusters: int = 0
 
 
 def cdiv(a: int, b: int) -> int:
@@ -209,11 +100,14 @@ def cdiv(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def token_plan(problem: Problem, device: Device) -> TokenPlan:
-    """Choose clusters of 64 tokens if they fill half the GPU and beat row blocks; else row blocks
-    if they make most of one wave; else clusters of 16 tokens if they all run at once; else two
-    kernels over slices of H, or clusters of 64 tokens if they take less than half of their time.
+    """Choose the resident form where it runs; else clusters of 64 tokens if they fill half the GPU
+    and beat row blocks; else row blocks if they make most of one wave; else clusters of 16 tokens
+    if they all run at once; else two kernels over slices of H, or clusters of 64 tokens if they
+    take less than half of their time.
     """
     tokens, hidden, bottleneck, *_ = problem
+    if resident := resident_plan(problem, device):
+        return resident
     row_block = facts().row_block(problem, device)
     blocks = cdiv(tokens, row_block.tokens)
     wide = [clusters(problem, device, s, 64) for s in cluster_sizes(problem, device, 64)]
@@ -236,6 +130,30 @@ def token_plan(problem: Problem, device: Device) -> TokenPlan:
     if fastest and 2 * _busiest(problem, fastest) < row_block.tokens * split.slices.length:
         return fastest
     return split
+
+
+def resident_plan(problem: Problem, device: Device) -> TokenPlan | None:
+    """The resident form, if the device has it, the call's tensors are for it, a slice of the rows
+    fits a block, and there are tiles for half of the SMs.
+    """
+    fact, hidden = facts().resident, problem.hidden_size
+    if not device.warpgroups or problem.beside is None or problem.bottleneck_size > fact.width:
+        return None
+    placed = CLUSTER_SIZES if device.cluster_sizes is None else device.cluster_sizes
+    tiles, plans = cdiv(problem.num_tokens, fact.tokens), []
+    for size in (1, *(size for size in placed if size * PANEL <= hidden)):
+        length = slice_length(hidden, size)
+        slots = fact.row_slots(device.block_memory, length // PANEL, problem.beside)
+        number = min(tiles, device.num_sms // size)
+        if slots < length // PANEL + ROWS_AHEAD or 2 * number * size < device.num_sms:
+            continue
+        waits = 1 if slots * PANEL >= 2 * length else RESIDENT_WAITS
+        cost = cdiv(tiles, number) * length * waits
+        plan = TokenPlan(
+            Slices(size, length), shared_bytes=device.block_memory, resident_clusters=number
+        )
+        plans.append((cost, size, plan))
+    return min(plans)[-1] if plans else None
 
 
 def _busiest(problem: Problem, plan: TokenPlan) -> float:
@@ -294,7 +212,7 @@ def split_passes(problem: Problem, fact: RowBlockFacts, slices: int, outputs: in
     x and what is added are read by one kernel each, and y is written. A block of tokens reads both
     weights; every slice writes its partial sums, and every slice of the output reads them all.
     """
-    tokens, hidden, bottleneck, half, added = problem
+    tokens, hidden, bottleneck, half, added, _ = problem
     element = 2 if half else 4
     rows = tokens * hidden * element
     weights = 2 * bottleneck * hidden * element * cdiv(tokens, fact.tokens)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from adapterkern.backends.base import optional_rows, packed
 from adapterkern.backends.cuda import launch_config
+from adapterkern.backends.cuda.facts import Device, Problem
 from adapterkern.backends.cuda.launch_config import (
     CLUSTER_SIZES,
     CLUSTER_TOKENS,
-    Device,
-    Problem,
     TokenPlan,
     cdiv,
     cluster_sizes,

@@ -88,6 +88,7 @@ class ForwardParams(NamedTuple):
     cluster_tokens: int
     large_tiles: int
     shared_bytes: int
+    resident_clusters: int
     activation: int
     compute_dtype: int
     add_input: int
@@ -147,6 +148,7 @@ class BackwardParams(NamedTuple):
     cluster_tokens: int
     large_tiles: int
     shared_bytes: int
+    resident_clusters: int
     token_splits: int
     tokens_per_split: int
     token_stages: int

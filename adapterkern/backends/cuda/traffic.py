@@ -6,14 +6,10 @@ which bound these kernels before HBM does: mma.sync reads its operands there, fr
 """
 
 from adapterkern.backends.cuda import launch_config, norm
+from adapterkern.backends.cuda.facts import PANEL, ClusterFacts, Device, Problem, RowBlockFacts
 from adapterkern.backends.cuda.launch_config import (
-    PANEL,
     SYSTEM_MEMORY,
     TOKEN_STEP,
-    ClusterFacts,
-    Device,
-    Problem,
-    RowBlockFacts,
     Slices,
     TokenPlan,
     cdiv,
@@ -30,6 +26,10 @@ CYCLE_BYTES = 128  # of shared memory
 ROOM_PASSES = 3
 # One wait of a cluster for all of its blocks, which also writes back and drops what L1 holds.
 BARRIER_SECONDS = 450e-9
+# The same by st.async, there and back, with the activation between: two latencies of distributed
+# shared memory under load, and the instructions.
+EXCHANGE_SECONDS = 1.5e-6
+RESIDENT_AHEAD = 5  # tiles that the threads which copy the rows have under way
 # bottleneck_bwd_dw_sum_kernel: sides of a tile, blocks an SM, slices whose loads are under way.
 SUM_SIDE, SUM_BLOCKS, SUM_AHEAD = 32, 2, 16
 
@@ -141,6 +141,8 @@ def _tokens(
     """y, or dz and dx; `read` and `kept` are the bytes of bottleneck tensors beside the rows."""
     if plan.num_clusters > 0:
         return [_cluster(problem, plan, read, kept)]
+    if plan.resident_clusters > 0:
+        return [_resident(problem, plan, read, kept)]
     fact = launch_config.facts().row_block(problem, device)
     if plan.slices.number == 0:
         return [_row_block(problem, plan, fact, device, read, kept)]
@@ -223,6 +225,32 @@ def _cluster(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffic
         shared_cycles=blocks * tiles * _cluster_bytes(fact, features) / CYCLE_BYTES,
         flops=4.0 * tokens * hidden * bottleneck,
         waits=2 * tiles * BARRIER_SECONDS,
+    )
+
+
+def _resident(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffic:
+    tokens, hidden, bottleneck, *_ = problem
+    fact, beside = launch_config.facts().resident, problem.beside or 0
+    rows, weights = tokens * hidden * ELEMENT, 2 * hidden * bottleneck * ELEMENT
+    tiles, panels = cdiv(tokens, fact.tokens), plan.slices.length // PANEL
+    turns = cdiv(tiles, plan.resident_clusters)  # of the busiest cluster
+    blocks = plan.resident_clusters * plan.slices.number
+    # Of a panel: tiles that are copied; two operands of each product; the rows read, the output
+    # written and read again; and the bias. Of a tile: the sums, and a read with two-way conflicts.
+    of_panel = (3 + 2 * beside + 4 + 3) * fact.tile_bytes + 4 * PANEL * WARP_TOKENS
+    of_tile = 3 * fact.tokens * fact.width * FLOAT + fact.tile_bytes
+    overlaps = fact.row_slots(plan.shared_bytes, panels, beside) >= 2 * panels
+    return Traffic(
+        "bottleneck_resident_kernel",
+        blocks,
+        1,
+        memory=(2 + beside) * rows + weights + read + kept,
+        loads=(1 + beside) * rows + tiles * weights + read,
+        stores=rows + kept,
+        in_flight=RESIDENT_AHEAD * fact.tile_bytes,
+        shared_cycles=blocks * turns * (panels * of_panel + of_tile) / CYCLE_BYTES,
+        flops=4.0 * tokens * hidden * fact.width,
+        waits=EXCHANGE_SECONDS * (1 if overlaps else turns),
     )
 
 

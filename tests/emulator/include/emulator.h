@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -79,13 +80,15 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+constexpr uint32_t kWritten = 1;
+
 struct Copy {
   void* shared;
   const void* global;
   int bytes;
 };
 
-enum class State { kReady, kAtWarp, kAtBlock, kAtCluster, kDone };
+enum class State { kReady, kAtWarp, kAtBlock, kAtCluster, kAtBarrier, kAside, kDone };
 
 struct Thread {
   void* stack = nullptr;  // where it continues
@@ -94,6 +97,15 @@ struct Thread {
   State state = State::kReady;
   std::vector<Copy> open;                 // copies since the last commit
   std::vector<std::vector<Copy>> groups;  // committed and not waited for
+  std::vector<size_t> unfenced;           // units of 16 bytes that it wrote since its last fence
+  uint32_t fenced_at = 0;                 // the last store that had landed then
+};
+
+// The products of a warp's part of a warpgroup that have begun and were not waited for.
+struct WarpProducts {
+  bool fenced = false;
+  std::map<float*, std::vector<float>> sums;          // of each lane, whose registers are poisoned
+  std::vector<std::function<void()>> late, finishes;  // what is read at the wait; then the sums
 };
 
 // A warp operation in progress; the last lane to arrive carries it out for all.
@@ -101,6 +113,7 @@ struct Warp {
   const char* operation = nullptr;
   int arrived = 0;
   void* arguments[kWarpSize];
+  WarpProducts products;
 };
 
 struct Block {
@@ -110,6 +123,10 @@ struct Block {
   std::vector<unsigned char> memory;  // guard, shared memory, guard
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  // Of each 16 bytes: 0; or kWritten, and not fenced by that thread; or the number of the store
+  // from a block of the cluster that landed there, and that a reader fences.
+  std::vector<uint32_t> unfenced;
+  uint32_t landed = kWritten;
   int at_barrier = 0, done = 0;
 
   bool has_ended() const { return done == static_cast<int>(threads.size()); }
@@ -119,6 +136,7 @@ struct Cluster {
   std::vector<Block> blocks;
   int at_barrier = 0;
   bool eager_copies = false;
+  std::vector<std::function<void()>> landing;  // stores that are under way
   std::function<void()> body;
   std::string error;
   void* scheduler_stack = nullptr;
@@ -204,6 +222,16 @@ void warp_operation(const char* name, Arguments& mine, CarryOut carry_out) {
   }
 }
 
+inline Warp& current_warp() { return block->warps[current().linear / kWarpSize]; }
+
+// Notes that this thread wrote 16 bytes, which wgmma may not read before it fences them.
+inline void mark_unfenced(const void* pointer) {
+  const size_t unit = (static_cast<const unsigned char*>(pointer) - block->shared) / 16;
+  if (block->unfenced[unit]) return;
+  block->unfenced[unit] = kWritten;
+  current().unfenced.push_back(unit);
+}
+
 inline void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* name) {
   const auto* at = static_cast<const unsigned char*>(pointer);
   if (at < block->shared || at + bytes > block->shared + block->shared_bytes) {
@@ -267,6 +295,23 @@ inline bool run_warp(Block& of, size_t warp) {
   return ran;
 }
 
+// Carries out a store to a block of the cluster, now or later.
+inline void land(std::function<void()> store) {
+  if (cluster->eager_copies) return store();
+  cluster->landing.push_back(std::move(store));
+}
+
+// Lands one of the stores that are under way; returns whether there was one.
+inline bool land_one(std::mt19937& random) {
+  auto& landing = cluster->landing;
+  if (landing.empty()) return false;
+  std::swap(landing[random() % landing.size()], landing.back());
+  const auto store = std::move(landing.back());
+  landing.pop_back();
+  store();
+  return true;
+}
+
 inline void run_cluster(std::mt19937& random) {
   std::vector<std::pair<Block*, size_t>> order;
   for (Block& each : cluster->blocks) {
@@ -276,6 +321,7 @@ inline void run_cluster(std::mt19937& random) {
   while (std::any_of(cluster->blocks.begin(), cluster->blocks.end(), runs)) {
     if (seed != 0) std::shuffle(order.begin(), order.end(), random);
     bool ran = false;
+    for (Block& each : cluster->blocks) set_ready(each, State::kAside);
     for (const auto& [of, warp] : order) {
       const bool ready = run_warp(*of, warp);
       ran = ran || ready;
@@ -285,7 +331,10 @@ inline void run_cluster(std::mt19937& random) {
       }
       break;  // draw again
     }
-    if (!ran) fail("deadlock: every thread waits, at a barrier or in a warp operation");
+    if (ran && random() % 4 == 0) land_one(random);
+    if (!ran && !land_one(random)) {
+      fail("deadlock: every thread waits, at a barrier or in a warp operation");
+    }
   }
 }
 
@@ -328,6 +377,8 @@ inline void prepare_block(Block& of, dim3 index, dim3 grid, int threads, int sha
   of.shared = reinterpret_cast<unsigned char*>((base + 1023) & ~uintptr_t{1023});
   std::memset(of.shared - kGuardBytes, kGuard, shared_bytes + 2 * kGuardBytes);
   std::memset(of.shared, kPoison, shared_bytes);
+  of.unfenced.assign(shared_bytes / 16 + 1, 0);
+  of.landed = kWritten;
   of.threads.assign(threads, Thread());
   of.warps.assign(threads / kWarpSize, Warp());
   for (int i = 0; i < threads; ++i) {

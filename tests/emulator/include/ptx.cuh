@@ -3,6 +3,7 @@
 
 #include "emulator.h"
 #include "half_types.h"
+#include "warpgroup.h"
 
 #define ADAPTERKERN_SHARED_MEMORY(name) unsigned char* const name = emulator::block->shared
 #define ADAPTERKERN_RARE
@@ -10,6 +11,7 @@
 namespace adapterkern {
 
 constexpr bool kHasClusters = true, kHasLargeTiles = true, kHasSmallTiles = true;
+constexpr bool kHasWarpgroups = true;
 
 struct TFloat32 {
   float value;
@@ -26,6 +28,7 @@ inline void store_global(void* to, const uint32_t (&words)[n]) {
 }
 
 inline void carry_out(const emulator::Copy& copy) {
+  emulator::mark_unfenced(copy.shared);
   if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, copy.bytes);
   std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0, 16 - copy.bytes);
 }
@@ -131,6 +134,12 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
       }
     }
   });
+}
+
+template <bool kTransposed, typename Half>
+inline void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b, Half) {
+  emulator::warpgroup_product(d, a, b, kTransposed,
+                              [](uint16_t bits) { return widen(bits, Half()); });
 }
 
 inline uint32_t to_tf32(float value) {
