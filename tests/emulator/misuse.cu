@@ -97,6 +97,57 @@ void remote_block_has_ended(MisuseParams) {
   load_remote_16(v, reinterpret_cast<float*>(shared), 0);
 }
 
+// Of barriers, and of the products of warpgroups.
+void barrier_that_was_not_made(MisuseParams) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  barrier_arrive(reinterpret_cast<Barrier*>(shared));
+}
+
+void phase_that_never_ends(MisuseParams) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  auto* barrier = reinterpret_cast<Barrier*>(shared);
+  if (threadIdx.x == 0) barrier_init(barrier, 65);
+  __syncthreads();
+  barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+}
+
+void bytes_that_never_come(MisuseParams) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  auto* barrier = reinterpret_cast<Barrier*>(shared);
+  if (threadIdx.x == 0) barrier_init(barrier, 64);
+  __syncthreads();
+  barrier_expect(barrier, threadIdx.x == 0 ? 16 : 0);
+  if (threadIdx.x == 1) {
+    store_async(remote_address(shared + 16, 0), {1, 2}, remote_address(barrier, 0));
+  }
+  barrier_wait(barrier, 0);
+}
+
+template <bool kFencesCopies, bool kFencesSums>
+void product(MisuseParams params, uint64_t descriptor) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  for (unsigned i = threadIdx.x; i < 512; i += 64) {
+    copy_async_16(shared + 16 * i, params.data, 0);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (kFencesCopies) fence_async_proxy();
+  __syncthreads();
+  float sums[32] = {};
+  if (kFencesSums) warpgroup_fence(sums);
+  wgmma_64x64x16<false>(sums, descriptor, descriptor, __nv_bfloat16());
+  warpgroup_wait(sums);
+}
+
+constexpr uint64_t kSwizzled = 1ull << 62 | 64ull << 32;
+
+void copies_not_fenced(MisuseParams params) { product<false, true>(params, kSwizzled); }
+void sums_not_fenced(MisuseParams params) { product<true, false>(params, kSwizzled); }
+void operand_without_swizzle(MisuseParams params) { product<true, true>(params, 64ull << 32); }
+void operand_across_rows(MisuseParams params) { product<true, true>(params, kSwizzled | 7); }
+void operand_past_the_end(MisuseParams params) { product<true, true>(params, kSwizzled | 1 << 13); }
+
 void block_and_cluster(MisuseParams) {
   if (threadIdx.x < 40) {
     __syncthreads();
@@ -131,6 +182,14 @@ extern "C" const char* run_misuse(const char* name, const void* data, int thread
       {"remote_block_of_another_cluster", remote_block_of_another_cluster},
       {"remote_block_has_ended", remote_block_has_ended},
       {"block_and_cluster", block_and_cluster},
+      {"barrier_that_was_not_made", barrier_that_was_not_made},
+      {"phase_that_never_ends", phase_that_never_ends},
+      {"bytes_that_never_come", bytes_that_never_come},
+      {"copies_not_fenced", copies_not_fenced},
+      {"sums_not_fenced", sums_not_fenced},
+      {"operand_without_swizzle", operand_without_swizzle},
+      {"operand_across_rows", operand_across_rows},
+      {"operand_past_the_end", operand_past_the_end},
   };
   emulator::seed = seed;
   for (const auto& each : kernels) {

@@ -11,6 +11,7 @@ from pathlib import Path
 import cuda_facts
 import torch
 from cuda_emulator import Emulator
+from cuda_forms import RESIDENT
 from cuda_grouped import GroupedCase, GroupedEmulator, backend
 from cuda_grouped import missed as wrong_groups
 from cuda_norms import CLUSTERS, NormCase
@@ -31,6 +32,8 @@ SIZES = (
     (Device(1, 227 * 1024), 150, 300, 20),
     (Device(14, 227 * 1024), 37, 530, 20),
     (Device(14, 227 * 1024), 37, 528, 24),
+    (replace(RESIDENT, num_sms=1), 70, 136, 24),
+    (replace(RESIDENT, cluster_sizes=(8,)), 70, 520, 24),
 )
 NORMS = (
     NormCase(tokens=70, parameters=torch.float32),

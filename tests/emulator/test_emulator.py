@@ -19,6 +19,16 @@ MISUSES = {
     "barrier_and_warp": "deadlock",
     "block_and_cluster": "deadlock",
 }
+WARPGROUP_MISUSES = {
+    "barrier_that_was_not_made": "barrier_arrive: no barrier was made here",
+    "phase_that_never_ends": "deadlock",
+    "bytes_that_never_come": "deadlock",
+    "copies_not_fenced": "wgmma: reads what was written and not fenced",
+    "sums_not_fenced": "wgmma: its registers are not fenced",
+    "operand_without_swizzle": "wgmma: not the swizzle over 128 bytes",
+    "operand_across_rows": "wgmma: an operand that leaves its rows",
+    "operand_past_the_end": "wgmma: outside of the shared memory",
+}
 CLUSTER_MISUSES = {
     "remote_past_the_end": "load_remote_16: outside of the shared memory",
     "remote_misaligned": "store_remote_16: misaligned address in shared memory",
@@ -48,6 +58,12 @@ def misuse(tmp_path_factory):
 @pytest.mark.parametrize("name", MISUSES)
 def test_emulator_reports_misuse_in_every_schedule(misuse, name, seed):
     assert misuse(name, seed=seed).startswith(MISUSES[name])
+
+
+@pytest.mark.parametrize("seed", cuda_emulator.SCHEDULES.values(), ids=cuda_emulator.SCHEDULES)
+@pytest.mark.parametrize("name", WARPGROUP_MISUSES)
+def test_emulator_reports_misuse_of_barriers_and_warpgroups(misuse, name, seed):
+    assert misuse(name, shared_bytes=8192, seed=seed).startswith(WARPGROUP_MISUSES[name])
 
 
 @pytest.mark.parametrize("seed", cuda_emulator.SCHEDULES.values(), ids=cuda_emulator.SCHEDULES)

@@ -116,13 +116,15 @@ FAULTS = {
     ),
 }
 # A block alone with rows for three tiles, more than its slots; clusters of which the last block has
-# no features, and a warp no rows.
+# no features, and warps that finish no rows, with time to fall behind.
 CASES = [
     (
-        replace(RESIDENT, num_sms=max(sizes, default=1), cluster_sizes=sizes),
-        Case(torch.bfloat16, shape=(150,), hidden_size=hidden, bottleneck_size=24, skip=True),
+        replace(RESIDENT, num_sms=sms, cluster_sizes=sizes),
+        Case(torch.bfloat16, shape=(tokens,), hidden_size=hidden, bottleneck_size=24, skip=True),
     )
-    for sizes, hidden in [((), 776), ((4,), 520), ((8,), 520)]
+    for sms, sizes, tokens, hidden in [
+        *((1, (), 150, 776), (4, (4,), 150, 520), (16, (8,), 640, 520))
+    ]
 ]
 
 
@@ -134,7 +136,7 @@ def test_cases_take_a_block_alone_and_clusters():
         for device, case in CASES
     ]
     assert [(plan.slices.number, plan.resident_clusters) for plan in plans] == [
-        *((1, 1), (4, 1), (8, 1))
+        *((1, 1), (4, 1), (8, 2))
     ]
 
 

@@ -47,6 +47,7 @@ def test_kernels_stay_within_their_tensors(tmp_path, source):
         ("memory.cuh", "row >= rows", "row > rows"),
         ("tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
         ("tiles.cuh", "else if (row < matrix.rows", "else if (row <= matrix.rows"),
+        ("resident_tiles.cuh", "row < rows ? bytes : 0", "row <= rows ? bytes : 0"),
         ("gradient_tiles.cuh", "kRowsApart < rows_left ?", "kRowsApart <= rows_left ?"),
         ("row_block.cuh", "!exists || token >= num_tokens", "!exists || token > num_tokens"),
         (
@@ -64,6 +65,7 @@ def test_kernels_stay_within_their_tensors(tmp_path, source):
         "elements",
         "copied tiles",
         "converted tiles",
+        "tiles of warpgroups",
         "gradient tiles",
         "y in vectors",
         "what a cluster adds",
