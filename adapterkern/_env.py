@@ -44,6 +44,14 @@ VARIABLES = (
         "hooks on all modules are not seen.",
     ),
     Variable(
+        "ADAPTERKERN_CUDA_RESIDENT",
+        "0 | 1",
+        "0",
+        "1: on compute capability 9.0 the cuda backend may take its resident form, which keeps "
+        "rows on chip and multiplies by wgmma. No GPU has run it yet: compare it with "
+        "`adapterkern check`.",
+    ),
+    Variable(
         "ADAPTERKERN_BUILD_CUDA",
         "auto | 1 | 0",
         "auto",
@@ -90,6 +98,7 @@ UNKNOWN = tuple(
 BACKEND = _value("ADAPTERKERN_BACKEND", "auto")
 STRICT = _value("ADAPTERKERN_STRICT", "0")
 PUBLIC_TORCH = _value("ADAPTERKERN_PUBLIC_TORCH", "0")
+CUDA_RESIDENT = _value("ADAPTERKERN_CUDA_RESIDENT", "0")
 _caches = os.environ.get("XDG_CACHE_HOME", "")
 # The specification of the variable says that a relative path is to be ignored.
 CACHE = Path(_caches if os.path.isabs(_caches) else os.path.expanduser("~/.cache"), "adapterkern")

@@ -129,6 +129,7 @@ def check_environment() -> None:
         ("ADAPTERKERN_BACKEND", _env.BACKEND, ("auto", *NAMES)),
         ("ADAPTERKERN_STRICT", _env.STRICT, ("0", "1")),
         ("ADAPTERKERN_PUBLIC_TORCH", _env.PUBLIC_TORCH, ("0", "1")),
+        ("ADAPTERKERN_CUDA_RESIDENT", _env.CUDA_RESIDENT, ("0", "1")),
     ):
         if value not in known:
             raise ValueError(

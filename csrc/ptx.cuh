@@ -231,6 +231,13 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
                : "memory");
 }
 
+// Arrives for this thread once all of its copies so far have landed.
+__device__ __forceinline__ void copy_async_arrive(Barrier* barrier) {
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
 // Arrives, and makes this phase wait for so many bytes of store_async, which may have come already.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
   asm volatile(
@@ -260,8 +267,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
   }
 }
 
-// Lets wgmma, which reads shared memory through the asynchronous proxy, see what this thread and
-// its copies wrote there.
+// Lets wgmma, which reads shared memory through the asynchronous proxy, see what this thread wrote
+// there, or waited for.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
@@ -318,8 +325,9 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], uint64_t a, uint6
 }
 #undef ADAPTERKERN_WGMMA
 
-// st.async: stores words at an address of a block of the cluster, this one too; a barrier there
-// counts their bytes when they have landed. Addresses are those that remote_address returns.
+// st.async: stores words at an address of a block of the cluster, which may be this one but not the
+// only one; a barrier there counts their bytes when they have landed. Addresses are those that
+// remote_address returns.
 __device__ __forceinline__ void store_async(uint32_t to, const uint32_t (&v)[2], uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::

@@ -1,10 +1,10 @@
 // The resident form of forward and backward, for compute capability 9.0: the rows stay in shared
 // memory from the product into the bottleneck until the output has taken their place.
 //
-// A cluster of blocks, or one alone, walks over tiles of 64 tokens; each block has a slice of H.
-// Its warps have roles, which meet in rings of slots alone: some copy the rows, some either weight,
-// one warpgroup multiplies into the bottleneck and one out of it. So the rows of the next tile
-// arrive as the output of this one leaves, and memory is busy both ways.
+// A cluster of blocks walks over tiles of 64 tokens; each block has a slice of H. Its warps have
+// roles, which meet in rings of slots alone: some copy the rows, some either weight, one warpgroup
+// multiplies into the bottleneck and one out of it. So the rows of the next tile arrive as the
+// output of this one leaves, and memory is busy both ways.
 //
 // The blocks exchange their sums by st.async, without a barrier of the cluster: each sends the sums
 // of some rows to the block that finishes them, and this one the finished rows to all. A block
@@ -30,6 +30,15 @@ struct LanePairs {
   static constexpr int kCount = 32;
   int row = threadIdx.x / kWarpSize % 4 * 16 + threadIdx.x % kWarpSize / 4;
   int column = threadIdx.x % 4 * 2;
+  int first = row % 8 * kVector + column;  // where the first pair of a row is in it
+
+  // Where the pair from element i on is in its row of a tile, and its address: element_of, in few
+  // instructions.
+  __device__ __forceinline__ int in_row(int i) const { return first ^ i / 4 * kVector; }
+  template <typename Half>
+  __device__ __forceinline__ Half* place(Half* tile, int i) const {
+    return tile + row * kTileSide + i / 2 % 2 * 8 * kTileSide + in_row(i);
+  }
 
   // Calls body(index of the pair's first element, which of the two rows, column).
   template <typename Body>
@@ -40,12 +49,14 @@ struct LanePairs {
 };
 
 // acc += a b for the warpgroup: tiles of 64 tokens, and of a weight that is transposed or not.
+// Copies and other blocks filled them, so each thread fences what it waited for.
 template <bool kTransposed, typename Half>
 __device__ __forceinline__ void multiply_tiles(float (&acc)[LanePairs::kCount], const Half* a,
                                                const Half* b) {
   // One step is 16 elements along a row, or 16 rows; descriptors count 16 bytes.
   constexpr int kStepA = 2, kStepB = kTransposed ? 16 * 8 : 2;
   const uint64_t from_a = operand_at(a), from_b = operand_at(b);
+  fence_async_proxy();
   warpgroup_fence(acc);
 #pragma unroll
   for (int step = 0; step < kTileSide / 16; ++step) {
@@ -66,6 +77,7 @@ struct ResidentBlock {
   bool adds_rows, writes;
   int64_t first_feature;  // of the block's slice
   int panels;
+  int share = kTileSide / cluster_size();  // rows of the bottleneck that each block finishes
 
   template <typename Body>
   __device__ __forceinline__ void for_each_tile(Body body) const {
@@ -82,16 +94,21 @@ struct ResidentBlock {
     for (int panel = 0; panel < panels; ++panel) body(panel * kTileSide);
   }
 
-  // Fills a ring with what copy(turn, first token, first feature) copies for each panel.
+  // Fills a ring with what copy(turn, first token, first feature) copies for each panel. A slot is
+  // filled when the copies of all threads have landed, for which none of them waits.
   template <typename Copy>
   __device__ __forceinline__ void fill(const Ring& ring, Copy copy) const {
-    Filler filler(ring);
+    Turn turn(ring);
     for_each_tile([&](int64_t token) {
       for_each_panel([&](int in_slice) {
-        filler.fill([&](const Turn& turn) { copy(turn, token, first_feature + in_slice); });
+        turn.wait_free();
+        copy(turn, token, first_feature + in_slice);
+        copy_async_arrive(turn.filled());
+        turn.pass();
       });
     });
-    filler.publish_all();
+    copy_async_commit();
+    copy_async_wait<0>();
   }
   __device__ __forceinline__ void copy_rows(int thread) const {
     const Matrix rows = policy.rows(policy.params.hidden_size);
@@ -158,22 +175,21 @@ struct ResidentBlock {
   }
 
   // Sends the sums of each row to the block that finishes it: each has as many rows, and a place
-  // [blocks, rows, 64] for the sums of all blocks.
+  // [blocks, rows, 64] for the sums of all blocks, swizzled as tiles are.
   __device__ __forceinline__ void send_sums(const float (&acc)[LanePairs::kCount],
                                             const Turn& sums) const {
     const LanePairs pairs;
-    const int share = kTileSide / cluster_size(), rank = cluster_rank();
     uint32_t to[2], barrier[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = pairs.row + 8 * i, owner = row / share;
-      to[i] = remote_address(sums.template tile<float>() + (rank * share + row % share) * kTileSide,
-                             owner);
+      const int row = pairs.row + 8 * i, owner = row * cluster_size() / kTileSide;
+      const int place = cluster_rank() * share + (row & (share - 1));
+      to[i] = remote_address(sums.template tile<float>() + place * kTileSide, owner);
       barrier[i] = remote_address(sums.filled(), owner);
     }
-    pairs.for_each([&](int i, int which, int unit) {
+    pairs.for_each([&](int i, int which, int) {
       const uint32_t words[2] = {bits_as<uint32_t>(acc[i]), bits_as<uint32_t>(acc[i + 1])};
-      store_async(to[which] + unit * 4, words, barrier[which]);
+      store_async(to[which] + pairs.in_row(i) * 4, words, barrier[which]);
     });
   }
 
@@ -183,7 +199,7 @@ struct ResidentBlock {
                                                const Turn& sums, const Turn& bottleneck,
                                                int64_t first_token) const {
     constexpr int kAcross = kTileSide / kVector;
-    const int size = cluster_size(), share = kTileSide / size, first_row = cluster_rank() * share;
+    const int size = cluster_size(), first_row = cluster_rank() * share;
     const int first = threadIdx.x / kAcross, unit = threadIdx.x % kAcross * kVector;
     Scalar* const tile = bottleneck.template tile<Scalar>();
     const auto for_each_row = [&](auto body) {
@@ -206,7 +222,7 @@ struct ResidentBlock {
       typename Policy::Kept kept;
 #pragma unroll 1
       for (int block = 0; block < size; ++block) {  // in their order, so that bits repeat
-        add_whole(v, sums.template tile<float>() + (block * share + row) * kTileSide + unit);
+        add_whole(v, element_of(sums.template tile<float>(), block * share + row, unit));
       }
       if constexpr (Policy::kReadsZ) load_whole(z, place);
       policy.finish(v, of_units, z, kept, unit);
@@ -228,7 +244,6 @@ struct ResidentBlock {
     Turn rows(tiles.rows), weight(tiles.out), bottleneck(tiles.bottleneck);
     for_each_tile([&](int64_t token) {
       bottleneck.wait_filled();
-      fence_async_proxy();  // other threads, or blocks, wrote it
       for_each_panel([&](int in_slice) {
         if (writes) {
           float acc[LanePairs::kCount] = {};
@@ -254,9 +269,9 @@ struct ResidentBlock {
                                                 const Turn& weight, int in_slice) const {
     const LanePairs pairs;
     const auto add = [&](Scalar* tile) {
-      pairs.for_each([&](int i, int which, int column) {
+      pairs.for_each([&](int i, int, int) {
         float pair[2];
-        load_whole(pair, element_of(tile, pairs.row + 8 * which, column));
+        load_whole(pair, pairs.place(tile, i));
         u[i] += pair[0];
         u[i + 1] += pair[1];
       });
@@ -283,25 +298,31 @@ struct ResidentBlock {
     for (int j = 0; j < Policy::kMostAdded; ++j) {
       if (j < more.count) add(weight.template tile<Scalar>(1 + j));
     }
-    pairs.for_each([&](int i, int which, int column) {
+    pairs.for_each([&](int i, int, int) {
       const float pair[2] = {u[i], u[i + 1]};
-      store_whole(element_of(rows, pairs.row + 8 * which, column), pair);
+      store_whole(pairs.place(rows, i), pair);
     });
   }
 
   __device__ __forceinline__ void store_output(const Scalar* rows, int64_t first_token,
                                                int64_t first_feature) const {
     constexpr int kAcross = kTileSide / kVector, kRowsApart = kWarpSize / kAcross;
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % 4;
-    const int column = lane % kAcross * kVector;
+    constexpr int kCount = 16 / kRowsApart;
+    const int lane = threadIdx.x % kWarpSize, column = lane % kAcross * kVector;
+    const int row = threadIdx.x / kWarpSize % 4 * 16 + lane / kAcross;
     const Matrix output = policy.output();
+    auto* const to = output.template at<Scalar>(first_token + row, first_feature + column);
+    const int64_t left =
+        first_feature + column < output.columns ? output.rows - first_token - row : 0;
+    Words<4> words[kCount];
 #pragma unroll
-    for (int i = 0; i < 16; i += kRowsApart) {
-      const int row = warp * 16 + i + lane / kAcross;
-      const auto words = load_words<Words<4>>(element_of(rows, row, column));
-      if (output.count(first_token + row, first_feature + column, kVector) == 0) continue;
-      store_global(output.template at<Scalar>(first_token + row, first_feature + column),
-                   words.values);
+    for (int i = 0; i < kCount; ++i) {
+      words[i] = load_words<Words<4>>(element_of(rows, row + i * kRowsApart, column));
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i * kRowsApart >= left) continue;
+      store_global(to + i * kRowsApart * output.view.stride, words[i].values);
     }
   }
 };
@@ -350,7 +371,8 @@ __global__ void __launch_bounds__(ResidentShape::kThreads, 1)
 // Launches the resident form under PolicyOf<element type>.
 template <template <typename> class PolicyOf, typename Params>
 cudaError_t launch_resident(const Params& params, cudaStream_t stream) {
-  if (params.bottleneck_size > ResidentShape::kBlockR) return cudaErrorInvalidValue;
+  const bool sends = params.num_splits > 1;  // which st.async needs
+  if (!sends || params.bottleneck_size > ResidentShape::kBlockR) return cudaErrorInvalidValue;
   return switch_dtype(params.compute_dtype, [&](auto type) {
     using Scalar = typename decltype(type)::type;
     if constexpr (sizeof(Scalar) == 2 && !PolicyOf<Scalar>::kHasNorm) {

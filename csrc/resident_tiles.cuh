@@ -69,53 +69,11 @@ struct Turn {
   }
   // Waits until the slot is filled, or freed from its previous use.
   __device__ __forceinline__ void wait_filled() const { barrier_wait(filled(), parity); }
-  __device__ __forceinline__ bool is_free() const {
-    return barrier_passed(ring.freed + slot, parity ^ 1);
-  }
   __device__ __forceinline__ void wait_free() const { barrier_wait(ring.freed + slot, parity ^ 1); }
   // Frees the slot, once all lanes of all warps that read it have come here.
   __device__ __forceinline__ void free() const {
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) barrier_arrive(ring.freed + slot);
-  }
-};
-
-// Fills a ring by cp.async, with up to kMostPending slots under way. A slot counts as filled when
-// this thread's copies have landed and are fenced. All of them are waited for before the thread
-// waits for a slot to become free: else those that would free it might wait for these copies.
-struct Filler {
-  static constexpr int kMostPending = 5;
-  Turn next, oldest;
-  int pending = 0;
-
-  __device__ __forceinline__ explicit Filler(const Ring& ring) : next(ring), oldest(ring) {}
-
-  // Calls copy(turn) with a free slot.
-  template <typename Copy>
-  __device__ __forceinline__ void fill(Copy copy) {
-    if (!next.is_free()) {
-      publish_all();
-      next.wait_free();
-    }
-    copy(next);
-    copy_async_commit();
-    next.pass();
-    if (++pending < kMostPending) return;
-    copy_async_wait<kMostPending - 1>();
-    publish();
-  }
-  __device__ __forceinline__ void publish_all() {
-    copy_async_wait<0>();
-#pragma unroll 1
-    while (pending > 0) publish();
-  }
-
- private:
-  __device__ __forceinline__ void publish() {
-    fence_async_proxy();
-    barrier_arrive(oldest.filled());
-    oldest.pass();
-    --pending;
   }
 };
 

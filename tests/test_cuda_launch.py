@@ -10,6 +10,7 @@ import pytest
 import torch
 from allocations import Allocations
 
+from adapterkern import _env
 from adapterkern.backends import _loaded, get
 from adapterkern.backends.cuda import backend as cuda_backend
 from adapterkern.backends.cuda import extension
@@ -358,6 +359,16 @@ def a_part_of_a_gpu(monkeypatch, placed):
     properties = SimpleNamespace(multi_processor_count=16, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return cuda_backend._gpu.__wrapped__(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("asked", "specific"), [("0", True), ("1", False), ("1", True)])
+def test_resident_form_is_asked_for_and_needs_its_code(monkeypatch, asked, specific):
+    monkeypatch.setattr(_env, "CUDA_RESIDENT", asked)
+    monkeypatch.setattr(extension, "code_for", lambda *_: "sm_90a" if specific else "sm_90")
+    device = a_part_of_a_gpu(monkeypatch, {2, 4, 8})
+    assert device.warpgroups == (asked == "1" and specific)
+    plan = token_plan(Problem(1024, 1024, 64, True, beside=0), device)
+    assert (plan.resident_clusters > 0) == device.warpgroups
 
 
 def test_sizes_of_clusters_that_a_device_cannot_place_are_not_planned(monkeypatch):

@@ -148,7 +148,9 @@ class _Stage:
         self.options, self.output, self.deadline = options, output, deadline
         self._words = words
         path = os.pathsep.join(filter(None, (str(ROOT), str(site), os.environ.get("PYTHONPATH"))))
-        self._environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        # The kernels that no GPU has run yet are what such a run is for.
+        self._environment = {"ADAPTERKERN_CUDA_RESIDENT": "1", **os.environ}
+        self._environment |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         self._kernels_of = packed.triton if packed is not None else None
         if self._kernels_of is not None:
             self._environment["TRITON_CACHE_DIR"] = str(pack.CACHE)

@@ -69,7 +69,7 @@ FORMS = {
         Device(12, memory=CLUSTER_MEMORY), 530, 72, 20, token_slices=True, token_stages=6
     ),
     "resident": Form(
-        replace(RESIDENT, num_sms=1), 150, 200, 24, feature_slices=1, resident=True, token_stages=6
+        replace(RESIDENT, num_sms=2), 150, 200, 24, feature_slices=2, resident=True, token_stages=6
     ),
     "resident_of_four": Form(
         replace(RESIDENT, cluster_sizes=(4,)),

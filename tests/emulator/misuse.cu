@@ -118,10 +118,15 @@ void bytes_that_never_come(MisuseParams) {
   if (threadIdx.x == 0) barrier_init(barrier, 64);
   __syncthreads();
   barrier_expect(barrier, threadIdx.x == 0 ? 16 : 0);
-  if (threadIdx.x == 1) {
-    store_async(remote_address(shared + 16, 0), {1, 2}, remote_address(barrier, 0));
-  }
   barrier_wait(barrier, 0);
+}
+
+void store_async_without_a_cluster(MisuseParams) {
+  ADAPTERKERN_SHARED_MEMORY(shared);
+  auto* barrier = reinterpret_cast<Barrier*>(shared);
+  if (threadIdx.x == 0) barrier_init(barrier, 1);
+  __syncthreads();
+  store_async(remote_address(shared + 16, 0), {1, 2}, remote_address(barrier, 0));
 }
 
 template <bool kFencesCopies, bool kFencesSums>
@@ -132,8 +137,8 @@ void product(MisuseParams params, uint64_t descriptor) {
   }
   copy_async_commit();
   copy_async_wait<0>();
-  if (kFencesCopies) fence_async_proxy();
   __syncthreads();
+  if (kFencesCopies) fence_async_proxy();
   float sums[32] = {};
   if (kFencesSums) warpgroup_fence(sums);
   wgmma_64x64x16<false>(sums, descriptor, descriptor, __nv_bfloat16());
@@ -185,6 +190,7 @@ extern "C" const char* run_misuse(const char* name, const void* data, int thread
       {"barrier_that_was_not_made", barrier_that_was_not_made},
       {"phase_that_never_ends", phase_that_never_ends},
       {"bytes_that_never_come", bytes_that_never_come},
+      {"store_async_without_a_cluster", store_async_without_a_cluster},
       {"copies_not_fenced", copies_not_fenced},
       {"sums_not_fenced", sums_not_fenced},
       {"operand_without_swizzle", operand_without_swizzle},

@@ -32,7 +32,7 @@ SIZES = (
     (Device(1, 227 * 1024), 150, 300, 20),
     (Device(14, 227 * 1024), 37, 530, 20),
     (Device(14, 227 * 1024), 37, 528, 24),
-    (replace(RESIDENT, num_sms=1), 70, 136, 24),
+    (replace(RESIDENT, num_sms=2), 70, 136, 24),
     (replace(RESIDENT, cluster_sizes=(8,)), 70, 520, 24),
 )
 NORMS = (

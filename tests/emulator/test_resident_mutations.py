@@ -16,6 +16,17 @@ pytestmark = pytest.mark.thorough
 
 # fault: file, text, replacement
 FAULTS = {
+    "copies and stores read without a fence": (
+        "resident.cuh",
+        "  fence_async_proxy();\n  warpgroup_fence",
+        "  warpgroup_fence",
+    ),
+    "a slot filled before it is free": ("resident.cuh", "        turn.wait_free();\n", ""),
+    "copies that arrive before they land": (
+        "resident.cuh",
+        "copy_async_arrive(turn.filled())",
+        "barrier_arrive(turn.filled())",
+    ),
     "rows used before they arrive": ("resident.cuh", "        rows.wait_filled();\n", ""),
     "weight into the bottleneck used before it arrives": (
         "resident.cuh",
@@ -52,36 +63,6 @@ FAULTS = {
         "      bottleneck.wait_free();\n",
         "",
     ),
-    "bottleneck read without a fence": (
-        "resident.cuh",
-        "      fence_async_proxy();  // other threads, or blocks, wrote it\n",
-        "",
-    ),
-    "copies read without a fence": (
-        "resident_tiles.cuh",
-        "    fence_async_proxy();\n",
-        "",
-    ),
-    "a slot filled before it is free": (
-        "resident_tiles.cuh",
-        "      next.wait_free();\n",
-        "",
-    ),
-    "no copies published before a wait": (
-        "resident_tiles.cuh",
-        "      publish_all();\n      next",
-        "      next",
-    ),
-    "copies published before they land": (
-        "resident_tiles.cuh",
-        "copy_async_wait<kMostPending - 1>",
-        "copy_async_wait<kMostPending>",
-    ),
-    "the last copies not waited for": (
-        "resident_tiles.cuh",
-        "    copy_async_wait<0>();\n",
-        "",
-    ),
     "rows freed before they are stored": (
         "resident.cuh",
         "          store_output(rows.template tile<Scalar>(), token, first_feature + in_slice);\n"
@@ -106,7 +87,11 @@ FAULTS = {
         "      for (int block = 0; block < size; ++block) {\n        store_async",
         "      for (int block = 1; block < size; ++block) {\n        store_async",
     ),
-    "rows finished by another block": ("resident.cuh", "owner = row / share", "owner = 0"),
+    "rows finished by another block": (
+        "resident.cuh",
+        "owner = row * cluster_size() / kTileSide",
+        "owner = 0",
+    ),
     "bias of another panel": ("resident.cuh", "values + in_slice + column", "values + column"),
     "wrong swizzle": ("resident_tiles.cuh", "^ row % 8)", "^ row % 4)"),
     "rows that are not the product's taken for others": (
@@ -115,20 +100,20 @@ FAULTS = {
         "Added{added.count - 1, {added.rows[0], added.rows[1]}} : added",
     ),
 }
-# A block alone with rows for three tiles, more than its slots; clusters of which the last block has
-# no features, and warps that finish no rows, with time to fall behind.
+# Blocks with rows for three tiles, more than their slots; clusters of which the last block has no
+# features, and warps that finish no rows, with time to fall behind.
 CASES = [
     (
         replace(RESIDENT, num_sms=sms, cluster_sizes=sizes),
         Case(torch.bfloat16, shape=(tokens,), hidden_size=hidden, bottleneck_size=24, skip=True),
     )
     for sms, sizes, tokens, hidden in [
-        *((1, (), 150, 776), (4, (4,), 150, 520), (16, (8,), 640, 520))
+        *((2, (2,), 150, 1544), (4, (4,), 150, 520), (16, (8,), 640, 520))
     ]
 ]
 
 
-def test_cases_take_a_block_alone_and_clusters():
+def test_cases_take_every_size_of_cluster():
     plans = [
         token_plan(
             Problem(*case.shape, case.hidden_size, case.bottleneck_size, True, 2, beside=1), device
@@ -136,7 +121,7 @@ def test_cases_take_a_block_alone_and_clusters():
         for device, case in CASES
     ]
     assert [(plan.slices.number, plan.resident_clusters) for plan in plans] == [
-        *((1, 1), (4, 1), (8, 2))
+        *((2, 1), (4, 1), (8, 2))
     ]
 
 

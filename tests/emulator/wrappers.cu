@@ -171,7 +171,6 @@ __global__ void warpgroup_kernel(const __grid_constant__ WrapperParams params) {
     }
     copy_async_commit();
     copy_async_wait<0>();
-    fence_async_proxy();
     __syncthreads();
     float acc[32] = {};
     multiply_tiles<kTransposed>(acc, tiles[0], tiles[1]);

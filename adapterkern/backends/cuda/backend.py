@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern import _torch
+from adapterkern import _env, _torch
 from adapterkern.backends.base import (
     FIRST_FEATURES,
     NORM_FEATURES,
@@ -360,7 +360,8 @@ def _gpu(device: torch.device) -> Device:
     # A part of a GPU (MIG, MPS) may have no room for a cluster, or none for the larger sizes.
     threads = launch_config.facts().clusters[0].threads
     sizes = tuple(s for s in CLUSTER_SIZES if module.clusters(device.index, s, threads, memory) > 0)
-    warpgroups = extension.runs_warpgroups(properties.major, properties.minor)
+    asked = _env.CUDA_RESIDENT == "1"
+    warpgroups = asked and extension.runs_warpgroups(properties.major, properties.minor)
     return Device(num_sms, memory, memory, sizes, warpgroups)
 
 

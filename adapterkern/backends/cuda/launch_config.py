@@ -80,7 +80,7 @@ class TokenPlan(NamedTuple):
 
     Without slices of H it is the row-block form; with slices alone the split form, of two kernels;
     with slices and clusters the cluster form, in which each block of a cluster takes a slice, and
-    so it does in the resident form, with resident clusters, of which one block is enough.
+    so it does in the resident form, with resident clusters.
     """
 
     slices: Slices
@@ -141,7 +141,7 @@ def resident_plan(problem: Problem, device: Device) -> TokenPlan | None:
         return None
     placed = CLUSTER_SIZES if device.cluster_sizes is None else device.cluster_sizes
     tiles, plans = cdiv(problem.num_tokens, fact.tokens), []
-    for size in (1, *(size for size in placed if size * PANEL <= hidden)):
+    for size in (size for size in placed if size * PANEL <= hidden):
         length = slice_length(hidden, size)
         slots = fact.row_slots(device.block_memory, length // PANEL, problem.beside)
         number = min(tiles, device.num_sms // size)

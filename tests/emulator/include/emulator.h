@@ -80,8 +80,6 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-constexpr uint32_t kWritten = 1;
-
 struct Copy {
   void* shared;
   const void* global;
@@ -97,8 +95,7 @@ struct Thread {
   State state = State::kReady;
   std::vector<Copy> open;                 // copies since the last commit
   std::vector<std::vector<Copy>> groups;  // committed and not waited for
-  std::vector<size_t> unfenced;           // units of 16 bytes that it wrote since its last fence
-  uint32_t fenced_at = 0;                 // the last store that had landed then
+  uint32_t fenced_at = 0;                 // what had landed at its last fence
 };
 
 // The products of a warp's part of a warpgroup that have begun and were not waited for.
@@ -123,10 +120,8 @@ struct Block {
   std::vector<unsigned char> memory;  // guard, shared memory, guard
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  // Of each 16 bytes: 0; or kWritten, and not fenced by that thread; or the number of the store
-  // from a block of the cluster that landed there, and that a reader fences.
-  std::vector<uint32_t> unfenced;
-  uint32_t landed = kWritten;
+  std::vector<uint32_t> landed_at;  // of each 16 bytes: the number of what last landed there
+  uint32_t landed = 0;
   int at_barrier = 0, done = 0;
 
   bool has_ended() const { return done == static_cast<int>(threads.size()); }
@@ -224,12 +219,10 @@ void warp_operation(const char* name, Arguments& mine, CarryOut carry_out) {
 
 inline Warp& current_warp() { return block->warps[current().linear / kWarpSize]; }
 
-// Notes that this thread wrote 16 bytes, which wgmma may not read before it fences them.
-inline void mark_unfenced(const void* pointer) {
-  const size_t unit = (static_cast<const unsigned char*>(pointer) - block->shared) / 16;
-  if (block->unfenced[unit]) return;
-  block->unfenced[unit] = kWritten;
-  current().unfenced.push_back(unit);
+inline void carry_out(const Copy& copy, Block& of) {
+  if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, copy.bytes);
+  std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0, 16 - copy.bytes);
+  of.landed_at[(static_cast<unsigned char*>(copy.shared) - of.shared) / 16] = ++of.landed;
 }
 
 inline void check_shared(const void* pointer, size_t bytes, size_t alignment, const char* name) {
@@ -377,8 +370,8 @@ inline void prepare_block(Block& of, dim3 index, dim3 grid, int threads, int sha
   of.shared = reinterpret_cast<unsigned char*>((base + 1023) & ~uintptr_t{1023});
   std::memset(of.shared - kGuardBytes, kGuard, shared_bytes + 2 * kGuardBytes);
   std::memset(of.shared, kPoison, shared_bytes);
-  of.unfenced.assign(shared_bytes / 16 + 1, 0);
-  of.landed = kWritten;
+  of.landed_at.assign(shared_bytes / 16 + 1, 0);
+  of.landed = 0;
   of.threads.assign(threads, Thread());
   of.warps.assign(threads / kWarpSize, Warp());
   for (int i = 0; i < threads; ++i) {

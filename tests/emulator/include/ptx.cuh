@@ -27,12 +27,6 @@ inline void store_global(void* to, const uint32_t (&words)[n]) {
   std::memcpy(to, words, sizeof(words));
 }
 
-inline void carry_out(const emulator::Copy& copy) {
-  emulator::mark_unfenced(copy.shared);
-  if (copy.bytes > 0) std::memcpy(copy.shared, copy.global, copy.bytes);
-  std::memset(static_cast<char*>(copy.shared) + copy.bytes, 0, 16 - copy.bytes);
-}
-
 inline void copy_async_16(void* shared, const void* global, int bytes) {
   emulator::check_shared(shared, 16, 16, "copy_async_16");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
@@ -40,7 +34,7 @@ inline void copy_async_16(void* shared, const void* global, int bytes) {
   }
   if (bytes < 0 || bytes > 16) emulator::fail("copy_async_16: not 0 to 16 bytes");
   const emulator::Copy copy{shared, global, bytes};
-  if (emulator::cluster->eager_copies) return carry_out(copy);
+  if (emulator::cluster->eager_copies) return carry_out(copy, *emulator::block);
   emulator::current().open.push_back(copy);
 }
 
@@ -54,7 +48,7 @@ template <int kPending>
 inline void copy_async_wait() {
   auto& groups = emulator::current().groups;
   while (groups.size() > kPending) {
-    for (const emulator::Copy& copy : groups.front()) carry_out(copy);
+    for (const emulator::Copy& copy : groups.front()) carry_out(copy, *emulator::block);
     groups.erase(groups.begin());
   }
 }

@@ -1,8 +1,8 @@
 // Barriers in shared memory and the products of warpgroups, as compute capability 9.0 has them.
 //
 // A product reads its operands, and fills its sums, between its start and its wait: under odd seeds
-// at once, else at the wait. Its registers are NaN meanwhile. What a thread copied it must fence,
-// what other blocks stored its reader; plain stores are not watched.
+// at once, else at the wait. Its registers are NaN meanwhile. Its warp must have fenced what copies
+// and other blocks stored, after it landed; plain stores are not watched.
 #pragma once
 
 #include "emulator.h"
@@ -55,6 +55,19 @@ inline void barrier_expect(Barrier* barrier, int bytes) {
 
 inline void barrier_arrive(Barrier* barrier) { barrier_expect(barrier, 0); }
 
+// The copies of this thread land, and it arrives, now or at any later time.
+inline void copy_async_arrive(Barrier* barrier) {
+  check_made(barrier, "copy_async_arrive");
+  emulator::Block& of = *emulator::block;
+  emulator::land([&of, barrier, copies = std::move(emulator::current().open)] {
+    for (const emulator::Copy& copy : copies) carry_out(copy, of);
+    if (barrier->left == 0) emulator::fail("copy_async_arrive: more than the barrier has");
+    --barrier->left;
+    end_phase(barrier, of);
+  });
+  emulator::current().open.clear();
+}
+
 inline bool barrier_passed(Barrier* barrier, int parity) {
   check_made(barrier, "barrier_passed");
   return barrier->phase % 2 != parity;
@@ -79,6 +92,9 @@ template <int n>
 void store_async(uint32_t to, const uint32_t (&v)[n], uint32_t barrier) {
   emulator::Block& other = emulator::cluster->blocks[to >> kOffsetBits];
   const uint32_t offset = to & ((1u << kOffsetBits) - 1);
+  if (emulator::cluster->blocks.size() == 1) {
+    emulator::fail("store_async: the block is the only one of its cluster");
+  }
   if (to >> kOffsetBits != barrier >> kOffsetBits) {
     emulator::fail("store_async: the barrier is in another block");
   }
@@ -91,17 +107,13 @@ void store_async(uint32_t to, const uint32_t (&v)[n], uint32_t barrier) {
   emulator::land([&other, offset, counts, words] {
     if (other.has_ended()) emulator::fail("store_async: the other block has ended");
     std::memcpy(other.shared + offset, words.data(), 4 * n);
-    other.unfenced[offset / 16] = ++other.landed;
+    other.landed_at[offset / 16] = ++other.landed;
     counts->bytes -= 4 * n;
     end_phase(counts, other);
   });
 }
 
-inline void fence_async_proxy() {
-  for (const size_t unit : emulator::current().unfenced) emulator::block->unfenced[unit] = 0;
-  emulator::current().unfenced.clear();
-  emulator::current().fenced_at = emulator::block->landed;
-}
+inline void fence_async_proxy() { emulator::current().fenced_at = emulator::block->landed; }
 
 inline void warpgroup_fence(float (&)[32]) {
   char nothing;
@@ -128,7 +140,7 @@ namespace emulator {
 struct Operand {
   uint64_t descriptor;
   bool along_rows;     // whether the 16 elements of a product are contiguous
-  uint32_t fenced_at;  // the last store of other blocks that all lanes have fenced
+  uint32_t fenced_at;  // what had landed when the lanes fenced it
 
   uint64_t field(int first, int bits) const { return descriptor >> first & ((1ull << bits) - 1); }
 
@@ -146,10 +158,7 @@ struct Operand {
     uint64_t address = start + line / 8 * eight + line % 8 * 128 + in_line * 2;
     address ^= (address >> 7 & 7) << 4;
     if (address + 2 > block->shared_bytes) fail("wgmma: outside of the shared memory of the block");
-    const uint32_t written = block->unfenced[address / 16];
-    if (written == kWritten || written > fenced_at) {
-      fail("wgmma: reads what was written and not fenced");
-    }
+    if (block->landed_at[address / 16] > fenced_at) fail("wgmma: reads what was not fenced");
     uint16_t bits;
     std::memcpy(&bits, block->shared + address, 2);
     return bits;
