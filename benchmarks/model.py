@@ -61,6 +61,7 @@ CARDS = {
     "a100": Card(
         *(108, 163 * 1024, 1.6e12, 4e12, 64 * 1.41e9, 1.41e9, 250e12),
         memory_latency=700e-9,
+        has_clusters=False,
         library_rate=270e12,
     ),
 }

@@ -121,7 +121,7 @@ def _report() -> list[Step]:
 
 def _tune() -> list[Step]:
     search = ("{python}", "-m", "adapterkern", "tune", "--minutes", "3.6")
-    forms = workload.MEMCHECKED[: len(workload.FORMS)]  # one case for each form of the CUDA kernels
+    forms = workload.FORM_CASES
     few = 6 * PROCESSES  # every sixth case, about twenty of them
     half = PROCESSES // 2
     return [
@@ -152,7 +152,7 @@ def _diagnose(wanted: Wanted) -> list[Step]:
         *("--launch-count", "12", *(f"--section={name}" for name in _SECTIONS)),
         *("--metrics", ",".join(_METRICS), "--print-summary", "per-kernel"),
     )
-    patterns = wanted.cases or tuple(case for _, case in workload.MEMCHECKED[: len(workload.FORMS)])
+    patterns = wanted.cases or tuple(workload.FORMS.values())
     cases = [(wanted.backend, case) for case in patterns]
     return [
         *_machine(30),

@@ -204,10 +204,10 @@ FORMS = {
     "clusters of 64 tokens": _MIDDLE,
     "resident": _WHOLE_ROWS,
 }
-MEMCHECKED = tuple(
+FORM_CASES = tuple(("cuda", case) for case in FORMS.values())
+MEMCHECKED = FORM_CASES + tuple(
     ("cuda", case)
     for case in (
-        *FORMS.values(),
         *("bf16-*-T4097-H65-R136*", "bf16-*-T100-H520-R5*", "fp16-*-T777-H1536-R72*"),
         *("fp32-*-T8193-H65-R49*", "fp32-*-T300-H776-R16*", "tf32-*-T1537-H129-R16*"),
         *("bf16-*-T37-H1030-R49-parameters_fp32", "fp16-*-T37-H1030-R100-nonfinite"),

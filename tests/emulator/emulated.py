@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import cuda_emulator
 import pytest
@@ -12,6 +13,17 @@ from adapterkern.backends.cuda.backend import CudaBackend
 from adapterkern.backends.cuda.facts import Device
 
 ONE_SM = Device(num_sms=1)
+
+
+def with_fault(folder: Path, fault: tuple[str, str, str] | None) -> cuda_emulator.Emulator:
+    """Build few kernels, with a fault: the file, a text of it, and what takes the text's place."""
+    if cuda_emulator.missing() is not None:
+        pytest.skip(cuda_emulator.missing())
+    changes = cuda_emulator.narrowed("__nv_bfloat16")
+    if fault is not None:
+        file, *change = fault
+        changes[file] = [tuple(change)]
+    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
 
 
 @contextlib.contextmanager

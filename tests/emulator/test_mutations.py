@@ -4,7 +4,7 @@ import cuda_emulator
 import pytest
 import torch
 from cuda_forms import CLUSTER_MEMORY
-from emulated import emulated
+from emulated import emulated, with_fault
 
 from adapterkern.backends.cuda.facts import Device, Problem
 from adapterkern.backends.cuda.launch_config import token_plan
@@ -299,30 +299,20 @@ def is_red(kernels: cuda_emulator.Emulator, cases: list) -> bool:
     return False
 
 
-def narrowed_build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
-    if cuda_emulator.missing() is not None:
-        pytest.skip(cuda_emulator.missing())
-    changes = cuda_emulator.narrowed("__nv_bfloat16")
-    if fault is not None:
-        file, text, replacement = {**FAULTS, **WEIGHT_FAULTS, **CLUSTER_FAULTS}[fault]
-        changes[file] = [(text, replacement)]
-    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
-
-
 def test_cases_are_green_without_a_fault(tmp_path):
-    assert not is_red(narrowed_build(tmp_path), CASES + WEIGHT_CASES + CLUSTER_CASES)
+    assert not is_red(with_fault(tmp_path, None), CASES + WEIGHT_CASES + CLUSTER_CASES)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_turns_the_cases_red(tmp_path, fault):
-    assert is_red(narrowed_build(tmp_path, fault), CASES)
+    assert is_red(with_fault(tmp_path, FAULTS[fault]), CASES)
 
 
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
 def test_fault_in_the_weight_gradients_turns_their_cases_red(tmp_path, fault):
-    assert is_red(narrowed_build(tmp_path, fault), WEIGHT_CASES)
+    assert is_red(with_fault(tmp_path, WEIGHT_FAULTS[fault]), WEIGHT_CASES)
 
 
 @pytest.mark.parametrize("fault", CLUSTER_FAULTS)
 def test_fault_in_the_cluster_form_turns_its_cases_red(tmp_path, fault):
-    assert is_red(narrowed_build(tmp_path, fault), CLUSTER_CASES)
+    assert is_red(with_fault(tmp_path, CLUSTER_FAULTS[fault]), CLUSTER_CASES)

@@ -3,7 +3,7 @@
 import cuda_emulator
 import pytest
 from cuda_norms import CLUSTERS, NormCase, missed, plan
-from emulated import emulated
+from emulated import emulated, with_fault
 
 from adapterkern.backends.cuda import norm as cuda_norm
 
@@ -59,16 +59,6 @@ CASES = [
 ]
 
 
-def build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
-    if cuda_emulator.missing() is not None:
-        pytest.skip(cuda_emulator.missing())
-    changes = cuda_emulator.narrowed("__nv_bfloat16")
-    if fault is not None:
-        file, text, replacement = FAULTS[fault]
-        changes[file] = [(text, replacement)]
-    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
-
-
 def is_red(kernels: cuda_emulator.Emulator) -> bool:
     for size, tokens, case in CASES:
         for kernels.seed in (0, 1, 2, 3, 5, 7):  # some races take a certain order of the warps
@@ -84,9 +74,9 @@ def is_red(kernels: cuda_emulator.Emulator) -> bool:
 
 
 def test_norm_cases_are_green_without_a_fault(tmp_path):
-    assert not is_red(build(tmp_path))
+    assert not is_red(with_fault(tmp_path, None))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_norm_turns_its_cases_red(tmp_path, fault):
-    assert is_red(build(tmp_path, fault))
+    assert is_red(with_fault(tmp_path, FAULTS[fault]))

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import cuda_emulator
 import pytest
 import torch
 from cuda_forms import RESIDENT
+from emulated import with_fault
 from test_mutations import is_red
 
 from adapterkern.backends.cuda.facts import Problem
@@ -125,20 +125,10 @@ def test_cases_take_every_size_of_cluster():
     ]
 
 
-def build(folder, fault: str | None = None) -> cuda_emulator.Emulator:
-    if cuda_emulator.missing() is not None:
-        pytest.skip(cuda_emulator.missing())
-    changes = cuda_emulator.narrowed("__nv_bfloat16")
-    if fault is not None:
-        file, text, replacement = FAULTS[fault]
-        changes[file] = [(text, replacement)]
-    return cuda_emulator.Emulator(cuda_emulator.build(folder, changes=changes))
-
-
 def test_resident_cases_are_green_without_a_fault(tmp_path):
-    assert not is_red(build(tmp_path), CASES)
+    assert not is_red(with_fault(tmp_path, None), CASES)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_resident_form_turns_its_cases_red(tmp_path, fault):
-    assert is_red(build(tmp_path, fault), CASES)
+    assert is_red(with_fault(tmp_path, FAULTS[fault]), CASES)

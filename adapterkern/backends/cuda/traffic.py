@@ -29,7 +29,6 @@ BARRIER_SECONDS = 450e-9
 # The same by st.async, there and back, with the activation between: two latencies of distributed
 # shared memory under load, and the instructions.
 EXCHANGE_SECONDS = 1.5e-6
-RESIDENT_AHEAD = 5  # tiles that the threads which copy the rows have under way
 # bottleneck_bwd_dw_sum_kernel: sides of a tile, blocks an SM, slices whose loads are under way.
 SUM_SIDE, SUM_BLOCKS, SUM_AHEAD = 32, 2, 16
 
@@ -239,7 +238,9 @@ def _resident(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffi
     # written and read again; and the bias. Of a tile: the sums, and a read with two-way conflicts.
     of_panel = (3 + 2 * beside + 4 + 3) * fact.tile_bytes + 4 * PANEL * WARP_TOKENS
     of_tile = 3 * fact.tokens * fact.width * FLOAT + fact.tile_bytes
-    overlaps = fact.row_slots(plan.shared_bytes, panels, beside) >= 2 * panels
+    slots = fact.row_slots(
+        plan.shared_bytes, panels, beside
+    )  # of which a tile at work takes panels
     return Traffic(
         "bottleneck_resident_kernel",
         blocks,
@@ -247,10 +248,10 @@ def _resident(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffi
         memory=(2 + beside) * rows + weights + read + kept,
         loads=(1 + beside) * rows + tiles * weights + read,
         stores=rows + kept,
-        in_flight=RESIDENT_AHEAD * fact.tile_bytes,
+        in_flight=(slots - panels) * fact.tile_bytes,
         shared_cycles=blocks * turns * (panels * of_panel + of_tile) / CYCLE_BYTES,
         flops=4.0 * tokens * hidden * fact.width,
-        waits=EXCHANGE_SECONDS * (1 if overlaps else turns),
+        waits=EXCHANGE_SECONDS * (1 if slots >= 2 * panels else turns),
     )
 
 
