@@ -10,14 +10,16 @@ from adapterkern.functional import bottleneck_adapter, bottleneck_adapter_norm
 from adapterkern.grouped.functional import grouped_bottleneck_adapter
 from adapterkern.grouped.routing import AdapterRouting
 from adapterkern.modules.adapter_bank import AdapterBank
+from adapterkern.modules.adapter_banks import AdapterBanks
 from adapterkern.modules.adapter_norm import AdapterNorm
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.explain import Explanation, ModelExplanation, explain
-from adapterkern.modules.insert import insert
+from adapterkern.modules.insert import insert, insert_banks
 from adapterkern.modules.warmup import warmup
 
 __all__ = [
     "AdapterBank",
+    "AdapterBanks",
     "AdapterNorm",
     "AdapterRouting",
     "BackendUnsupportedError",
@@ -32,6 +34,7 @@ __all__ = [
     "explain",
     "grouped_bottleneck_adapter",
     "insert",
+    "insert_banks",
     "use_backend",
     "warmup",
 ]

@@ -13,7 +13,6 @@ import random
 import statistics
 import tempfile
 import time
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,39 +41,27 @@ Row = tuple[str, Tensor, int]  # task, token ids, class
 
 
 class ManyTasks(nn.Module):
-    """A frozen encoder with a bank of adapters behind each sublayer, and a head for each task."""
+    """A frozen encoder with banks of adapters behind its sublayers, and a head for each task."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_pretrained(bundled_minilm()).eval().requires_grad_(False)
+        self.encoder = AutoModel.from_pretrained(bundled_minilm()).eval()
         self.size = self.encoder.config.hidden_size
-        self.banks = nn.ModuleList()
-        # One routing for all places, since an adapter has the same slot in every bank.
-        self.routing = ak.AdapterRouting(MAX_TEXTS * LENGTH, len(TASKS), device=DEVICE)
-        for name, module in self.encoder.named_modules():
-            if name.endswith("output.dense"):  # the last layer of attention and of feed-forward
-                bank = ak.AdapterBank(self.size, max(UNITS.values()), len(TASKS))
-                for task, units in UNITS.items():
-                    bank.add(task, ak.BottleneckAdapter(self.size, units))
-                module.register_forward_hook(partial(self.adapt, bank))
-                self.banks.append(bank)
+        places = "output.dense"  # the last layers of attention and of feed-forward
+        sizes = {"max_bottleneck_size": max(UNITS.values()), "slots": len(TASKS)}
+        self.banks = ak.insert_banks(self.encoder, places, **sizes)  # and freeze the encoder
+        for task, units in UNITS.items():
+            self.banks.add(task, bottleneck_size=units)
         heads = {task: nn.Linear(self.size, len(classes)) for task, classes in TASKS.items()}
         self.heads = nn.ModuleDict(heads)
         self.to(DEVICE)
 
     def forward(self, ids: Tensor, names: list[str | None] | str | None) -> Tensor:
         """A vector for each text; names: the adapter of each text, or one that all switch to."""
-        self.names = names
-        if isinstance(names, list):
-            self.routing.update(self.banks[0].ids(names), seq_len=ids.shape[1])
+        self.banks.route(names)
         mask = (ids != 0).long()  # token 0 is MiniLM's padding
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-    def adapt(self, bank: ak.AdapterBank, module: nn.Module, args: tuple, h: Tensor) -> Tensor:
-        if isinstance(self.names, list):
-            return bank(h, self.routing)
-        return h if self.names is None else bank[self.names](h)
 
 
 def rows_of(docs: list) -> list[Row]:
@@ -120,10 +107,11 @@ def report(model: ManyTasks, rows: list[Row]) -> None:
         ids, names, classes = batch_of(rows[start : start + MAX_TEXTS])
         for task, vector, label in zip(names, model(ids, names), classes, strict=True):
             right[task] += int(model.heads[task](vector).argmax() == label)
-    encoder = sum(p.numel() for p in model.encoder.parameters())
+    encoder = sum(p.numel() for p in model.encoder.parameters() if not p.requires_grad)
     print(f"{'task':19}  classes  trained  of encoder  majority  held out")
     for task, classes in TASKS.items():
-        trained = sum(p.numel() for bank in model.banks for p in bank[task].parameters())
+        adapters = model.banks.adapters(task).values()
+        trained = sum(p.numel() for adapter in adapters for p in adapter.parameters())
         labels = [label for name, _, label in rows if name == task]
         majority = max(map(labels.count, labels)) / len(labels)
         print(f"{task:19}  {len(classes):7}  {trained:7,}  {trained / encoder:10.2%}"
@@ -176,8 +164,9 @@ def main() -> None:
         return [row for own in of_task for row in random.sample(own, options.texts)]
 
     model = ManyTasks()
-    rates = {model.banks: 4e-3, model.heads: 5e-3}
-    optimizer = torch.optim.AdamW([{"params": p.parameters(), "lr": r} for p, r in rates.items()])
+    adapters = {n: p for n, p in model.encoder.named_parameters() if p.requires_grad}
+    rates = [(adapters.values(), 4e-3), (model.heads.parameters(), 5e-3)]
+    optimizer = torch.optim.AdamW([{"params": params, "lr": rate} for params, rate in rates])
     losses, quarter = [], max(1, options.steps // 4)
     for step in range(1, options.steps + 1):
         losses.append(train_step(model, optimizer, draw(*TASKS)))
@@ -188,25 +177,26 @@ def main() -> None:
     compare(model, ids, names[: -options.texts] + [None] * options.texts)
 
     # A step moves the adapters of its batch alone, though AdamW has moments and decays weights.
-    before = {name: p.clone() for name, p in model.banks.named_parameters()}
+    before = {name: p.clone() for name, p in adapters.items()}
     train_step(model, optimizer, draw(*list(TASKS)[1:]))
-    still = [name for name, p in model.banks.named_parameters() if torch.equal(p, before[name])]
+    still = [name for name, p in adapters.items() if torch.equal(p, before[name])]
     of_topic = [name for name in before if ".topic." in name]
     print(f"a step without texts of topic moves {len(before) - len(still)} tensors, leaves "
           f"{len(still)}: just those of topic: {still == of_topic}")  # fmt: skip
 
-    # An adapter goes into a file, from there into another bank, and leaves its own.
-    bank, x = model.banks[0], torch.randn(4, model.size, device=DEVICE)
-    with tempfile.TemporaryFile() as file:
-        torch.save(bank["topic"].state_dict(), file)
+    # An adapter goes into a file, from there into another model, and leaves its own.
+    with torch.no_grad(), tempfile.TemporaryFile() as file:
+        vectors = model(ids, "topic")
+        saved = {place: a.state_dict() for place, a in model.banks.adapters("topic").items()}
+        torch.save(saved, file)
         file.seek(0)
-        other = ak.AdapterBank(model.size, UNITS["topic"], slots=1, device=DEVICE)
-        loaded = other.add("loaded", torch.load(file))
-    print(f"in another bank the same: {torch.equal(loaded(x), bank['topic'](x))}")
-    model.routing.update([])  # a bank keeps the adapters that the last batch names
-    for bank in model.banks:  # in all of them, so that they share their slots for good
-        bank.remove("topic")
-    print(f"left in its own: {', '.join(bank.names)}")
+        other = ManyTasks()
+        other.banks.remove("topic")
+        other.banks.add("topic", torch.load(file))
+        print(f"in another model the same: {torch.equal(other(ids, 'topic'), vectors)}")
+    model.banks.route(None)  # a model keeps the adapters that its last batch named
+    model.banks.remove("topic")
+    print(f"left in its own: {', '.join(model.banks.names)}")
 
 
 if __name__ == "__main__":

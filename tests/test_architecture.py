@@ -247,6 +247,12 @@ SIGNATURES = {
     "AdapterBank.forward": "(self, x, routing, skip=None, *, residual=None)",
     "AdapterBank.ids": "(self, names)",
     "AdapterBank.remove": "(self, name)",
+    "AdapterBanks": "(banks, route)",
+    "AdapterBanks.add": "(self, name, adapters=None, **options)",
+    "AdapterBanks.adapters": "(self, name)",
+    "AdapterBanks.ids": "(self, names)",
+    "AdapterBanks.remove": "(self, name)",
+    "AdapterBanks.route": "(self, names)",
     "AdapterRouting": "(max_tokens, slots, *, device=None)",
     "AdapterRouting.update": "(self, ids, *, seq_len=None, cu_seqlens=None)",
     "grouped_bottleneck_adapter": "(x, down_weights, up_weights, routing, down_biases=None, "
@@ -254,6 +260,7 @@ SIGNATURES = {
     "backend='auto')",
     "explain": "(adapter, *args, **kwargs)",
     "insert": "(model, after, *, hidden_size=None, name='adapter', freeze=True, **options)",
+    "insert_banks": "(model, after, *, hidden_size=None, name='bank', freeze=True, **options)",
     "use_backend": "(name)",
     "warmup": "(module, *args, **kwargs)",
 }

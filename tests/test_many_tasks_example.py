@@ -47,5 +47,5 @@ def test_the_example_learns_in_mixed_batches_what_it_serves_in_mixed_batches():
 
     moved, stayed = (TASKS - 1) * PARAMETERS, PARAMETERS
     assert f"moves {moved} tensors, leaves {stayed}: just those of topic: True" in printed
-    assert "in another bank the same: True" in printed
+    assert "in another model the same: True" in printed
     assert re.search(r"left in its own: kind, (\w+, ){5}threads_or_archives\n", printed)

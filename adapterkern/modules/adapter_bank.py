@@ -122,8 +122,11 @@ class AdapterBank(AdapterSlots):
             raise TypeError(f"names must be a list of names, got {names!r}.")
         listed = list(names)
         self._check_known([name for name in listed if name is not None])
-        slots = [-1 if name is None else self._slot_of[name] for name in listed]
-        return torch.tensor(slots, dtype=torch.int32, device="cpu")
+        return torch.tensor(self.slots_of(listed), dtype=torch.int32, device="cpu")
+
+    def slots_of(self, names: Iterable[str | None]) -> list[int]:
+        """The slots of adapters; -1 for None, and for a name that this bank does not have."""
+        return [-1 if name is None else self._slot_of.get(name, -1) for name in names]
 
     def add(
         self, name: str, adapter: BottleneckAdapter | Mapping[str, Tensor]
@@ -169,13 +172,21 @@ class AdapterBank(AdapterSlots):
             ValueError: the last batch of a routing that this bank has served still names it.
         """
         self._check_known([name])
+        self.check_unused(name)
+        self._free(name)
+
+    def check_unused(self, name: str) -> None:
+        """Refuse an adapter that `remove` would not take away.
+
+        Raises:
+            ValueError: as `remove`.
+        """
         slot = self._slot_of[name]
         if any(slot in routing.used_slots() for routing in self._routings):
             raise ValueError(
                 f"adapter {name!r} is in use: a routing that this bank has served names it.\n"
                 "  hint: routing.update([]), or for a batch without it, or drop that routing."
             )
-        self._free(name)
 
     # The call
 

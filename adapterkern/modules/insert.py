@@ -1,16 +1,20 @@
-"""`insert`: adapters into any model, behind modules that are named."""
+"""`insert` and `insert_banks`: adapters into any model, behind modules that are named."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from adapterkern.modules.adapter_bank import AdapterBank
+from adapterkern.modules.adapter_banks import AdapterBanks, Route
 from adapterkern.modules.bottleneck import BottleneckAdapter
 from adapterkern.modules.deferral import is_deferred
 from adapterkern.validation import FLOAT_DTYPES
+
+M = TypeVar("M", BottleneckAdapter, AdapterBank)
 
 
 def insert(
@@ -50,32 +54,93 @@ def insert(
         ValueError: a name fits no module, a module cannot take an adapter, or as
             `BottleneckAdapter`. The model is then as it was.
     """
+    hook = partial(_adapt_output, name)
+    made = _put(BottleneckAdapter, model, after, hidden_size, name, freeze, options, hook)
+    return {f"{path}.{name}" if path else name: adapter for path, adapter in made.items()}
+
+
+def insert_banks(
+    model: nn.Module,
+    after: str | Iterable[str],
+    *,
+    hidden_size: int | None = None,
+    name: str = "bank",
+    freeze: bool = True,
+    **options: Any,
+) -> AdapterBanks:
+    """Put a bank of adapters behind every module of a model that is named, and freeze the rest.
+
+    From then on each sequence of a batch takes the adapter that `route` names for it, in all of
+    these places, in one launch at each:
+
+        banks = ak.insert_banks(model, after=["attention.output.dense", "mlp.fc2"], slots=8)
+        banks.add("fr", bottleneck_size=48)
+        banks.add("de", adapters_in("de_folder"))  # of adapterkern.integrations.peft
+        banks.route(["fr", None, "de"])
+        y = model(batch_of_three)
+
+    Each bank is the submodule `name` of the module that it follows, called by a forward hook, as
+    `insert` puts adapters. Until something is routed, the model computes what it did before.
+
+    Args:
+        model, after, hidden_size, name, freeze: as in `insert`.
+        options: further arguments of `AdapterBank`, as max_bottleneck_size, slots and activation.
+
+    Returns:
+        The banks by the names of the modules that they follow, with `add`, `remove` and `route`.
+
+    Raises:
+        TypeError, ValueError: as `insert` and `AdapterBank`, or residual is given: what a module
+            computed is always added. The model is then as it was.
+    """
+    if "residual" in options:
+        raise TypeError(
+            "residual is no option here: what a module computed is added to what its bank gives."
+        )
+    route = Route()
+    hook = partial(_route_output, name, route)
+    made = _put(AdapterBank, model, after, hidden_size, name, freeze, options, hook)
+    return AdapterBanks(made, route)
+
+
+def _put(
+    kind: type[M], model: nn.Module, after: str | Iterable[str], hidden_size: int | None, name: str,
+    freeze: bool, options: dict[str, Any], hook: Callable,
+) -> dict[str, M]:  # fmt: skip
+    """A submodule of this kind and name at each place, for the hook to call."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     targets = _targets(model, [after] if isinstance(after, str) else list(after))
     for path, module in targets.items():
         _check_place(model, path, module, name)
-    made: dict[str, BottleneckAdapter] = {}
+    made: dict[str, M] = {}
     for path, module in targets.items():
         size = hidden_size if hidden_size is not None else _output_size(path, module)
-        made[path] = BottleneckAdapter(size, **_like(module) | options)
+        made[path] = kind(size, **_like(module) | options)
     if freeze:
         model.requires_grad_(False)
-    for path, adapter in made.items():
-        targets[path].add_module(name, adapter.train(targets[path].training))
-        targets[path].register_forward_hook(partial(_adapt_output, name))
-    return {f"{path}.{name}" if path else name: adapter for path, adapter in made.items()}
+    for path, adapters in made.items():
+        targets[path].add_module(name, adapters.train(targets[path].training))
+        targets[path].register_forward_hook(hook)
+    return made
 
 
 # At module level, and finding the adapter by name, so that copies of a model call their own.
 def _adapt_output(name: str, module: nn.Module, _: Any, output: Any) -> Any:
     adapter = getattr(module, name)
-    if is_deferred(adapter):
-        return output
+    return output if is_deferred(adapter) else _with_first(module, output, adapter)
+
+
+def _route_output(name: str, route: Route, module: nn.Module, _: Any, output: Any) -> Any:
+    return _with_first(module, output, partial(route.run, getattr(module, name)))
+
+
+def _with_first(module: nn.Module, output: Any, adapt: Callable[[Tensor], Tensor]) -> Any:
+    """What a module returns with its hidden states, the first of a tuple, adapted."""
     if isinstance(output, Tensor):
-        return adapter(output)
+        return adapt(output)
     if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-        return type(output)((adapter(output[0]), *output[1:]))
+        return type(output)((adapt(output[0]), *output[1:]))
     raise TypeError(
         f"an adapter follows {type(module).__name__}, whose output must be a tensor or a tuple "
         f"that begins with one, got {type(output).__name__}.\n"

@@ -281,6 +281,20 @@ def test_saved_adapters_serve_in_a_bank(mixed, tmp_path):
     assert_same(bank(layer.base_layer(x), routing), due)
 
 
+def test_saved_folders_serve_the_base_model_in_banks(mixed, tiny, batch, output, tmp_path):
+    """What a mixed batch of PEFT's model computes, the base model computes without it."""
+    model = mixed("gpt2", activation="relu", scaling=0.5)
+    model.save_pretrained(tmp_path)
+    base = tiny("gpt2")
+    saved = {name: adapters_in(tmp_path / name) for name in ("french", "legal")}
+    banks = ak.insert_banks(base, after=list(saved["french"]), activation="relu", slots=2)
+    for name, adapters in saved.items():
+        banks.add(name, adapters)
+    banks.route([None if name == "__base__" else name for name in NAMES])
+    due = output(model, batch("gpt2"), adapter_names=NAMES)
+    assert_same(output(base, batch("gpt2")), due)
+
+
 def test_saved_adapters_keep_their_dtypes_and_leave_saved_modules_out(tiny, tmp_path):
     model = peft.get_peft_model(tiny("bert-classifier"), BottleneckConfig(task_type="SEQ_CLS"))
     model.half().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The adapters of a saved folder, for use without PEFT's model, as in an `AdapterBank`."""
+"""The adapters of a saved folder, for use without PEFT's model, as in `AdapterBanks`."""
 
 import os
 from typing import Any
@@ -27,7 +27,8 @@ class SavedAdapters(dict[str, BottleneckAdapter]):
 def adapters_in(folder: str | os.PathLike[str]) -> SavedAdapters:
     """The adapters that `save_pretrained` of a PEFT model wrote into a folder.
 
-        bank.add("french", adapters_in(folder)["encoder.layer.0.output.dense"])
+        banks = ak.insert_banks(base_model, after=list(adapters_in(folder)))
+        banks.add("french", adapters_in(folder))
 
     Args:
         folder: of one adapter: the one saved into, or its subfolder of the adapter's name where
