@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 
-COMMAND = "pytest -n 2 --dist loadfile -m thorough"
+COMMAND = "pytest -n 2 --dist worksteal -m thorough"
 LEFT_OUT = "thorough_left_out"  # a worker of pytest-xdist tells the run by this name
 
 
