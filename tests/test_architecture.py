@@ -242,7 +242,7 @@ SIGNATURES = {
     "AdapterNorm.as_call": "(self, x, residual='input', skip=None, *, prenorm=False)",
     "AdapterBank": "(hidden_size, max_bottleneck_size=64, slots=16, *, activation='gelu', "
     "bias=True, residual='input', backend='auto', device=None, dtype=None)",
-    "AdapterBank.add": "(self, name, adapter)",
+    "AdapterBank.add": "(self, name, adapter, *, scaling=None)",
     "AdapterBank.as_call": "(self, x, routing, skip=None, *, residual=None)",
     "AdapterBank.forward": "(self, x, routing, skip=None, *, residual=None)",
     "AdapterBank.ids": "(self, names)",

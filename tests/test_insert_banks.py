@@ -2,72 +2,30 @@
 
 import copy
 import pickle
-import re
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import adapterkern as ak
+from tests.banked_models import (
+    CLOSE,
+    EXACT,
+    NAMES,
+    PLACES,
+    B,
+    H,
+    alone,
+    banked,
+    gradients,
+    input_of,
+    linear_layers,
+    model_of,
+    random_adapters,
+)
 from tests.banks import random_adapter
-
-H, B, L = 12, 4, 3
-NAMES = ("wide", "narrow")
-EXACT = {"rtol": 0, "atol": 0}
-CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # of float64: sums in another order, and no more
-
-
-class Block(nn.Module):
-    """The hidden states are [B, L, H] behind `out`, [B L, H] behind `fc`, [B, H] behind `pool`."""
-
-    def __init__(self):
-        super().__init__()
-        self.out, self.fc, self.pool = (nn.Linear(H, H) for _ in range(3))
-
-    def forward(self, x):
-        x = x + self.out(x)
-        x = x + self.fc(x.flatten(0, 1)).tanh().view_as(x)
-        return x + self.pool(x[:, 0]).unsqueeze(1)
-
-
-LAYERS = ["out", "fc", "pool"]
-PLACES = [f"{block}.{layer}" for block in (0, 1) for layer in LAYERS]
-
-
-def model_of(blocks=2):
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(blocks))).double()
-
-
-def input_of(batch=B):
-    return torch.randn(batch, L, H, dtype=torch.float64)
-
-
-def random_adapters(units, places=PLACES, **options):
-    options = {"dtype": torch.float64, "activation": "relu"} | options
-    return {place: random_adapter(units, H, **options) for place in places}
-
-
-def banked(model=None, **options):
-    """A model with banks that have two random adapters."""
-    model = model_of() if model is None else model
-    banks = ak.insert_banks(model, LAYERS, slots=3, activation="relu", **options)
-    for name, units in zip(NAMES, (5, 2), strict=True):
-        banks.add(name, random_adapters(units))
-    return model, banks
-
-
-def alone(banks, x, name):
-    """The base model, with the adapters of that name inserted as single ones."""
-    model = model_of()
-    if name is not None:
-        units = banks[PLACES[0]][name].bottleneck_size
-        there = ak.insert(model, LAYERS, bottleneck_size=units, activation="relu")
-        for place in PLACES:
-            saved = banks[place][name].state_dict()
-            there[f"{place}.adapter"].load_state_dict(saved)
-    return model(x)
 
 
 def test_each_sequence_takes_the_adapters_of_its_name_at_every_place():
@@ -108,10 +66,6 @@ def test_only_the_adapters_that_a_batch_names_get_gradients():
     }
 
 
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def test_a_batch_that_waits_for_its_backward_keeps_its_route():
     model, banks = banked()
     batches = [(["wide", "narrow"], input_of(2)), (["narrow", None, "narrow"], input_of(3))]
@@ -147,6 +101,29 @@ def test_checkpoints_run_again_under_the_route_that_stays():
     h.square().sum().backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], **EXACT)
+
+
+def test_a_batch_may_be_seen_in_inference_mode_before_it_trains():
+    model, banks = banked()
+    x = input_of()
+    banks.route(["wide", "narrow", None, "narrow"])
+    with torch.inference_mode():
+        expected = model(x)
+    y = model(x)
+    torch.testing.assert_close(y, expected, **EXACT)
+    y.sum().backward()
+    assert len(gradients(model)) == 2 * 4 * len(PLACES)
+
+
+def test_a_route_keeps_few_routings_and_copies_none():
+    model, banks = banked()
+    banks.route(["wide", "narrow"])
+    size = len(pickle.dumps(model))
+    for length in range(1, 20):
+        model(torch.randn(2, length, H, dtype=torch.float64))
+    _, routings = banks._route._now
+    assert len(routings) == 8
+    assert len(pickle.dumps(model)) < size + 100
 
 
 def test_a_batch_makes_one_routing_for_each_number_of_tokens():
@@ -207,188 +184,13 @@ def test_a_routing_of_ones_own_serves_packed_sequences():
         torch.testing.assert_close(rows, model(expected_rows), **CLOSE)
 
 
-def test_adapters_are_saved_and_added_elsewhere(tmp_path):
-    model, banks = banked()
-    saved = {place: a.state_dict() for place, a in banks.adapters("narrow").items()}
-    torch.save(saved, tmp_path / "narrow.pt")
-    assert (tmp_path / "narrow.pt").stat().st_size < 40_000  # not whole banks
-    other = model_of()
-    others = ak.insert_banks(other, LAYERS, max_bottleneck_size=2, slots=1, activation="relu")
-    loaded = others.add("loaded", torch.load(tmp_path / "narrow.pt"))
-    assert loaded == others.adapters("loaded")
-    x = input_of()
-    for at, name in ((banks, "narrow"), (others, "loaded")):
-        at.route(name)
-    torch.testing.assert_close(other(x), model(x), **EXACT)
-
-
-def test_the_state_dict_of_the_model_has_all_adapters():
-    model, banks = banked()
-    twin = model_of()
-    twins = ak.insert_banks(twin, LAYERS, slots=3, activation="relu")
-    twin.load_state_dict(model.state_dict())
-    assert twins.names == list(NAMES)
-    x = input_of(2)
-    for at in (banks, twins):
-        at.route(["wide", "narrow"])
-    torch.testing.assert_close(twin(x), model(x), **EXACT)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_have_banks_and_a_route_of_their_own(copied):
-    model, banks = banked()
-    x = input_of(2)
-    banks.route(["wide", "narrow"])
-    expected = model(x)
-    twin, twins = copied((model, banks))
-    only = copied(model)
-    banks.route(None)
-    for adapter in banks.adapters("wide").values():
-        nn.init.zeros_(adapter.up_proj.weight)
-    torch.testing.assert_close(twin(x), expected, **EXACT)
-    torch.testing.assert_close(only(x), expected, **EXACT)
-    assert twins["0.out"] is twin[0].out.bank
-    twins.route("narrow")
-    torch.testing.assert_close(twin(x), alone(twins, x, "narrow"), **CLOSE)
-    torch.testing.assert_close(model(x), model_of()(x), **EXACT)
-
-
-def test_explain_has_a_row_for_each_bank():
-    model, banks = banked()
-    x = input_of()
-    banks.route(["wide", None, "narrow", "wide"])
-    rows = ak.explain(model, x).rows
-    assert [row.adapter for row in rows] == [f"{place}.bank" for place in PLACES]
-    assert {(row.calls, row.backend) for row in rows} == {(1, "reference")}
-    banks.route(None)
-    assert {row.backend for row in ak.explain(model, x).rows} == {"not called"}
-
-
-def test_a_removed_adapter_leaves_its_slots_to_the_next():
-    model, banks = banked()
-    banks.route(["wide", "narrow"])
-    model(input_of(2))
-    for name in NAMES:
-        with pytest.raises(
-            ValueError, match=f"'{name}' is in use: the model is routed to it.*\n.*None"
-        ):
-            banks.remove(name)
-    banks.route("narrow")
-    banks.remove("wide")
-    assert banks.names == ["narrow"]
-    banks.add("next", random_adapters(4))
-    banks.route(["next", "narrow"])
-    x = input_of(2)
-    y = model(x)
-    for row, name in enumerate(("next", "narrow")):
-        expected = alone(banks, x[row : row + 1], name)
-        torch.testing.assert_close(y[row : row + 1], expected, **CLOSE)
-
-
-def test_a_removal_that_a_routing_forbids_removes_nothing():
-    _, banks = banked()
-    last = banks[PLACES[-1]]
-    routing = ak.AdapterRouting(2, slots=3).update(last.ids(["wide", None]))
-    last(input_of(1)[0, :2], routing)
-    with pytest.raises(ValueError, match="a routing that this bank has served names it"):
-        banks.remove("wide")
-    assert list(banks.adapters("wide")) == PLACES
-
-
-def test_an_adapter_that_does_not_fit_is_added_nowhere():
-    _, banks = banked()
-    adapters = random_adapters(4)
-    adapters["1.fc"] = random_adapter(4, H, activation="tanh", dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"at 1\.fc: adapter 'new': its activation must be"):
-        banks.add("new", adapters)
-    assert banks.names == list(NAMES)
-    banks.add("new", random_adapters(4))  # there is room
-    with pytest.raises(ValueError, match=r"at 0\.out: all 3 slots .* are taken"):
-        banks.add("one more", bottleneck_size=2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((random_adapters(2, ["0.out", "2.out"]),), {}, ValueError,
-         "got '2.out'.\n  hint: its places are 0.out, 0.fc"),
-        (({},), {}, ValueError, "got {}"),
-        ((random_adapter(2, H),), {}, TypeError, "a dict of them by place, got BottleneckAdapter"),
-        ((random_adapters(2),), {"scaling": 2.0}, TypeError, "got scaling and adapters"),
-        ((), {"bottleneck_size": 99}, ValueError,
-         "at 0.out: adapter 'new': bottleneck_size must be at most"),
-        ((), {"units": 2}, TypeError, "units"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_added_is_refused(arguments, options, error, message):
-    _, banks = banked()
-    with pytest.raises(error, match=re.escape(message)):
-        banks.add("new", *arguments, **options)
-    assert banks.names == list(NAMES)
-
-
-@pytest.mark.parametrize(
-    ("names", "error", "message"),
-    [
-        ("strange", KeyError, "unknown adapters: 'strange' (these banks have wide, narrow)"),
-        (["wide", "strange", 3], KeyError, "'strange', 3"),
-        (3, TypeError, "an AdapterRouting, got 3"),
-    ],
-)
-def test_what_cannot_be_routed_is_refused(names, error, message):
-    model, banks = banked()
-    banks.route("wide")
-    with pytest.raises(error, match=re.escape(message)):
-        banks.route(names)
-    x = input_of()
-    torch.testing.assert_close(model(x), alone(banks, x, "wide"), **CLOSE)  # as before
-
-
-@pytest.mark.parametrize(("shape", "names"), [((2, L), 3), ((4, L), 2), ((3, L), 0)])
-def test_a_batch_of_other_sequences_is_refused(shape, names):
-    model, banks = banked()
-    banks.route(["wide"] * names)
-    with pytest.raises(ValueError, match=rf"names of {names} sequences.*\[{shape[0]}, {L}, {H}\]"):
-        model(torch.randn(*shape, H, dtype=torch.float64))
-
-
-def test_tokens_that_names_do_not_divide_are_refused():
-    model = nn.Linear(H, H)
-    banks = ak.insert_banks(model, "")
-    banks.add("a", bottleneck_size=2)
-    banks.route(["a", None])
-    with pytest.raises(ValueError, match=r"names of 2 sequences.*got \[3, 12\]"):
-        model(torch.randn(3, H))
-    assert model(torch.randn(0, H)).shape == (0, H)
-
-
-def test_unfit_models_and_options_are_refused():
-    with pytest.raises(TypeError, match="residual is no option here"):
-        ak.insert_banks(model_of(), "out", residual=None)
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
-        ak.insert_banks("model", "out")
-    model = model_of()
-    with pytest.raises(ValueError, match="slots must be at least 1"):
-        ak.insert_banks(model, "out", slots=0)
-    assert all(p.requires_grad for p in model.parameters())
-    banks = ak.insert_banks(model, "out")
-    with pytest.raises(ValueError, match="it has 'bank' already"):
-        ak.insert_banks(model, ["fc", "out"])
-    assert not hasattr(model[0].fc, "bank")
-    with pytest.raises(KeyError, match="these banks have none"):
-        banks.adapters("a")
-    with pytest.raises(TypeError, match="names must be a list of names, got 'ab'"):
-        banks.ids("ab")
-
-
-def linear_layers():
-    """Two layers with a bank each, and their banks."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)).double()
-    banks = ak.insert_banks(model, ["0", "1"], slots=2, activation="relu")
-    for name in NAMES:
-        banks.add(name, random_adapters(4, ["0", "1"]))
-    return model, banks
+def test_fake_tensors_leave_nothing_behind():
+    model, banks = linear_layers()
+    x = torch.randn(6, H, dtype=torch.float64)
+    banks.route(["wide", None])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(model(x), FakeTensor)
+    assert type(model(x)) is torch.Tensor
 
 
 class TestCompiled:
@@ -418,6 +220,39 @@ class TestCompiled:
             banks.route(route)
             torch.testing.assert_close(compiled(x), model(x), **CLOSE)
 
+    def test_a_list_of_names_is_compiled_once(self):
+        model, banks = linear_layers()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        x = torch.randn(6, H, dtype=torch.float64)
+        for count, names in enumerate((["wide", None], ["narrow", "wide"], ["narrow", None]), 1):
+            banks.route(names)
+            compiled(x)
+            compiled(x)
+            assert counter.frame_count == count
+
+    def test_what_a_graph_made_stays_in_it(self):
+        """Outside of it only the adapters that a batch names get gradients, and may not go."""
+        model, banks = linear_layers()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        x = torch.randn(6, H, dtype=torch.float64)
+        banks.route(["wide", None])
+        with torch.inference_mode():
+            compiled(x)
+        model(x).sum().backward()
+        assert all(".wide." in name for name in gradients(model))
+        banks.remove("narrow")
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_a_model_goes_on_after_an_export(self, strict):
+        model, banks = linear_layers()
+        x = torch.randn(6, H, dtype=torch.float64)
+        banks.route(["wide", None])
+        exported = torch.export.export(model, (x,), strict=strict)
+        expected = model(x)
+        torch.testing.assert_close(exported.module()(x), expected, **CLOSE)
+        torch.testing.assert_close(copy.deepcopy(model)(x), expected, **EXACT)
+
 
 def test_a_mixed_generation_says_what_each_adapter_says():
     transformers = pytest.importorskip("transformers")
@@ -441,3 +276,26 @@ def test_a_mixed_generation_says_what_each_adapter_says():
             apart = model.generate(ids[row : row + 1], num_beams=beams, **options)
             assert torch.equal(together[row : row + 1], apart)
         assert not torch.equal(together[0, 5:], together[2, 5:])
+
+
+def test_beams_of_a_decoder_are_named_behind_its_encoder():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    banks = ak.insert_banks(model, after=["o", "wo"], slots=2)
+    for name in NAMES:
+        banks.add(name, {place: random_adapter(8, 32) for place in banks})
+    ids, names = torch.randint(1, 97, (2, 5)), ["narrow", "wide"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    banks.route(names)
+    encoded = model.get_encoder()(ids)
+    banks.route([name for name in names for _ in range(2)])
+    together = model.generate(encoder_outputs=encoded, **options)
+    for row, name in enumerate(names):
+        banks.route(name)
+        apart = model.generate(ids[row : row + 1], **options)
+        assert torch.equal(together[row : row + 1], apart)

@@ -12,7 +12,7 @@ from adapterkern.activations import canonical_name
 from adapterkern.grouped import functional, ops, reference
 from adapterkern.grouped.call import GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
-from adapterkern.modules.bank_parts import parts_of
+from adapterkern.modules.bank_parts import parts_of, with_scaling
 from adapterkern.modules.bank_slots import Adapters, AdapterSlots, parameters_of
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -129,26 +129,33 @@ class AdapterBank(AdapterSlots):
         return [-1 if name is None else self._slot_of.get(name, -1) for name in names]
 
     def add(
-        self, name: str, adapter: BottleneckAdapter | Mapping[str, Tensor]
+        self,
+        name: str,
+        adapter: BottleneckAdapter | Mapping[str, Tensor],
+        *,
+        scaling: float | None = None,
     ) -> BottleneckAdapter:
         """Copy an adapter into a free slot, in place.
 
         Args:
             name: a new one; it becomes the name of a module, so it has no dots.
             adapter: a `BottleneckAdapter`, or the state dict of one: with the bank's activation, no
-                dropout, H features and at most `max_bottleneck_size` units. A state dict that holds
-                no learned scaling has a scaling of 1. What is frozen stays so.
+                dropout, H features and at most `max_bottleneck_size` units. What is frozen stays
+                frozen.
+            scaling: of a state dict that holds no learned one; 1 if not given.
 
         Returns:
             The adapter as the bank has it, as `bank[name]` gives it.
 
         Raises:
-            TypeError: it is neither, or the name is no string.
+            TypeError: it is neither, the name is no string, or scaling no number.
             ValueError: the name is taken or has a dot, the bank is full, or the adapter does not
-                fit; the message lists every reason.
+                fit; the message lists every reason. Or it has a scaling of its own.
         """
         self._check_new(name)
         parts = parts_of(adapter)
+        if scaling is not None:
+            parts = with_scaling(name, adapter, parts, scaling)
         self._check_fit(name, parts)
         if not self.down_weights.is_meta and any(t.is_meta for t in parts.tensors.values()):
             raise ValueError(
@@ -156,10 +163,14 @@ class AdapterBank(AdapterSlots):
                 "  hint: to_empty(device=...) and load them first."
             )
         made = self._make(name, parts)
-        with torch.no_grad():
-            for key, parameter in made.named_parameters():
-                parameter.copy_(parts.tensors[key])
-                parameter.requires_grad_(key not in parts.frozen)
+        try:
+            with torch.no_grad():
+                for key, parameter in made.named_parameters():
+                    parameter.copy_(parts.tensors[key])
+                    parameter.requires_grad_(key not in parts.frozen)
+        except BaseException:  # as where memory ends
+            self._free(name)
+            raise
         return made
 
     def remove(self, name: str) -> None:
@@ -214,7 +225,7 @@ class AdapterBank(AdapterSlots):
         # In this order, for a graph would be of that batch. Stacks that are not the bank's own are
         # made of parameters that want their gradient at every call.
         own = call.down_weights is self._buffers["down_weights"]
-        if not _in_graph(x) and own and routing.used == ():
+        if not in_graph(x) and own and routing.used == ():
             dispatch.select(call, self.backend)  # which refuses what is not valid
             return reference.without_adapter(call, copies=False)
         return functional.run_call(call, self.backend, leaves)
@@ -238,13 +249,13 @@ class AdapterBank(AdapterSlots):
         self, x: Tensor, routing: AdapterRouting, skip: Tensor | None, residual: Tensor | None
     ) -> tuple[GroupedCall, ops.Leaves]:
         functional.check_routing(x, routing)
-        in_graph = _in_graph(x)
-        if not in_graph and self._last() is not routing:
+        traced = in_graph(x)
+        if not traced and self._last() is not routing:
             self._routings.add(routing)
             self._last = weakref.ref(routing)
         adapters, are_slots = self._adapters_of()
         records = torch.is_grad_enabled()
-        if records and are_slots and not in_graph:
+        if records and are_slots and not traced:
             used = routing.used_slots()  # waits for the device, if that alone knows
             adapters = [adapter for adapter in adapters if adapter[0] in used]
         records = records and any(
@@ -259,7 +270,7 @@ class AdapterBank(AdapterSlots):
         if not are_slots:  # FSDP, or torch.func: the parameters lie elsewhere for now
             return ops.with_stacks(call, ops.leaves_of(adapters)), ops.NO_LEAVES
         # Frozen ones too, for autograd to see that one changes before the backward.
-        has_leaves = records or (call.gradient and not in_graph)
+        has_leaves = records or (call.gradient and not traced)
         return call, ops.leaves_of(adapters) if has_leaves else ops.NO_LEAVES
 
     def _adapters_of(self) -> tuple[Adapters, bool]:
@@ -298,7 +309,7 @@ class AdapterBank(AdapterSlots):
         )
 
 
-def _in_graph(x: Tensor) -> bool:
+def in_graph(x: Tensor) -> bool:
     """Whether a graph is being made, whose batches are not the one at hand."""
     tracing = torch.compiler.is_compiling() or _torch.jit_is_tracing()
     return tracing or (x.is_cuda and torch.cuda.is_current_stream_capturing())

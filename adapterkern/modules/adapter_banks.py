@@ -1,15 +1,17 @@
 """`AdapterBanks`: the banks of a whole model, and which adapters its next batch takes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkern.grouped.routing import AdapterRouting
-from adapterkern.modules.adapter_bank import AdapterBank
+from adapterkern.modules.adapter_bank import AdapterBank, in_graph
 from adapterkern.modules.bottleneck import BottleneckAdapter
+from adapterkern.validation import given_tensors
 
+KEPT = 8  # routings of a route: what a batch needs, not every length of a long generation
 Taken = str | tuple[str | None, ...] | AdapterRouting | None
 
 
@@ -25,7 +27,8 @@ class AdapterBanks(Mapping[str, AdapterBank]):
 
     What `route` says holds until it is called again, in every thread. A backward under gradient
     checkpointing runs the forward again, with what is routed by then; other backwards keep their
-    own. A copy of the model has a route of its own: `copy.deepcopy((model, banks))` gives both.
+    own. A copy of the model has a route of its own: `copy.deepcopy((model, banks))` gives both, and
+    `model.banks = banks` lets them travel together.
     """
 
     def __init__(self, banks: Mapping[str, AdapterBank], route: "Route") -> None:
@@ -53,6 +56,8 @@ class AdapterBanks(Mapping[str, AdapterBank]):
 
             torch.save({p: a.state_dict() for p, a in banks.adapters("fr").items()}, "fr.pt")
 
+        A scaling that is not learned is no part of such state dicts; `add` takes it beside them.
+
         Raises:
             KeyError: no place has one.
         """
@@ -73,25 +78,25 @@ class AdapterBanks(Mapping[str, AdapterBank]):
                 `integrations.peft.adapters_in` give them. A place that is left out adapts nothing
                 under that name. None: new adapters at every place.
             options: of new ones, as `bottleneck_size`, `scaling` and `init` of `BottleneckAdapter`.
+                Beside adapters `scaling` alone, as of `AdapterBank.add`.
 
         Returns:
             The adapters as the banks have them, by place.
 
         Raises:
-            TypeError: adapters are no mapping, or are given together with options.
+            TypeError: adapters are no mapping, or there are other options beside them.
             ValueError: a place is unknown or there is none; or, naming the place, as
                 `AdapterBank.add`.
         """
         if adapters is None:
             adapters = {place: _new_adapter(bank, options) for place, bank in self.items()}
-        elif options:
-            raise TypeError(
-                f"options are those of new adapters, got {', '.join(options)} and adapters."
-            )
+            options = {}
         elif not isinstance(adapters, Mapping):
             raise TypeError(
                 f"adapters must be a dict of them by place, got {type(adapters).__name__}."
             )
+        if set(options) - {"scaling"}:
+            raise TypeError(f"only new adapters take {', '.join(options)}; these are given.")
         unknown = [repr(place) for place in adapters if place not in self]
         if unknown or not adapters:
             raise ValueError(
@@ -101,11 +106,13 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         made: dict[str, BottleneckAdapter] = {}
         try:
             for place, adapter in adapters.items():
-                made[place] = self[place].add(name, adapter)
-        except (TypeError, ValueError) as error:
+                made[place] = self[place].add(name, adapter, **options)
+        except BaseException as error:
             for taken_back in made:
                 self[taken_back].remove(name)
-            raise type(error)(f"at {place}: {error}") from None
+            if isinstance(error, TypeError | ValueError):
+                raise type(error)(f"at {place}: {error}") from None
+            raise
         return made
 
     def remove(self, name: str) -> None:
@@ -113,10 +120,10 @@ class AdapterBanks(Mapping[str, AdapterBank]):
 
         Raises:
             KeyError: no place has one.
-            ValueError: the model is routed to it.
+            ValueError: the model is routed to it, or as `AdapterBank.remove`.
         """
         places = self.adapters(name)
-        if self._route.names(name):
+        if self._route.names(name, [self[place] for place in places]):
             raise ValueError(
                 f"adapter {name!r} is in use: the model is routed to it.\n"
                 "  hint: banks.route(None) first."
@@ -126,16 +133,17 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         for place in places:
             self[place].remove(name)
 
-    def route(self, names: Iterable[str | None] | str | AdapterRouting | None) -> None:
+    def route(self, names: Sequence[str | None] | str | AdapterRouting | None) -> None:
         """Say which adapters the next batches take, until the next call.
 
         Args:
-            names: a name or None for each sequence, where hidden states are [B, L, H], or have the
-                tokens of B sequences of one length one after another, as [B L, H]; beams count as
-                sequences. A single name: of all sequences. None: the base model alone. Or a routing
-                of your own, which you update with `ids` of these banks: for packed sequences, for
-                CUDA graphs, which read its buffers, and for torch.compile, which compiles again for
-                every other list of names.
+            names: a list with a name or None for each sequence, where hidden states are [B, L, H],
+                or have the tokens of B sequences of one length one after another, as [B L, H];
+                beams count as sequences. A single name: of all sequences. None: the base model
+                alone. Or a routing of your own, which you update with `ids` of these banks: for
+                packed sequences, for layers that see a part of the tokens or the sequences behind
+                the tokens, for CUDA graphs, which read its buffers, and for torch.compile, which
+                compiles again for every other list of names.
 
         Raises:
             TypeError: it is nothing of these.
@@ -144,7 +152,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         taken: Taken
         if names is None or isinstance(names, str | AdapterRouting):
             taken = names
-        elif isinstance(names, Iterable):
+        elif isinstance(names, Sequence):
             taken = tuple(names)
         else:
             raise TypeError(
@@ -188,47 +196,78 @@ class Route:
     """What the banks of a model share: the adapters that its batch takes."""
 
     def __init__(self) -> None:
-        self.taken: Taken = None
-        # One for each layout of slots and number of tokens, since layers may differ in both, and so
-        # do the steps of a generation. New ones at every `set`, for an earlier batch that waits for
-        # its backward needs its own as they were.
-        self._routings: dict[tuple, AdapterRouting] = {}
+        self.set(None)
 
     def set(self, taken: Taken) -> None:
-        self.taken, self._routings = taken, {}
+        # Routings by slots and number of tokens, in both of which layers may differ, and the steps
+        # of a generation in the latter. Every route makes its own, for an earlier batch that waits
+        # for its backward needs its own as they were. In one tuple, as threads read both.
+        self._now: tuple[Taken, dict[tuple, AdapterRouting]] = taken, {}
 
-    def names(self, name: str) -> bool:
-        """Whether a batch takes this adapter; the routings of a user are asked by the banks."""
-        return name in self.taken if isinstance(self.taken, tuple) else name == self.taken
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_now": (self._now[0], {})}
+
+    def names(self, name: str, banks: Iterable[AdapterBank]) -> bool:
+        """Whether a batch takes the adapter of this name, which these banks have."""
+        taken, _ = self._now
+        if isinstance(taken, AdapterRouting):
+            return any(bank.slots_of([name])[0] in taken.used_slots() for bank in banks)
+        return name in taken if isinstance(taken, tuple) else name == taken
+
+    def is_base(self) -> bool:
+        """Whether the base model runs alone."""
+        return self._now[0] is None
 
     def run(self, bank: AdapterBank, x: Tensor) -> Tensor:
-        taken = self.taken
+        """The hidden states behind a bank."""
+        taken, routings = self._now
         if taken is None:
             return x
         if isinstance(taken, str):
             return bank[taken](x) if taken in bank else x
-        return bank(x, taken if isinstance(taken, AdapterRouting) else self._routing_of(bank, x))
+        if not isinstance(taken, AdapterRouting):
+            taken = _routing_of(taken, routings, bank, x)
+        return bank(x, taken)
 
-    def _routing_of(self, bank: AdapterBank, x: Tensor) -> AdapterRouting:
-        assert isinstance(self.taken, tuple)
-        sequences, tokens = len(self.taken), x.shape[:-1].numel()
-        if (x.dim() > 2 and x.shape[0] != sequences) or tokens % max(sequences, 1):
-            raise ValueError(
-                f"banks.route was given names of {sequences} sequences, which must be those of the "
-                f"hidden states, [B, L, H] or [B L, H], got {list(x.shape)}.\n"
-                "  hint: name each sequence of this batch, beams too; or route one name, or None."
-            )
-        slots = tuple(bank.slots_of(self.taken))
-        key = slots, bank.slots, tokens, x.device
-        if key not in self._routings:
-            routing = AdapterRouting(max(tokens, 1), bank.slots, device=x.device)
-            self._routings[key] = routing.update(slots, seq_len=tokens // max(sequences, 1))
-        return self._routings[key]
+
+def _routing_of(
+    names: tuple[str | None, ...], routings: dict[tuple, AdapterRouting], bank: AdapterBank,
+    x: Tensor,
+) -> AdapterRouting:  # fmt: skip
+    """The routing of these names for this bank and the tokens of x, kept for the next layer."""
+    given_tensors({"x": x}, ())  # which refuses what has no shape
+    sequences, tokens = len(names), x.shape[:-1].numel()
+    fits = x.shape[0] == sequences if x.dim() > 2 else tokens % (sequences or tokens + 1) == 0
+    if not fits:
+        raise ValueError(
+            f"banks.route was given names of {sequences} sequences, which must be those of the "
+            f"hidden states, [B, L, H] or [B L, H], got {list(x.shape)}.\n"
+            "  hint: name each sequence of this batch, beams too; or route one name, or None."
+        )
+    slots = tuple(bank.slots_of(names))
+    key = slots, bank.slots, tokens, x.device
+    if key in routings:
+        return routings[key]
+    of_each = tokens // max(sequences, 1)
+    if in_graph(x):  # what a graph makes is not there outside of it
+        return AdapterRouting(max(tokens, 1), bank.slots, device=x.device).update(
+            slots, seq_len=of_each
+        )
+    with torch.inference_mode(False):  # the next batch may train
+        routing = AdapterRouting(max(tokens, 1), bank.slots, device=x.device)
+        routing.update(slots, seq_len=of_each)
+    if type(routing.order) is Tensor:  # not one of torch's fake tensors
+        if len(routings) >= KEPT:
+            routings.pop(next(iter(routings), key), None)
+        routings[key] = routing
+    return routing
 
 
 def _new_adapter(bank: AdapterBank, options: dict[str, Any]) -> BottleneckAdapter:
-    weights = bank.down_weights
-    of_bank: dict[str, Any] = {"activation": bank.activation, "bias": bank.down_biases is not None}
-    return BottleneckAdapter(
-        bank.hidden_size, device=weights.device, dtype=weights.dtype, **of_bank | options
-    )
+    of_bank: dict[str, Any] = {
+        "activation": bank.activation,
+        "bias": bank.down_biases is not None,
+        "device": bank.down_weights.device,
+        "dtype": bank.down_weights.dtype,
+    }
+    return BottleneckAdapter(bank.hidden_size, **of_bank | options)

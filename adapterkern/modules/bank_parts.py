@@ -78,6 +78,23 @@ def parts_of(adapter: Any) -> Parts:
     return Parts(tensors)
 
 
+def with_scaling(name: str, adapter: Any, parts: Parts, scaling: Any) -> Parts:
+    """The parts of a state dict with the scaling that it does not hold.
+
+    Raises:
+        TypeError: scaling is no number.
+        ValueError: the adapter has a scaling of its own.
+    """
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise TypeError(f"scaling must be a number, got {scaling!r}.")
+    if isinstance(adapter, BottleneckAdapter) or "scaling" in parts.tensors:
+        raise ValueError(
+            f"adapter {name!r} has a scaling of its own, so scaling must not be given, got "
+            f"{scaling!r}.{HINT}set adapter.scaling first."
+        )
+    return parts._replace(scaling=float(scaling))
+
+
 def scaling_of(name: str, value: Any) -> float | None:
     """The scaling that the state dict of a bank has for an adapter.
 
@@ -103,8 +120,9 @@ def check_fit(
         ValueError: the message lists every reason.
     """
     problems = []
-    tensors, size = parts.tensors, parts.bottleneck_size
+    tensors = parts.tensors
     down, up = (tuple(tensors[key].shape) for key in _WEIGHTS)
+    size = down[0] if down else 0
     if len(down) != 2 or down[1] != hidden_size or up != down[::-1]:
         problems.append(
             f"down_proj.weight must have shape [R, {hidden_size}] and up_proj.weight "
@@ -138,6 +156,9 @@ def check_fit(
         problems.append(
             f"its dropout must be 0, got {parts.dropout}.{HINT}adapter.dropout = 0.0 first."
         )
+    sparse = sorted(key for key, t in tensors.items() if t.layout is not torch.strided)
+    if sparse:
+        problems.append(f"its tensors must be dense, got {tensors[sparse[0]].layout}: {sparse[0]}.")
     wrong = {name_of(t.dtype) for t in tensors.values() if t.dtype not in FLOAT_DTYPES}
     if wrong:
         problems.append(f"its tensors must be floating-point ones, got {', '.join(sorted(wrong))}.")

@@ -50,9 +50,9 @@ def insert(
         The adapters by their names in the model.
 
     Raises:
-        TypeError: `model` is no nn.Module, or a name no string.
-        ValueError: a name fits no module, a module cannot take an adapter, or as
-            `BottleneckAdapter`. The model is then as it was.
+        TypeError: `model` is no nn.Module, or a name of `after` no string.
+        ValueError: `name` cannot name a submodule, a name of `after` fits no module, a module
+            cannot take an adapter, or as `BottleneckAdapter`. The model is then as it was.
     """
     hook = partial(_adapt_output, name)
     made = _put(BottleneckAdapter, model, after, hidden_size, name, freeze, options, hook)
@@ -110,6 +110,8 @@ def _put(
     """A submodule of this kind and name at each place, for the hook to call."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name must be that of a submodule, a string without dots, got {name!r}.")
     targets = _targets(model, [after] if isinstance(after, str) else list(after))
     for path, module in targets.items():
         _check_place(model, path, module, name)
@@ -132,6 +134,8 @@ def _adapt_output(name: str, module: nn.Module, _: Any, output: Any) -> Any:
 
 
 def _route_output(name: str, route: Route, module: nn.Module, _: Any, output: Any) -> Any:
+    if route.is_base():
+        return output
     return _with_first(module, output, partial(route.run, getattr(module, name)))
 
 
@@ -164,7 +168,8 @@ def _targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
         if not isinstance(given, str):
             raise TypeError(f"after must be names of modules, got {given!r}.")
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapters = tuple(p for p, m in modules.items() if isinstance(m, BottleneckAdapter))
+    kinds = BottleneckAdapter, AdapterBank
+    adapters = tuple(p for p, m in modules.items() if isinstance(m, kinds))
     own = [p for p in modules if any(p == a or p.startswith(f"{a}.") for a in adapters)]
     paths = [path for path in modules if path not in own]
     fits = {given: [p for p in paths if p == given or p.endswith(f".{given}")] for given in names}
