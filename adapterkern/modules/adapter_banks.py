@@ -248,18 +248,14 @@ def _routing_of(
     key = slots, bank.slots, tokens, x.device
     if key in routings:
         return routings[key]
-    of_each = tokens // max(sequences, 1)
-    if in_graph(x):  # what a graph makes is not there outside of it
-        return AdapterRouting(max(tokens, 1), bank.slots, device=x.device).update(
-            slots, seq_len=of_each
-        )
     with torch.inference_mode(False):  # the next batch may train
         routing = AdapterRouting(max(tokens, 1), bank.slots, device=x.device)
-        routing.update(slots, seq_len=of_each)
-    if type(routing.order) is Tensor:  # not one of torch's fake tensors
-        if len(routings) >= KEPT:
-            routings.pop(next(iter(routings), key), None)
+        routing.update(slots, seq_len=tokens // max(sequences, 1))
+    # What a graph makes is not there outside of it, and torch's fake tensors have no values.
+    if not in_graph(x) and type(routing.order) is Tensor:
         routings[key] = routing
+        for oldest in list(routings)[:-KEPT]:
+            routings.pop(oldest, None)
     return routing
 
 

@@ -71,7 +71,7 @@ def insert_banks(
     """Put a bank of adapters behind every module of a model that is named, and freeze the rest.
 
     From then on each sequence of a batch takes the adapter that `route` names for it, in all of
-    these places, in one launch at each:
+    these places, in one call at each:
 
         banks = ak.insert_banks(model, after=["attention.output.dense", "mlp.fc2"], slots=8)
         banks.add("fr", bottleneck_size=48)
