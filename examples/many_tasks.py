@@ -187,12 +187,11 @@ def main() -> None:
     # An adapter goes into a file, from there into another model, and leaves its own.
     with torch.no_grad(), tempfile.TemporaryFile() as file:
         vectors = model(ids, "topic")
-        saved = {place: a.state_dict() for place, a in model.banks.adapters("topic").items()}
-        torch.save(saved, file)
+        model.banks.save("topic", file)
         file.seek(0)
         other = ManyTasks()
         other.banks.remove("topic")
-        other.banks.add("topic", torch.load(file))
+        other.banks.load("topic", file)
         print(f"in another model the same: {torch.equal(other(ids, 'topic'), vectors)}")
     model.banks.route(None)  # a model keeps the adapters that its last batch named
     model.banks.remove("topic")

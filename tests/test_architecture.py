@@ -242,7 +242,7 @@ SIGNATURES = {
     "AdapterNorm.as_call": "(self, x, residual='input', skip=None, *, prenorm=False)",
     "AdapterBank": "(hidden_size, max_bottleneck_size=64, slots=16, *, activation='gelu', "
     "bias=True, residual='input', backend='auto', device=None, dtype=None)",
-    "AdapterBank.add": "(self, name, adapter, *, scaling=None)",
+    "AdapterBank.add": "(self, name, adapter)",
     "AdapterBank.as_call": "(self, x, routing, skip=None, *, residual=None)",
     "AdapterBank.forward": "(self, x, routing, skip=None, *, residual=None)",
     "AdapterBank.ids": "(self, names)",
@@ -251,8 +251,10 @@ SIGNATURES = {
     "AdapterBanks.add": "(self, name, adapters=None, **options)",
     "AdapterBanks.adapters": "(self, name)",
     "AdapterBanks.ids": "(self, names)",
+    "AdapterBanks.load": "(self, name, file)",
     "AdapterBanks.remove": "(self, name)",
     "AdapterBanks.route": "(self, names)",
+    "AdapterBanks.save": "(self, name, file)",
     "AdapterRouting": "(max_tokens, slots, *, device=None)",
     "AdapterRouting.update": "(self, ids, *, seq_len=None, cu_seqlens=None)",
     "grouped_bottleneck_adapter": "(x, down_weights, up_weights, routing, down_biases=None, "

@@ -131,9 +131,9 @@ def of_channels(adapter):
 
 UNFOLLOWED = {
     narrower: "keep its 5 units, got weights of [4, 16] and [16, 4].\n  hint: "
-    "bank.remove('narrow'), and add one of that size.",
+    "remove it, and add one of that size.",
     wider: "keep its 5 units, got weights of [5, 16] and [16, 6].\n  hint: "
-    "bank.remove('narrow'), and add one of that size.",
+    "remove it, and add one of that size.",
     without_bias: "keep its biases, and one is None.\n  hint: torch.nn.init.zeros_ makes a bias "
     "that adds nothing.",
     of_channels: "keep a scaling that is a float or of shape [1], got [16].\n  hint: multiply "

@@ -199,7 +199,7 @@ REFUSED = {
     "wide": (
         {f"{FR}down_proj.weight": (9, 16), f"{FR}up_proj.weight": (16, 9)},
         "adapter 'fr': bottleneck_size must be at most the bank's 8, got 9.\n"
-        "  hint: AdapterBank(16, max_bottleneck_size=9, ...).",
+        "  hint: a bank with max_bottleneck_size=9.",
     ),
     "other-hidden-size": (
         {f"{FR}down_proj.weight": (4, 12), f"{FR}up_proj.weight": (12, 4)},
@@ -225,7 +225,7 @@ REFUSED = {
     "known-name": (
         {"adapters.narrow.down_proj.weight": (4, 16)},
         "adapter 'narrow' must have the shapes that it has in this bank, got down_proj.weight "
-        "[4, 16] for [5, 16].\n  hint: bank.remove('narrow') first, or load a new bank.",
+        "[4, 16] for [5, 16].\n  hint: remove it first, or load a new bank.",
     ),
 }
 
@@ -252,7 +252,7 @@ def test_adapters_beyond_the_last_slot_are_refused():
         bank.load_state_dict(mixed_bank().state_dict())
     assert (
         "all 2 slots of this bank are taken, by full, narrow; there is none for 'thin'.\n"
-        "  hint: remove one, or make AdapterBank(..., slots=4)."
+        "  hint: remove one, or make a bank with slots=4."
     ) in str(caught.value)
 
 

@@ -175,7 +175,7 @@ BANKS = {
     "wide": (
         add(adapter=ak.BottleneckAdapter(16, 9)),
         "adapter 'fr': bottleneck_size must be at most the bank's 8, got 9.\n"
-        "  hint: AdapterBank(16, max_bottleneck_size=9, ...).",
+        "  hint: a bank with max_bottleneck_size=9.",
     ),
     "hidden-size": (
         add(adapter=ak.BottleneckAdapter(12, 4)),
@@ -232,7 +232,7 @@ BANKS = {
         "  hint: to_empty(device=...) and load them first.",
     ),
     "taken": (
-        add("full"), "this bank already has an adapter 'full'.\n  hint: bank.remove('full') first.",
+        add("full"), "this bank already has an adapter 'full'.\n  hint: remove it first.",
     ),
     "dot": (add("a.b"), f"'a.b' {MODULE}method."),
     "method": (add("keys"), f"'keys' {MODULE}method."),
@@ -257,7 +257,7 @@ def test_a_bank_without_biases_refuses_them():
     with pytest.raises(ValueError, match="biases") as caught:
         ak.AdapterBank(16, 8, 2, bias=False).add("fr", ak.BottleneckAdapter(16, 4))
     assert str(caught.value) == (
-        "adapter 'fr': it has biases, and the bank has none.\n  hint: AdapterBank(..., bias=True)."
+        "adapter 'fr': it has biases, and the bank has none.\n  hint: a bank with bias=True."
     )
 
 
@@ -266,7 +266,7 @@ def test_a_full_bank_names_what_it_holds():
         bank_of(slots=3).add("fr", ak.BottleneckAdapter(16, 4))
     assert str(caught.value) == (
         "all 3 slots of this bank are taken, by full, narrow, thin; there is none for 'fr'.\n"
-        "  hint: remove one, or make AdapterBank(..., slots=6)."
+        "  hint: remove one, or make a bank with slots=6."
     )
 
 

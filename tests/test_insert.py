@@ -182,7 +182,7 @@ def test_torchs_own_encoder_calls_its_adapters_in_evaluation(masked):
                       "  hint: its modules are *, *.attention, *.attention.out, *.down_proj"),
         ([], {}, "after must name modules of the model, and no name fits none."),
         ("attention", {}, "nothing in 1.attention, a Attention, tells the size of its output.\n"
-                          "  hint: ak.insert(model, after=[...], hidden_size=...) does"),
+                          "  hint: hidden_size=... does"),
         ("out", {"bottleneck_size": 0}, "at least 1"),
         ("out", {"name": "weight"}, "it has 'weight' already"),
     ],

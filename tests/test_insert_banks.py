@@ -140,6 +140,8 @@ def test_adapters_of_a_part_of_the_places():
     some = PLACES[1:4]
     banks.add("some", random_adapters(3, some))
     assert list(banks.adapters("some")) == some
+    with pytest.raises(KeyError, match=r"'some' is not at 0\.out, and a routing needs it at every"):
+        banks.ids(["wide", "some"])
     x = input_of(2)
     banks.route("some")
     switched = model(x)

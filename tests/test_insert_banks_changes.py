@@ -27,33 +27,67 @@ from tests.banked_models import (
 from tests.banks import random_adapter
 
 
-def test_adapters_are_saved_and_added_elsewhere(tmp_path):
+def test_adapters_are_saved_and_loaded_elsewhere(tmp_path):
     model, banks = banked()
-    saved = {place: a.state_dict() for place, a in banks.adapters("narrow").items()}
-    torch.save(saved, tmp_path / "narrow.pt")
-    assert (tmp_path / "narrow.pt").stat().st_size < 40_000  # not whole banks
+    banks.remove("wide")
+    some = {"0.out": {"scaling": 0.25}, "0.fc": {"bias": False}, "1.pool": {"scaling": "learned"}}
+    banks.add("some", {p: random_adapters(4, [p], **options)[p] for p, options in some.items()})
     other = model_of()
-    others = ak.insert_banks(other, LAYERS, max_bottleneck_size=2, slots=1, activation="relu")
-    loaded = others.add("loaded", torch.load(tmp_path / "narrow.pt"))
-    assert loaded == others.adapters("loaded")
+    others = ak.insert_banks(other, LAYERS, max_bottleneck_size=4, slots=2, activation="relu")
     x = input_of()
-    for at, name in ((banks, "narrow"), (others, "loaded")):
-        at.route(name)
-    torch.testing.assert_close(other(x), model(x), **EXACT)
-
-
-def test_a_scaling_goes_beside_saved_adapters():
-    model = model_of()
-    banks = ak.insert_banks(model, LAYERS, slots=2, activation="relu")
-    banks.add("first", random_adapters(4, scaling=0.25))
-    saved = {place: a.state_dict() for place, a in banks.adapters("first").items()}
-    banks.add("again", saved, scaling=0.25)
-    x = input_of()
-    outputs = []
-    for name in ("first", "again"):
+    for name in ("narrow", "some"):
+        file = tmp_path / f"{name}.pt"
+        banks.save(name, file)
+        assert file.stat().st_size < 20_000  # not whole banks
+        loaded = others.load(f"loaded {name}", file)
+        assert loaded == others.adapters(f"loaded {name}")
         banks.route([name] * B)
+        others.route([f"loaded {name}"] * B)
+        torch.testing.assert_close(other(x), model(x), **EXACT)
+    assert list(loaded) == list(some)
+    assert isinstance(loaded["1.pool"].scaling, nn.Parameter)
+
+
+def test_state_dicts_by_place_are_added_too():
+    model, banks = banked()
+    banks.add("again", {place: a.state_dict() for place, a in banks.adapters("wide").items()})
+    x, outputs = input_of(), []
+    for name in ("wide", "again"):
+        banks.route(name)
         outputs.append(model(x))
     torch.testing.assert_close(*outputs, **EXACT)
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path):
+    _, banks = banked()
+    file = tmp_path / "wide.pt"
+    banks.save("wide", file)
+    tanh = ak.insert_banks(model_of(), LAYERS, activation="tanh")
+    with pytest.raises(ValueError, match=r"at 0\.out: .* its activation must be the bank's, tanh"):
+        tanh.load("wide", file)
+    fewer = ak.insert_banks(model_of(1), LAYERS, activation="relu")
+    with pytest.raises(ValueError, match=r"got '1\.out', '1\.fc', '1\.pool'"):
+        fewer.load("wide", file)
+    with pytest.raises(ValueError, match="already has an adapter 'wide'"):
+        banks.load("wide", file)
+    with pytest.raises(FileNotFoundError):
+        banks.load("new", tmp_path / "none.pt")
+    saved = torch.load(file)
+    damages = {
+        "text.pt": lambda path: path.write_text("text"),
+        "short.pt": lambda path: path.write_bytes(file.read_bytes()[:700]),
+        "list.pt": lambda path: torch.save([1], path),
+        "keys.pt": lambda path: torch.save({"0.out": saved["0.out"]["weights"]}, path),
+        "weights.pt": lambda path: torch.save({"0.out": saved["0.out"] | {"weights": {}}}, path),
+        "pickle.pt": lambda path: torch.save(nn.Linear(2, 2), path),
+    }
+    for name, damage in damages.items():
+        damage(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"{name} must be a file that AdapterBanks\.save wrote"
+        ):
+            banks.load("new", tmp_path / name)
+    assert banks.names == list(NAMES)
 
 
 def test_the_state_dict_of_the_model_has_all_adapters():
@@ -160,12 +194,6 @@ def test_an_adapter_that_does_not_fit_is_added_nowhere():
         (({},), {}, ValueError, "got {}"),
         ((random_adapter(2, H),), {}, TypeError, "a dict of them by place, got BottleneckAdapter"),
         ((random_adapters(2),), {"init": "bert"}, TypeError, "only new adapters take init"),
-        ((random_adapters(2),), {"scaling": 2.0}, ValueError,
-         "at 0.out: adapter 'new' has a scaling of its own"),
-        (({"0.out": random_adapter(2, H, scaling="learned").state_dict()},), {"scaling": 2.0},
-         ValueError, "has a scaling of its own"),
-        (({"0.out": random_adapter(2, H).state_dict()},), {"scaling": "learned"}, TypeError,
-         "scaling must be a number, got 'learned'"),
         ((), {"bottleneck_size": 99}, ValueError,
          "at 0.out: adapter 'new': bottleneck_size must be at most"),
         ((), {"units": 2}, TypeError, "units"),
@@ -280,8 +308,10 @@ def test_a_module_without_hidden_states_works_until_something_is_routed():
 
 
 def test_unfit_models_and_options_are_refused():
-    with pytest.raises(TypeError, match="residual is no option here"):
+    with pytest.raises(TypeError, match="takes no residual"):
         ak.insert_banks(model_of(), "out", residual=None)
+    with pytest.raises(TypeError, match=r"takes no bottleneck_size\.\n  hint: max_bottleneck_size"):
+        ak.insert_banks(model_of(), "out", bottleneck_size=8)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         ak.insert_banks("model", "out")
     model = model_of()
@@ -302,5 +332,8 @@ def test_unfit_models_and_options_are_refused():
     assert all(p.requires_grad for p in fresh.parameters())
     with pytest.raises(KeyError, match="these banks have none"):
         banks.adapters("a")
+    with pytest.raises(KeyError, match=r"no bank at 'a'; its places are 0\.out, 1\.out, its"):
+        banks["a"]
+    assert "a" not in banks
     with pytest.raises(TypeError, match="names must be a list of names, got 'ab'"):
         banks.ids("ab")

@@ -12,7 +12,7 @@ from adapterkern.activations import canonical_name
 from adapterkern.grouped import functional, ops, reference
 from adapterkern.grouped.call import GroupedCall, make_grouped_call
 from adapterkern.grouped.routing import AdapterRouting
-from adapterkern.modules.bank_parts import parts_of, with_scaling
+from adapterkern.modules.bank_parts import parts_of
 from adapterkern.modules.bank_slots import Adapters, AdapterSlots, parameters_of
 from adapterkern.modules.bottleneck import BottleneckAdapter
 
@@ -129,33 +129,26 @@ class AdapterBank(AdapterSlots):
         return [-1 if name is None else self._slot_of.get(name, -1) for name in names]
 
     def add(
-        self,
-        name: str,
-        adapter: BottleneckAdapter | Mapping[str, Tensor],
-        *,
-        scaling: float | None = None,
+        self, name: str, adapter: BottleneckAdapter | Mapping[str, Tensor]
     ) -> BottleneckAdapter:
         """Copy an adapter into a free slot, in place.
 
         Args:
             name: a new one; it becomes the name of a module, so it has no dots.
             adapter: a `BottleneckAdapter`, or the state dict of one: with the bank's activation, no
-                dropout, H features and at most `max_bottleneck_size` units. What is frozen stays
-                frozen.
-            scaling: of a state dict that holds no learned one; 1 if not given.
+                dropout, H features and at most `max_bottleneck_size` units. A state dict that holds
+                no learned scaling has a scaling of 1. What is frozen stays so.
 
         Returns:
             The adapter as the bank has it, as `bank[name]` gives it.
 
         Raises:
-            TypeError: it is neither, the name is no string, or scaling no number.
+            TypeError: it is neither, or the name is no string.
             ValueError: the name is taken or has a dot, the bank is full, or the adapter does not
-                fit; the message lists every reason. Or it has a scaling of its own.
+                fit; the message lists every reason.
         """
         self._check_new(name)
         parts = parts_of(adapter)
-        if scaling is not None:
-            parts = with_scaling(name, adapter, parts, scaling)
         self._check_fit(name, parts)
         if not self.down_weights.is_meta and any(t.is_meta for t in parts.tensors.values()):
             raise ValueError(

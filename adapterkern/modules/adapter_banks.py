@@ -1,7 +1,8 @@
 """`AdapterBanks`: the banks of a whole model, and which adapters its next batch takes."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
     """The banks that `insert_banks` has put into a model, by the names of the modules they follow.
 
         banks.add("fr", bottleneck_size=48)  # at every place, the identity until it is trained
-        banks.add("de", saved)               # {place: adapter}, also of a part of the places
+        banks.load("de", "de.pt")            # what banks.save("de", "de.pt") wrote
         banks.route(["fr", None, "de"])      # an adapter, or none, for each sequence
         y = model(batch_of_three)
         banks.route("fr")                    # one for all
@@ -35,7 +36,20 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         self._banks, self._route = dict(banks), route
 
     def __getitem__(self, place: str) -> AdapterBank:
+        """The bank behind the module of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if place not in self._banks:
+            raise KeyError(
+                f"no bank at {place!r}; its places are {', '.join(self)}, its adapters "
+                f"{', '.join(self.names) or 'none'}, which banks.adapters(name) gives."
+            )
         return self._banks[place]
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._banks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._banks)
@@ -52,11 +66,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         return list(dict.fromkeys(name for bank in self.values() for name in bank.names))
 
     def adapters(self, name: str) -> dict[str, BottleneckAdapter]:
-        """The adapters of that name by place, to be trained, frozen or saved; `add` takes them.
-
-            torch.save({p: a.state_dict() for p, a in banks.adapters("fr").items()}, "fr.pt")
-
-        A scaling that is not learned is no part of such state dicts; `add` takes it beside them.
+        """The adapters of that name by place, to be trained or frozen.
 
         Raises:
             KeyError: no place has one.
@@ -77,26 +87,25 @@ class AdapterBanks(Mapping[str, AdapterBank]):
             adapters: copied, by place: `BottleneckAdapter`s or their state dicts, as `adapters` and
                 `integrations.peft.adapters_in` give them. A place that is left out adapts nothing
                 under that name. None: new adapters at every place.
-            options: of new ones, as `bottleneck_size`, `scaling` and `init` of `BottleneckAdapter`.
-                Beside adapters `scaling` alone, as of `AdapterBank.add`.
+            options: of new ones, those of `BottleneckAdapter`: bottleneck_size (H / 16 units if not
+                given), scaling, init.
 
         Returns:
             The adapters as the banks have them, by place.
 
         Raises:
-            TypeError: adapters are no mapping, or there are other options beside them.
+            TypeError: adapters are no mapping, or there are options beside them.
             ValueError: a place is unknown or there is none; or, naming the place, as
                 `AdapterBank.add`.
         """
         if adapters is None:
             adapters = {place: _new_adapter(bank, options) for place, bank in self.items()}
-            options = {}
+        elif options:
+            raise TypeError(f"only new adapters take {', '.join(options)}; these are given.")
         elif not isinstance(adapters, Mapping):
             raise TypeError(
                 f"adapters must be a dict of them by place, got {type(adapters).__name__}."
             )
-        if set(options) - {"scaling"}:
-            raise TypeError(f"only new adapters take {', '.join(options)}; these are given.")
         unknown = [repr(place) for place in adapters if place not in self]
         if unknown or not adapters:
             raise ValueError(
@@ -106,7 +115,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         made: dict[str, BottleneckAdapter] = {}
         try:
             for place, adapter in adapters.items():
-                made[place] = self[place].add(name, adapter, **options)
+                made[place] = self[place].add(name, adapter)
         except BaseException as error:
             for taken_back in made:
                 self[taken_back].remove(name)
@@ -114,6 +123,44 @@ class AdapterBanks(Mapping[str, AdapterBank]):
                 raise type(error)(f"at {place}: {error}") from None
             raise
         return made
+
+    def save(self, name: str, file: str | os.PathLike | IO[bytes]) -> None:
+        """Write an adapter into a file, with activation and scaling; `load` reads it.
+
+        Raises:
+            KeyError: no place has one.
+        """
+        torch.save(
+            {
+                place: {
+                    "activation": adapter.activation,
+                    "scaling": None if isinstance(adapter.scaling, Tensor) else adapter.scaling,
+                    "weights": adapter.state_dict(),
+                }
+                for place, adapter in self.adapters(name).items()
+            },
+            file,
+        )
+
+    def load(self, name: str, file: str | os.PathLike | IO[bytes]) -> dict[str, BottleneckAdapter]:
+        """Add an adapter of that name from a file that `save` wrote, of any name.
+
+        Places are names within the model that `insert_banks` was given, so that is to be the same.
+
+        Returns, Raises:
+            As `add`; a ValueError also where the file is no such file.
+        """
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            adapters = {place: _saved_adapter(**facts) for place, facts in saved.items()}
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{file} must be a file that AdapterBanks.save wrote: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}."
+            ) from error
+        return self.add(name, adapters)
 
     def remove(self, name: str) -> None:
         """Free the slots of an adapter at every place.
@@ -126,7 +173,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
         if self._route.names(name, [self[place] for place in places]):
             raise ValueError(
                 f"adapter {name!r} is in use: the model is routed to it.\n"
-                "  hint: banks.route(None) first."
+                "  hint: banks.route(None) first, or update its routing without it."
             )
         for place in places:
             self[place].check_unused(name)
@@ -172,15 +219,25 @@ class AdapterBanks(Mapping[str, AdapterBank]):
             ValueError: an adapter has not the same slot at every place.
             TypeError: names is a single string, or no list.
         """
-        listed = names if isinstance(names, str) else list(names)  # which each bank refuses
-        first, *others = (bank.ids(listed) for bank in self.values())
-        if any(not torch.equal(first, other) for other in others):
+        if isinstance(names, str):
+            raise TypeError(f"names must be a list of names, got {names!r}.")
+        listed = list(names)
+        wanted = [name for name in listed if name is not None]
+        self._check_known(wanted)
+        for place, bank in self.items():
+            lacking = [name for name in wanted if name not in bank]
+            if lacking:
+                raise KeyError(
+                    f"adapter {lacking[0]!r} is not at {place}, and a routing needs it at every "
+                    "place; banks.route(names) does not."
+                )
+        if len({tuple(bank.slots_of(listed)) for bank in self.values()}) > 1:
             raise ValueError(
                 "a routing serves places where every adapter has the same slot, and these have not "
                 f"the same for {', '.join(dict.fromkeys(map(str, listed)))}.\n"
                 "  hint: banks.route(names) serves them; or add and remove at all places alike."
             )
-        return first
+        return next(iter(self.values())).ids(listed)
 
     def _check_known(self, names: Iterable[Any]) -> None:
         there = self.names
@@ -267,3 +324,15 @@ def _new_adapter(bank: AdapterBank, options: dict[str, Any]) -> BottleneckAdapte
         "dtype": bank.down_weights.dtype,
     }
     return BottleneckAdapter(bank.hidden_size, **of_bank | options)
+
+
+def _saved_adapter(
+    activation: str, scaling: float | None, weights: dict[str, Tensor]
+) -> BottleneckAdapter:
+    units, hidden_size = weights["down_proj.weight"].shape
+    adapter = BottleneckAdapter(
+        hidden_size, units, activation=activation, bias="down_proj.bias" in weights,
+        scaling="learned" if scaling is None else scaling, device="meta",
+    )  # fmt: skip
+    adapter.load_state_dict(weights, assign=True)
+    return adapter

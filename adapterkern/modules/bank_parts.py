@@ -78,23 +78,6 @@ def parts_of(adapter: Any) -> Parts:
     return Parts(tensors)
 
 
-def with_scaling(name: str, adapter: Any, parts: Parts, scaling: Any) -> Parts:
-    """The parts of a state dict with the scaling that it does not hold.
-
-    Raises:
-        TypeError: scaling is no number.
-        ValueError: the adapter has a scaling of its own.
-    """
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
-        raise TypeError(f"scaling must be a number, got {scaling!r}.")
-    if isinstance(adapter, BottleneckAdapter) or "scaling" in parts.tensors:
-        raise ValueError(
-            f"adapter {name!r} has a scaling of its own, so scaling must not be given, got "
-            f"{scaling!r}.{HINT}set adapter.scaling first."
-        )
-    return parts._replace(scaling=float(scaling))
-
-
 def scaling_of(name: str, value: Any) -> float | None:
     """The scaling that the state dict of a bank has for an adapter.
 
@@ -131,10 +114,10 @@ def check_fit(
     elif size > most_units:
         problems.append(
             f"bottleneck_size must be at most the bank's {most_units}, got {size}.{HINT}"
-            f"AdapterBank({hidden_size}, max_bottleneck_size={size}, ...)."
+            f"a bank with max_bottleneck_size={size}."
         )
     if parts.bias and not bias:
-        problems.append(f"it has biases, and the bank has none.{HINT}AdapterBank(..., bias=True).")
+        problems.append(f"it has biases, and the bank has none.{HINT}a bank with bias=True.")
     if parts.bias and not problems:
         sizes = {"down_proj.bias": (size,), "up_proj.bias": (hidden_size,)}
         problems += [
@@ -210,7 +193,7 @@ def _check_shapes(name: str, adapter: Any) -> None:
     if shapes != ([units, hidden], [hidden, units]):
         raise ValueError(
             f"adapter {name!r} must keep its {units} units, got weights of {shapes[0]} and "
-            f"{shapes[1]}.{HINT}bank.remove({name!r}), and add one of that size."
+            f"{shapes[1]}.{HINT}remove it, and add one of that size."
         )
     scaling = adapter.scaling
     if isinstance(scaling, Tensor) and scaling.numel() != 1:

@@ -307,7 +307,7 @@ class AdapterSlots(nn.Module):
         if wrong:
             raise ValueError(
                 f"adapter {name!r} must have the shapes that it has in this bank, got "
-                f"{', '.join(wrong)}.\n  hint: bank.remove({name!r}) first, or load a new bank."
+                f"{', '.join(wrong)}.\n  hint: remove it first, or load a new bank."
             )
 
     def _keep(self, name: str, state_dict: Any, prefix: str) -> None:
@@ -338,7 +338,7 @@ class AdapterSlots(nn.Module):
             raise TypeError(f"the name of an adapter must be a string, got {name!r}.")
         if name in self._slot_of:
             raise ValueError(
-                f"this bank already has an adapter {name!r}.\n  hint: bank.remove({name!r}) first."
+                f"this bank already has an adapter {name!r}.\n  hint: remove it first."
             )
         if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(
@@ -349,7 +349,7 @@ class AdapterSlots(nn.Module):
             raise ValueError(
                 f"all {self.slots} slots of this bank are taken, by {', '.join(self._slot_of)}; "
                 f"there is none for {name!r}.\n"
-                f"  hint: remove one, or make AdapterBank(..., slots={2 * self.slots})."
+                f"  hint: remove one, or make a bank with slots={2 * self.slots}."
             )
 
 

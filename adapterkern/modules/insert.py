@@ -15,6 +15,11 @@ from adapterkern.modules.deferral import is_deferred
 from adapterkern.validation import FLOAT_DTYPES
 
 M = TypeVar("M", BottleneckAdapter, AdapterBank)
+_NO_OPTIONS = {  # of insert_banks
+    "residual": "what a module computed is always added to what its bank gives",
+    "bottleneck_size": "max_bottleneck_size; banks.add(name, bottleneck_size=...) has its own",
+    "reduction_factor": "max_bottleneck_size; banks.add(name, reduction_factor=...) has its own",
+}
 
 
 def insert(
@@ -90,13 +95,12 @@ def insert_banks(
         The banks by the names of the modules that they follow, with `add`, `remove` and `route`.
 
     Raises:
-        TypeError, ValueError: as `insert` and `AdapterBank`, or residual is given: what a module
+        TypeError, ValueError: as `insert` and `AdapterBank`, without its residual: what a module
             computed is always added. The model is then as it was.
     """
-    if "residual" in options:
-        raise TypeError(
-            "residual is no option here: what a module computed is added to what its bank gives."
-        )
+    for option, hint in _NO_OPTIONS.items():
+        if option in options:
+            raise TypeError(f"insert_banks takes no {option}.\n  hint: {hint}")
     route = Route()
     hook = partial(_route_output, name, route)
     made = _put(AdapterBank, model, after, hidden_size, name, freeze, options, hook)
@@ -214,7 +218,7 @@ def _output_size(path: str, module: nn.Module) -> int:
             return size
     raise ValueError(
         f"nothing in {path or 'the model'}, a {type(module).__name__}, tells the size of its "
-        "output.\n  hint: ak.insert(model, after=[...], hidden_size=...) does"
+        "output.\n  hint: hidden_size=... does"
     )
 
 
