@@ -48,9 +48,6 @@ class AdapterBanks(Mapping[str, AdapterBank]):
             )
         return self._banks[place]
 
-    def __contains__(self, place: object) -> bool:
-        return place in self._banks
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._banks)
 
