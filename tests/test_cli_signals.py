@@ -68,11 +68,15 @@ def test_with_children():
 
 
 @pytest.fixture(autouse=True)
-def interrupts():
-    """SIGINT as in a terminal: a shell that starts pytest in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def as_in_a_terminal():
+    """What starts pytest in the background may ignore SIGINT, and nohup ignores SIGHUP."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def is_alive(pid: int) -> bool:
