@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -171,10 +171,7 @@ def test_slots_may_differ_between_places_but_not_for_one_routing():
 
 
 def test_a_routing_of_ones_own_serves_packed_sequences():
-    model = nn.Sequential(nn.Linear(H, H), nn.Linear(H, H)).double()
-    banks = ak.insert_banks(model, ["0", "1"], slots=2, activation="relu")
-    for name in NAMES:
-        banks.add(name, random_adapters(4, ["0", "1"]))
+    model, banks = linear_layers()
     x, lengths = torch.randn(7, H, dtype=torch.float64), [2, 4, 1]
     names = ["wide", None, "narrow"]
     routing = ak.AdapterRouting(10, slots=2)
@@ -224,7 +221,7 @@ class TestCompiled:
 
     def test_a_list_of_names_is_compiled_once(self):
         model, banks = linear_layers()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         x = torch.randn(6, H, dtype=torch.float64)
         for count, names in enumerate((["wide", None], ["narrow", "wide"], ["narrow", None]), 1):
@@ -232,6 +229,25 @@ class TestCompiled:
             compiled(x)
             compiled(x)
             assert counter.frame_count == count
+
+    def test_adapters_that_are_swapped_under_the_name_of_their_slot_stay_in_one_graph(self):
+        model, banks = linear_layers()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        routing = ak.AdapterRouting(6, slots=2)
+        x = torch.randn(6, H, dtype=torch.float64)
+        frames = []
+        for _ in range(6):
+            banks.route(None)
+            banks.remove("wide")
+            banks.add("wide", random_adapters(4, ["0", "1"]))
+            banks.route(routing.update(banks.ids(["wide", None, "narrow"]), seq_len=2))
+            y = compiled(x)
+            frames.append(counter.frame_count)
+            banks.route(["wide", None, "narrow"])
+            torch.testing.assert_close(y, model(x), **EXACT)
+            routing.update([])
+        assert frames[-1] == frames[2]
 
     def test_what_a_graph_made_stays_in_it(self):
         """Outside of it only the adapters that a batch names get gradients, and may not go."""
@@ -256,6 +272,13 @@ class TestCompiled:
         torch.testing.assert_close(copy.deepcopy(model)(x), expected, **EXACT)
 
 
+def random_banks(model, after):
+    banks = ak.insert_banks(model, after, slots=2)
+    for name in NAMES:
+        banks.add(name, {place: random_adapter(8, 32) for place in banks})
+    return banks
+
+
 def test_a_mixed_generation_says_what_each_adapter_says():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -264,9 +287,7 @@ def test_a_mixed_generation_says_what_each_adapter_says():
         eos_token_id=None,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
-    banks = ak.insert_banks(model, after=["attn.c_proj", "mlp.c_proj"], slots=2)
-    for name in NAMES:
-        banks.add(name, {place: random_adapter(8, 32) for place in banks})
+    banks = random_banks(model, ["attn.c_proj", "mlp.c_proj"])
     ids = torch.randint(97, (3, 5))
     names = ["narrow", None, "wide"]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -288,9 +309,7 @@ def test_beams_of_a_decoder_are_named_behind_its_encoder():
         decoder_start_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config).eval()
-    banks = ak.insert_banks(model, after=["o", "wo"], slots=2)
-    for name in NAMES:
-        banks.add(name, {place: random_adapter(8, 32) for place in banks})
+    banks = random_banks(model, ["o", "wo"])
     ids, names = torch.randint(1, 97, (2, 5)), ["narrow", "wide"]
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     banks.route(names)

@@ -110,12 +110,17 @@ def test_copies_have_banks_and_a_route_of_their_own(copied):
     expected = model(x)
     twin, twins = copied((model, banks))
     only = copied(model)
+    model.banks = banks
+    whole = copied(model)
     banks.route(None)
     for adapter in banks.adapters("wide").values():
         nn.init.zeros_(adapter.up_proj.weight)
     torch.testing.assert_close(twin(x), expected, **EXACT)
     torch.testing.assert_close(only(x), expected, **EXACT)
     assert twins["0.out"] is twin[0].out.bank
+    torch.testing.assert_close(whole(x), expected, **EXACT)
+    whole.banks.route(None)
+    torch.testing.assert_close(whole(x), model_of()(x), **EXACT)
     twins.route("narrow")
     torch.testing.assert_close(twin(x), alone(twins, x, "narrow"), **CLOSE)
     torch.testing.assert_close(model(x), model_of()(x), **EXACT)

@@ -167,7 +167,7 @@ class AdapterBanks(Mapping[str, AdapterBank]):
             ValueError: the model is routed to it, or as `AdapterBank.remove`.
         """
         places = self.adapters(name)
-        if self._route.names(name, [self[place] for place in places]):
+        if self._route.takes(name, [self[place] for place in places]):
             raise ValueError(
                 f"adapter {name!r} is in use: the model is routed to it.\n"
                 "  hint: banks.route(None) first, or update its routing without it."
@@ -261,7 +261,7 @@ class Route:
     def __getstate__(self) -> dict[str, Any]:
         return {"_now": (self._now[0], {})}
 
-    def names(self, name: str, banks: Iterable[AdapterBank]) -> bool:
+    def takes(self, name: str, banks: Iterable[AdapterBank]) -> bool:
         """Whether a batch takes the adapter of this name, which these banks have."""
         taken, _ = self._now
         if isinstance(taken, AdapterRouting):

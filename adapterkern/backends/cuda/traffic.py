@@ -238,9 +238,7 @@ def _resident(problem: Problem, plan: TokenPlan, read: int, kept: int) -> Traffi
     # written and read again; and the bias. Of a tile: the sums, and a read with two-way conflicts.
     of_panel = (3 + 2 * beside + 4 + 3) * fact.tile_bytes + 4 * PANEL * WARP_TOKENS
     of_tile = 3 * fact.tokens * fact.width * FLOAT + fact.tile_bytes
-    slots = fact.row_slots(
-        plan.shared_bytes, panels, beside
-    )  # of which a tile at work takes panels
+    slots = fact.row_slots(plan.shared_bytes, panels, beside)  # a tile at work takes panels of them
     return Traffic(
         "bottleneck_resident_kernel",
         blocks,
