@@ -76,6 +76,18 @@ def test_a_row_that_is_not_finite_spoils_no_other(value):
     assert not y[BAD].isfinite().any()
 
 
+@pytest.mark.usefixtures("form")
+def test_units_beyond_the_rank_take_nothing_from_a_row_that_is_not_finite():
+    """relu turns the -Inf of all units into zeros; 0 times Inf beyond them would be NaN."""
+    call = added(draw(SIZES)[0])._replace(activation="relu")
+    call.down_weights[1].abs_().neg_()
+    call.x[BAD] = float("inf")
+    y, z = triton.grouped_forward(call, True)
+    assert y[BAD].isfinite().all()
+    assert (z[BAD, :9] == -float("inf")).all()
+    assert not z[BAD, 9:].any()
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("where", ["x", "dy"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
