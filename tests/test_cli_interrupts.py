@@ -218,6 +218,27 @@ def test_more_signals_in_the_clean_up_print_no_traceback():
     assert "Exception ignored" not in err
 
 
+def test_an_interrupt_within_code_in_a_string_is_told_by_the_exit_code(tmp_path):
+    """As in the body of a dataclass that an import makes, under `python -m`."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from adapterkern.cli import info\n"
+        "from adapterkern.cli.main import main\n"
+        "info.run = lambda arguments: exec('raise KeyboardInterrupt')\n"
+        "sys.argv[1:] = ['info']\n"
+        "sys.exit(main())\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ran = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (130, "adapterkern: ended by SIGINT\n")
+
+
 @pytest.fixture
 def as_a_command(monkeypatch):
     """Run a function in place of `info`; return the exit code."""
